@@ -1,0 +1,62 @@
+// Asks the processor (and the environment) which instruction set to use.
+#include "cpu/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace speeder {
+namespace {
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::kAvx512Bf16;
+  if (avx512) return Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kPortable;
+}
+
+Isa choose() {
+  const Isa best = detect();
+  const char* wanted = std::getenv("SPEEDER_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (int isa = 0; isa <= static_cast<int>(Isa::kAvx512Bf16); ++isa) {
+    if (std::string(wanted) != isa_name(static_cast<Isa>(isa))) continue;
+    if (isa <= static_cast<int>(best)) return static_cast<Isa>(isa);
+    throw std::invalid_argument("SPEEDER_CPU_ISA: expected at most " + std::string(isa_name(best)) +
+                                ", the best this processor has, got " + wanted);
+  }
+  throw std::invalid_argument(
+      "SPEEDER_CPU_ISA: expected portable, avx2, avx512 or avx512_bf16, got " +
+      std::string(wanted));
+}
+
+}  // namespace
+
+Isa instruction_set() {
+  static const Isa isa = choose();
+  return isa;
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+}  // namespace speeder

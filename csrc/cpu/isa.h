@@ -1,0 +1,16 @@
+// Which instruction set the CPU kernels use, asked of the processor once, when first needed.
+#pragma once
+
+namespace speeder {
+
+enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+// The best one that this processor has, or the one named by the environment variable
+// SPEEDER_CPU_ISA. Throws std::invalid_argument for a name that is unknown or that the processor
+// does not have.
+Isa instruction_set();
+
+// "portable", "avx2", "avx512" or "avx512_bf16".
+const char* isa_name(Isa isa);
+
+}  // namespace speeder

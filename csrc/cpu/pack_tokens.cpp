@@ -1,0 +1,42 @@
+// pack_tokens on a CPU: picks the loops for this processor and shares the work out.
+#include "cpu/pack_tokens.h"
+
+#include "cpu/isa.h"
+#include "cpu/pack_tokens_rows.h"
+
+namespace speeder {
+namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 15;  // fewer are not worth waking a thread for
+
+const PackKernels& kernels() {
+#if defined(__x86_64__)
+  switch (instruction_set()) {
+    case Isa::kAvx512Bf16:  // its dot products are of no use here
+    case Isa::kAvx512:
+      return avx512::kPackKernels;
+    case Isa::kAvx2:
+      return avx2::kPackKernels;
+    case Isa::kPortable:
+      break;
+  }
+#endif
+  return portable::kPackKernels;
+}
+
+}  // namespace
+
+void pack_tokens(const PackArgs& args, DType dtype, const ParallelFor& parallel_for) {
+  const auto pack = kernels().pack[static_cast<int>(dtype)];
+  const int64_t grain = 1 + kElementsPerThread / args.hidden;
+  parallel_for(args.tokens, grain, [&](int64_t begin, int64_t end) { pack(args, begin, end); });
+}
+
+void sum_rows(const SumArgs& args, DType dtype, const ParallelFor& parallel_for) {
+  const auto sum = kernels().sum[static_cast<int>(dtype)];
+  const int64_t blocks = (args.hidden + kColumnsPerTask - 1) / kColumnsPerTask;
+  parallel_for(args.rows * blocks, kElementsPerThread / kColumnsPerTask,
+               [&](int64_t begin, int64_t end) { sum(args, begin, end); });
+}
+
+}  // namespace speeder

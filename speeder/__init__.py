@@ -1,0 +1,1 @@
+"""Speeder: multimodal LLM recommenders in which an item is one token."""

@@ -1,0 +1,168 @@
+"""How SASRec is trained: windows of long histories, batches of like length, early stopping on validation."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from speeder.baselines.sasrec import SASRec, SASRecConfig, check_sequences, pad
+from speeder.evaluation.leaks import training_hash
+from speeder.evaluation.metrics import metric_values, target_ranks
+
+_BUCKET_BATCHES = 16  # batches' worth of windows sorted by length together
+_VALIDATION_BATCH = 256
+_WARMUP = 0.05  # of all steps, before the rate falls in a line to zero
+
+
+def fit(
+    kind: type[SASRec],
+    training_sequences: Sequence[Sequence[int]],
+    num_items: int,
+    config: SASRecConfig,
+    validation: tuple[Sequence[Sequence[int]], Sequence[int]] | None,
+    epochs: int | None,
+    seed: int,
+    log: Callable[[dict], None] | None,
+    device: str | torch.device,
+) -> SASRec:
+    """Train a new model: every item of every sequence is predicted from those before it.
+
+    Args:
+        training_sequences: users' items, oldest first. Sequences longer than ``max_length`` are cut into
+            windows, so that every interaction is learned from.
+        validation: histories and their targets. With it, training stops ``patience`` epochs after the best
+            NDCG@10 (seen items masked) and returns the best epoch's weights; without it, it runs all epochs.
+        epochs: most epochs to run; ``config.epochs`` where None.
+        seed: fixes initial weights, dropout and order. The caller's random state is left as it was.
+        log: called after each epoch with ``epoch``, ``loss`` and, with validation, ``NDCG@10``.
+
+    Returns:
+        The trained model in evaluation mode.
+
+    Raises:
+        ValueError: no sequence has two items, or the loss is no longer finite.
+        IndexError: an item outside the catalogue.
+    """
+    epochs = config.epochs if epochs is None else epochs
+    if epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    sequences = [np.asarray(sequence, dtype=np.int64) for sequence in training_sequences]
+    check_sequences("training_sequences", sequences, num_items)
+    windows = cut_windows(sequences, config.max_length)
+    if not windows:
+        raise ValueError("training_sequences: expected at least one sequence of two items, got none")
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = kind(num_items, config).to(device)
+        _train(model, windows, validation, epochs, np.random.default_rng(seed), log)
+    model.training_hash = training_hash(sequences)
+    return model.eval()
+
+
+def _train(
+    model: SASRec,
+    windows: list[np.ndarray],
+    validation: tuple[Sequence[Sequence[int]], Sequence[int]] | None,
+    epochs: int,
+    rng: np.random.Generator,
+    log: Callable[[dict], None] | None,
+) -> None:
+    config, device = model.config, model.items.weight.device
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        fused=True,
+    )
+    steps = epochs * -(-len(windows) // config.batch_size)
+    warmup = max(1, round(_WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+    )
+    best, best_weights, best_epoch = -1.0, None, 0
+    progress = tqdm(range(1, epochs + 1), desc="SASRec", unit="epoch", disable=None)
+    for epoch in progress:
+        model.train()
+        total, count = 0.0, 0
+        for batch in length_batches(windows, config.batch_size, rng):
+            loss_sum, predicted = _loss(model, batch, device)
+            optimizer.zero_grad(set_to_none=True)
+            (loss_sum / predicted).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total, count = total + loss_sum.item(), count + predicted
+        record = {"epoch": epoch, "loss": total / count}
+        if not np.isfinite(record["loss"]):
+            raise ValueError(
+                f"loss: no longer finite in epoch {epoch}; lower learning_rate={config.learning_rate}"
+            )
+        if validation is not None:
+            record["NDCG@10"] = _validate(model, *validation)
+            if record["NDCG@10"] > best:
+                best, best_epoch = record["NDCG@10"], epoch
+                best_weights = copy.deepcopy(model.state_dict())
+        progress.set_postfix({key: f"{value:.4f}" for key, value in record.items() if key != "epoch"})
+        if log is not None:
+            log(record)
+        if validation is not None and epoch - best_epoch >= config.patience:
+            break
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+
+
+def _loss(model: SASRec, batch: list[np.ndarray], device: torch.device) -> tuple[Tensor, int]:
+    """Summed cross-entropy of every next item in a batch of windows, and how many were predicted."""
+    lengths = torch.tensor([len(window) - 1 for window in batch])
+    items_BL = pad(batch)
+    real = torch.arange(items_BL.shape[1] - 1) < lengths[:, None]
+    targets = items_BL[:, 1:][real].to(device)
+    hidden = model(items_BL[:, :-1].to(device), lengths.to(device))[
+        real.to(device)
+    ]  # padding never meets the wide product below
+    return F.cross_entropy(hidden @ model.items.weight.T, targets, reduction="sum"), len(targets)
+
+
+def _validate(model: SASRec, histories: Sequence[Sequence[int]], targets: Sequence[int]) -> float:
+    """Mean NDCG@10 with seen items masked."""
+    ranks = []
+    for start in range(0, len(histories), _VALIDATION_BATCH):
+        batch = histories[start : start + _VALIDATION_BATCH]
+        batch_targets = torch.as_tensor(
+            np.asarray(targets[start : start + _VALIDATION_BATCH], dtype=np.int64)
+        )
+        ranks.append(target_ranks(model.score(batch), batch_targets, batch))
+    return float(metric_values(torch.cat(ranks).numpy(), "NDCG@10").mean())
+
+
+def cut_windows(sequences: Sequence[np.ndarray], max_length: int) -> list[np.ndarray]:
+    """Windows of at most ``max_length + 1`` items; every item but a sequence's first is predicted once.
+
+    Windows are aligned to a sequence's end and overlap by the one item that the later window starts from.
+    """
+    windows = []
+    for sequence in sequences:
+        for end in range(len(sequence), 1, -max_length):
+            windows.append(sequence[max(0, end - max_length - 1) : end])
+    return windows
+
+
+def length_batches(
+    windows: list[np.ndarray], batch_size: int, rng: np.random.Generator
+) -> Iterator[list[np.ndarray]]:
+    """Shuffled batches that hold each window once, like lengths together so that little is padding."""
+    order = rng.permutation(len(windows))
+    batches = []
+    for start in range(0, len(order), _BUCKET_BATCHES * batch_size):
+        bucket = sorted(
+            order[start : start + _BUCKET_BATCHES * batch_size], key=lambda index: len(windows[index])
+        )
+        batches += [bucket[first : first + batch_size] for first in range(0, len(bucket), batch_size)]
+    for number in rng.permutation(len(batches)):
+        yield [windows[index] for index in batches[number]]

@@ -1,0 +1,123 @@
+"""SpeederConfig: everything that shapes a Speeder model, saved as its `config.json`."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+ATTENTION_NAME = "spae"  # the name under which SPAE registers with transformers' attention interface
+
+
+class SpeederConfig(PretrainedConfig):
+    """Configuration of [`SpeederForCausalLM`].
+
+    The vocabulary is the backbone's `V = text_config.vocab_size` text tokens followed by one id per catalogue
+    item: id `V + i` is item `i`.
+
+    Args:
+        text_config: the backbone's own configuration (any decoder that transformers' attention interface serves).
+        num_items: items in the catalogue, `I`.
+        modalities: name -> feature width `F_m`; kept in alphabetical order, which is the order of the gate's columns.
+        tokens_per_item: positions that one item takes in the sequence, `K`.
+        expert_hidden_size: width of an expert's hidden layer; None takes the backbone's hidden size.
+        item_embedding: whether a learned embedding per item joins the features as one more modality ("item").
+        num_warm_items: items that own a row of that embedding; items added later have none.
+        modality_dropout: chance, in training, that an item is read without one of its modalities.
+        embedding_rms: root mean square of the backbone's text embedding rows, to which item tokens are scaled.
+        initial_logit_scale: what a cosine between state and item is multiplied by at the start of training.
+        dropout: dropout on the input embeddings and on the states that score items.
+        max_history: items of a history that are read, the newest ones.
+        position_prompts: SPAE, absolute: learned prompts by rank, added to item tokens.
+        absolute_bias: SPAE, absolute: a learned key-side attention bias per layer, head and rank.
+        relative_bias: SPAE, relative: a learned attention bias per layer, head and bucket of rank distance.
+        max_rank: ranks that have an entry of their own in the absolute tables; later ones share the last.
+        num_distance_buckets: log-spaced buckets of the relative bias.
+        max_distance: distances that are told apart, in items; greater ones share the last bucket.
+        position_proxy_weight: weight of SPAE's position proxy loss in training; 0 leaves the task out.
+        lora: arguments of `peft.LoraConfig` for adapters in the backbone; None: no adapters.
+        prompt_prefix, prompt_suffix: token ids of the instruction before and after the history (empty: items only).
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    model_type = "speeder"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PretrainedConfig | None = None
+    num_items: int = 0
+    modalities: dict[str, int] | None = None
+    tokens_per_item: int = 1
+    expert_hidden_size: int | None = None
+    item_embedding: bool = False
+    num_warm_items: int = 0
+    modality_dropout: float = 0.0
+    embedding_rms: float = 1.0
+    initial_logit_scale: float = 20.0
+    dropout: float = 0.0
+    max_history: int = 50
+    position_prompts: bool = True
+    absolute_bias: bool = True
+    relative_bias: bool = True
+    max_rank: int = 512
+    num_distance_buckets: int = 32
+    max_distance: int = 512
+    position_proxy_weight: float = 0.0
+    lora: dict | None = None
+    prompt_prefix: list[int] | None = None
+    prompt_suffix: list[int] | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        # derived from text_config and num_items, see `vocab_size`
+        kwargs.pop("vocab_size", None)
+        super().__post_init__(**kwargs)
+        # JSON files sort their keys: a fixed order keeps the gate's columns the same after loading
+        self.modalities = dict(sorted((self.modalities or {}).items()))
+        self.prompt_prefix = list(self.prompt_prefix or [])
+        self.prompt_suffix = list(self.prompt_suffix or [])
+        for name, least in (
+            ("num_items", 0),
+            ("tokens_per_item", 1),
+            ("max_history", 1),
+            ("max_rank", 1),
+            ("max_distance", 1),
+            ("num_distance_buckets", 2),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)}")
+        for name in ("modality_dropout", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
+        if "item" in self.modalities:
+            raise ValueError('modalities: the name "item" is kept for the learned item embedding')
+
+    @property
+    def text_vocab_size(self) -> int:
+        """`V`: ids below it are text, id `V + i` is item `i`."""
+        return self.text_config.vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """`V + I`, the extended vocabulary."""
+        return self.text_config.vocab_size + self.num_items
+
+    @property
+    def hidden_size(self) -> int:
+        """`H`, the backbone's hidden size, in which items are tokens."""
+        return self.text_config.hidden_size
+
+    @property
+    def gate_names(self) -> list[str]:
+        """Names of the gate's columns: the modalities, then "item" where a learned embedding is one of them."""
+        return [*self.modalities, *(["item"] if self.item_embedding else [])]
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """The backbone's configuration where a decoder is asked for (caches are built from it); else this one,
+        because `generate` and beam search read the extended `vocab_size` from what this returns."""
+        return self.text_config if decoder and not encoder else self
+
+
+AutoConfig.register("speeder", SpeederConfig)

@@ -1,0 +1,241 @@
+"""The item catalogue: ids, titles, texts, pictures, and per modality a frozen feature matrix with a presence mask."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from speeder.data.files import atomic_folder, check_files, describe_files, read_json, recover_folder, write_json
+from speeder.errors import SpeederError
+
+FORMAT = "speeder-catalogue-1"
+_MODALITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class ItemCatalogue:
+    """`I` items and what is known of them. Rows are item indices `0..I-1`; treat it as read-only.
+
+    Attributes:
+        ids: external ids, unique.
+        titles: one title an item.
+        texts: the description that text encoders read, `""` if none.
+        images: a picture's path, or None.
+        features: modality -> `(I, F_m)` float32, zeros where absent.
+        present: modality -> `(I,)` bool.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        titles: Sequence[str] | None = None,
+        texts: Sequence[str] | None = None,
+        images: Sequence[str | None] | None = None,
+        features: Mapping[str, torch.Tensor] | None = None,
+        present: Mapping[str, torch.Tensor] | None = None,
+    ):
+        """Raises `TypeError` or `ValueError`, naming the argument, where a column or a matrix does not fit."""
+        self.ids = _strings("ids", ids)
+        count = len(self.ids)
+        self.titles = [""] * count if titles is None else _strings("titles", titles, count)
+        self.texts = [""] * count if texts is None else _strings("texts", texts, count)
+        self.images = [None] * count if images is None else _strings("images", images, count, optional=True)
+        self._index = {external: row for row, external in enumerate(self.ids)}
+        if len(self._index) != count:
+            twice = next(external for row, external in enumerate(self.ids) if self._index[external] != row)
+            raise ValueError(f"ids must be unique, but {twice!r} occurs more than once")
+        present = dict(present or {})
+        self.features: dict[str, torch.Tensor] = {}
+        self.present: dict[str, torch.Tensor] = {}
+        for name, matrix in (features or {}).items():
+            self.features[name], self.present[name] = _checked(name, matrix, present.pop(name, None), count)
+        if present:
+            raise ValueError(f"present names modalities that have no features: {sorted(present)}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        return f"ItemCatalogue({len(self)} items, modalities={self.modalities})"
+
+    @property
+    def modalities(self) -> dict[str, int]:
+        """Modality -> number of features `F_m`, in the order in which they were added."""
+        return {name: matrix.shape[1] for name, matrix in self.features.items()}
+
+    def index_of(self, external_id: str) -> int:
+        """The row of an external id; `KeyError` if there is no such item."""
+        try:
+            return self._index[external_id]
+        except KeyError:
+            raise KeyError(f"no item has the id {external_id!r} among {len(self)} items") from None
+
+    def indices_of(self, entries: Sequence[int | str]) -> list[int]:
+        """Item indices (int) or external ids (str), mixed as they come, as item indices.
+
+        Raises `ValueError` for an index out of range, `KeyError` for an id that no item has.
+        """
+        rows = []
+        for entry in entries:
+            row = self.index_of(entry) if isinstance(entry, str) else int(entry)
+            if not 0 <= row < len(self):
+                raise ValueError(f"expected item indices in 0..{len(self) - 1}, got {row}")
+            rows.append(row)
+        return rows
+
+    def with_features(
+        self, name: str, features: torch.Tensor, present: torch.Tensor | None = None
+    ) -> "ItemCatalogue":
+        """A catalogue with one modality added or replaced; all else is shared.
+
+        Args:
+            name: letters, digits, `-` and `_`; it names a file.
+            features: `(I, F)`, any floating dtype; kept as float32. Rows of absent items are zeroed.
+            present: `(I,)` bool; None means that every item has it.
+        """
+        checked, mask = _checked(name, features, present, len(self))
+        other = object.__new__(ItemCatalogue)
+        other.__dict__.update(self.__dict__)
+        other.features = {**self.features, name: checked}
+        other.present = {**self.present, name: mask}
+        return other
+
+    def concat(self, other: "ItemCatalogue") -> "ItemCatalogue":
+        """This catalogue's items followed by `other`'s. A modality that one side lacks is absent there.
+
+        Raises `ValueError` for an id on both sides, or a modality whose number of features differs.
+        """
+        features, present = {}, {}
+        for name in [*self.features, *(name for name in other.features if name not in self.features)]:
+            widths = {side.modalities[name] for side in (self, other) if name in side.features}
+            if len(widths) > 1:
+                raise ValueError(f"modality {name!r} has {self.modalities[name]} features here, but {widths} in other")
+            width = widths.pop()
+            features[name] = torch.cat([side._features_or_zeros(name, width) for side in (self, other)])
+            present[name] = torch.cat([side._present_or_false(name) for side in (self, other)])
+        columns = zip(self._columns(), other._columns(), strict=True)
+        return ItemCatalogue(*(first + second for first, second in columns), features=features, present=present)
+
+    def _columns(self) -> tuple[list, list, list, list]:
+        return self.ids, self.titles, self.texts, self.images
+
+    def _features_or_zeros(self, name: str, width: int) -> torch.Tensor:
+        return self.features.get(name, torch.zeros(len(self), width))
+
+    def _present_or_false(self, name: str) -> torch.Tensor:
+        return self.present.get(name, torch.zeros(len(self), dtype=torch.bool))
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a flat folder, whole or not at all: `items.parquet`, one `{modality}.safetensors` per modality, and
+        `manifest.json` with the size and the SHA-256 of each.
+
+        An earlier catalogue there is replaced. Raises `SpeederError` where the folder holds anything else.
+        """
+        with atomic_folder(folder, _owned_names(recover_folder(folder))) as temporary:
+            pq.write_table(self._table(), temporary / "items.parquet")
+            names = ["items.parquet"]
+            for name, matrix in self.features.items():
+                names.append(f"{name}.safetensors")
+                tensors = {"features": matrix.contiguous(), "present": self.present[name].contiguous()}
+                save_file(tensors, temporary / names[-1])
+            manifest = {
+                "format": FORMAT,
+                "items": len(self),
+                # A list, since the order of the modalities matters and keys are sorted.
+                "modalities": [{"name": name, "features": width} for name, width in self.modalities.items()],
+                "files": describe_files(temporary, names),
+            }
+            write_json(temporary / "manifest.json", manifest)
+
+    def _table(self) -> pa.Table:
+        columns = dict(zip(("id", "title", "text", "image"), self._columns(), strict=True))
+        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = True) -> "ItemCatalogue":
+        """Reads what `save` wrote; feature matrices stay on disk, memory-mapped, until they are used.
+
+        Sizes are always compared with the manifest, and hashes too where `verify`. Raises `SpeederError` where a file
+        is missing, truncated or changed.
+        """
+        folder = recover_folder(folder)
+        manifest = read_json(folder / "manifest.json")
+        if manifest.get("format") != FORMAT:
+            raise SpeederError(f"{folder} holds {manifest.get('format')!r}, and {FORMAT!r} was expected")
+        check_files(folder, manifest.get("files"), verify=verify)
+        try:
+            columns = pq.read_table(folder / "items.parquet").to_pydict()
+            catalogue = cls(columns["id"], columns["title"], columns["text"], columns["image"])
+            for entry in manifest["modalities"]:
+                with safe_open(folder / f"{entry['name']}.safetensors", framework="pt") as file:
+                    matrix, mask = file.get_tensor("features"), file.get_tensor("present")
+                if verify:
+                    catalogue = catalogue.with_features(entry["name"], matrix, mask)
+                else:  # A full check would read every page of the file.
+                    _check_shapes(entry["name"], matrix, mask, len(catalogue))
+                    catalogue.features[entry["name"]], catalogue.present[entry["name"]] = matrix, mask
+        except (pa.ArrowException, SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise SpeederError(f"{folder} does not hold a readable catalogue: {error}") from error
+        expected = {entry["name"]: entry["features"] for entry in manifest["modalities"]}
+        if len(catalogue) != manifest.get("items") or catalogue.modalities != expected:
+            raise SpeederError(f"{folder} holds {catalogue}, which is not what its manifest says")
+        return catalogue
+
+
+def _owned_names(folder: Path) -> set[str]:
+    """Names in a folder that an earlier `save` wrote: none, unless it holds a catalogue."""
+    if not (folder / "manifest.json").is_file():
+        return set()
+    manifest = read_json(folder / "manifest.json")
+    if manifest.get("format") != FORMAT or not isinstance(manifest.get("files"), dict):
+        return set()
+    return {"manifest.json", *manifest["files"]}
+
+
+def _strings(argument: str, values: Sequence, count: int | None = None, optional: bool = False) -> list:
+    if isinstance(values, str):
+        raise TypeError(f"{argument} must be a list of strings, but got one string")
+    values = list(values)
+    if count is not None and len(values) != count:
+        raise ValueError(f"{argument} must have one entry an item ({count}), but has {len(values)}")
+    for row, value in enumerate(values):
+        if not isinstance(value, str) and not (optional and value is None):
+            raise TypeError(f"{argument}[{row}] must be a string, but is a {type(value).__name__}")
+    return values
+
+
+def _check_shapes(name: str, features: torch.Tensor, present: torch.Tensor, count: int) -> None:
+    if not isinstance(name, str) or not _MODALITY_NAME.fullmatch(name):
+        raise ValueError(f"a modality's name must be letters, digits, '-' and '_', but got {name!r}")
+    for argument, tensor in (("features", features), ("present", present)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{argument} of {name!r} must be a tensor, but is a {type(tensor).__name__}")
+    if features.dim() != 2 or features.shape[0] != count or features.shape[1] == 0:
+        shape = tuple(features.shape)
+        raise ValueError(f"features of {name!r} must be (I, F) with I = {count} and F > 0, but have shape {shape}")
+    if not features.dtype.is_floating_point:
+        raise TypeError(f"features of {name!r} must be floating point, but are {features.dtype}")
+    if tuple(present.shape) != (count,) or present.dtype != torch.bool:
+        raise ValueError(
+            f"present of {name!r} must be ({count},) bool, but is {tuple(present.shape)} {present.dtype}"
+        )
+
+
+def _checked(
+    name: str, features: torch.Tensor, present: torch.Tensor | None, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(I, F)` float32 with zeros where absent and `(I,)` bool, both on the CPU and outside autograd."""
+    present = torch.ones(count, dtype=torch.bool) if present is None else present
+    _check_shapes(name, features, present, count)
+    features, present = features.detach().to("cpu", torch.float32), present.cpu()
+    # The sum is not finite if any number is not, and needs no mask in memory; it may also overflow: then look closely.
+    if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
+        row = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
+        raise ValueError(f"features of {name!r} must be finite, but row {row} is not")
+    if bool(present.all()) or not bool(features[~present].any()):
+        return features, present
+    return features.masked_fill(~present[:, None], 0.0), present

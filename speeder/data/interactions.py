@@ -1,0 +1,134 @@
+"""Who took which item and when, in order; and the leave-one-out split, one held-out item per user and split."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speeder.data.files import atomic_path
+from speeder.errors import SpeederError
+
+SPLITS = ("validation", "test")
+SPLIT_RULE = (
+    "leave one out: a user's last item is the test target, the second last the validation target; users with fewer"
+    " than 3 interactions only train"
+)
+_MINIMUM = 3
+
+
+class Interactions:
+    """`N` interactions, sorted by user, then time; equal times keep the order in which they were given.
+
+    Attributes:
+        user: `(N,)` int64, index into `user_ids`.
+        item: `(N,)` int64, item index.
+        time: `(N,)` int64, seconds.
+        user_ids: external ids, unique.
+    """
+
+    def __init__(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, user_ids: Sequence[str]):
+        """Sorts copies of the columns. Raises `TypeError` or `ValueError`, naming the column that does not fit."""
+        columns = {"user": np.asarray(user), "item": np.asarray(item), "time": np.asarray(time)}
+        for name, column in columns.items():
+            if column.size and column.dtype.kind not in "iu":
+                raise TypeError(f"{name} must hold integers, but holds {column.dtype}")
+            if column.ndim != 1 or len(column) != len(columns["user"]):
+                raise ValueError(f"{name} must be ({len(columns['user'])},), but has shape {column.shape}")
+        self.user_ids = list(user_ids)
+        if len(set(self.user_ids)) != len(self.user_ids) or not all(isinstance(name, str) for name in self.user_ids):
+            raise ValueError("user_ids must be unique strings")
+        user, item, time = (column.astype(np.int64) for column in columns.values())
+        if len(user) and not (0 <= user.min() and user.max() < len(self.user_ids)):
+            raise ValueError(f"user must lie in 0..{len(self.user_ids) - 1}, but spans {user.min()}..{user.max()}")
+        if len(item) and item.min() < 0:
+            raise ValueError(f"item must not be negative, but holds {item.min()}")
+        order = np.lexsort((time, user))  # lexsort is stable
+        self.user, self.item, self.time = user[order], item[order], time[order]
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    def __repr__(self) -> str:
+        return f"Interactions({len(self)} interactions of {len(self.user_ids)} users)"
+
+    def sequences(self) -> list[np.ndarray]:
+        """Item indices of each user, oldest first; entry `u` is user `u`'s, empty for a user without any."""
+        return np.split(self.item, self._bounds()[1:-1]) if self.user_ids else []
+
+    def _bounds(self) -> np.ndarray:
+        return np.searchsorted(self.user, np.arange(len(self.user_ids) + 1))
+
+    def save(self, file: str | Path) -> None:
+        """Writes one Parquet row per user (`user_id`, `items`, `times`), atomically."""
+        offsets = pa.array(self._bounds(), pa.int64())
+        table = pa.table(
+            {
+                "user_id": pa.array(self.user_ids, pa.string()),
+                "items": pa.LargeListArray.from_arrays(offsets, pa.array(self.item)),
+                "times": pa.LargeListArray.from_arrays(offsets, pa.array(self.time)),
+            }
+        )
+        with atomic_path(file) as temporary:
+            pq.write_table(table, temporary)
+
+    @classmethod
+    def load(cls, file: str | Path) -> "Interactions":
+        """Reads what `save` wrote; raises `SpeederError` where the file is missing or is something else."""
+        try:
+            table = pq.read_table(file).combine_chunks()
+            items, times = table["items"].combine_chunks(), table["times"].combine_chunks()
+            lengths = items.value_lengths().to_numpy(zero_copy_only=False)
+            user = np.repeat(np.arange(len(table)), lengths)
+            item, time = (column.flatten().to_numpy(zero_copy_only=False) for column in (items, times))
+            return cls(user, item, time, table["user_id"].to_pylist())
+        except FileNotFoundError:
+            raise SpeederError(f"{file} is missing") from None
+        except (pa.ArrowException, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
+            raise SpeederError(f"{file} does not hold readable interactions: {error}") from error
+
+
+class LeaveOneOut:
+    """Splits each user with at least 3 interactions: last = test target, second last = validation target."""
+
+    def __init__(self, interactions: Interactions):
+        self._sequences = interactions.sequences()
+        self._users = np.array([u for u, items in enumerate(self._sequences) if len(items) >= _MINIMUM], dtype=np.int64)
+
+    def training(self) -> list[np.ndarray]:
+        """Training part of every user, by user index; users with fewer than 3 interactions are wholly training."""
+        return [items[:-2] if len(items) >= _MINIMUM else items for items in self._sequences]
+
+    def users(self, split: str) -> np.ndarray:
+        """`(n,)` int64 user indices that `histories` and `targets` speak of, in that order."""
+        _held_out(split)
+        return self._users.copy()
+
+    def histories(self, split: str) -> list[np.ndarray]:
+        """What is known before each target: the training part, and for `"test"` the validation item after it."""
+        held_out = _held_out(split)
+        return [self._sequences[user][:-held_out] for user in self._users]
+
+    def targets(self, split: str) -> np.ndarray:
+        """`(n,)` int64 item indices, one a user of `users(split)`."""
+        held_out = _held_out(split)
+        return np.array([self._sequences[user][-held_out] for user in self._users], dtype=np.int64)
+
+    def hash(self) -> str:
+        """SHA-256 over users, histories and targets of both splits: equal hashes mean the very same task."""
+        digest = hashlib.sha256()
+        for split in SPLITS:
+            histories = self.histories(split)
+            lengths = np.array([len(history) for history in histories], dtype=np.int64)
+            for part in (self.users(split), lengths, *histories, self.targets(split)):
+                digest.update(part.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def _held_out(split: str) -> int:
+    """How many items, from the end, the split's histories do not see."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, but got {split!r}")
+    return 2 if split == "validation" else 1

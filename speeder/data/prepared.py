@@ -1,0 +1,72 @@
+"""A prepared data set: a catalogue, its interactions and a manifest that says where they came from."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.data.files import atomic_folder, check_files, describe_files, read_json, recover_folder, write_json
+from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.errors import SpeederError
+
+FORMAT = "speeder-prepared-1"
+_FILES = ["interactions.parquet", "catalogue/manifest.json"]
+_ENTRIES = {"interactions.parquet", "catalogue", "manifest.json"}
+
+
+@dataclass
+class PreparedData:
+    """What `speeder prepare` writes and `speeder train` reads.
+
+    `manifest` is any JSON object: source hashes, counts kept and dropped with the reason for each, the split rule.
+    Raises `ValueError` where an interaction names an item that the catalogue lacks.
+    """
+
+    catalogue: ItemCatalogue
+    interactions: Interactions
+    manifest: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.interactions) and self.interactions.item.max() >= len(self.catalogue):
+            raise ValueError(
+                f"interactions name item {self.interactions.item.max()}, but the catalogue has"
+                f" {len(self.catalogue)} items"
+            )
+
+    @cached_property
+    def split(self) -> LeaveOneOut:
+        """The leave-one-out split of the interactions."""
+        return LeaveOneOut(self.interactions)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `interactions.parquet`, `catalogue/` and `manifest.json`, whole or not at all.
+
+        An earlier prepared set there is replaced. Raises `SpeederError` where the folder holds anything else.
+        """
+        recovered = recover_folder(folder)
+        owned = _ENTRIES if _is_prepared(recovered) else set()
+        with atomic_folder(recovered, owned) as temporary:
+            self.interactions.save(temporary / "interactions.parquet")
+            self.catalogue.save(temporary / "catalogue")
+            content = {"format": FORMAT, "content": self.manifest, "files": describe_files(temporary, _FILES)}
+            write_json(temporary / "manifest.json", content)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, verify: bool = True) -> "PreparedData":
+        """Reads what `save` wrote, features memory-mapped; raises `SpeederError` where anything is amiss."""
+        folder = recover_folder(folder)
+        if not _is_prepared(folder):
+            raise SpeederError(f"{folder} does not hold a prepared data set ({FORMAT})")
+        manifest = read_json(folder / "manifest.json")
+        check_files(folder, manifest.get("files"), verify=verify)
+        catalogue = ItemCatalogue.load(folder / "catalogue", verify=verify)
+        interactions = Interactions.load(folder / "interactions.parquet")
+        try:
+            return cls(catalogue, interactions, manifest.get("content", {}))
+        except ValueError as error:
+            raise SpeederError(f"{folder} does not fit together: {error}") from error
+
+
+def _is_prepared(folder: Path) -> bool:
+    path = folder / "manifest.json"
+    return path.is_file() and read_json(path).get("format") == FORMAT

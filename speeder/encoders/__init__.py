@@ -1,0 +1,1 @@
+"""Frozen encoders: texts, pictures and interactions to feature matrices for an `ItemCatalogue`."""

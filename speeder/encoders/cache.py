@@ -1,0 +1,127 @@
+"""Encoded features kept by content, so that a second run is quick and an interrupted one goes on where it stopped."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from speeder.assets import cache_folder
+from speeder.data.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+_SHARD_ROWS = 256  # rows encoded between two writes: what an interruption may cost
+
+
+def content_key(content: str | bytes) -> str:
+    """Hex SHA-256 of a text or of a picture's bytes."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def module_hash(module: nn.Module) -> str:
+    """Hex SHA-256 over a module's class, its weights' names, shapes and bytes: equal hashes encode alike."""
+    digest = hashlib.sha256(type(module).__name__.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Feature rows of one encoder by content key, in safetensors shards that are written whole or not at all."""
+
+    def __init__(self, identity: str, folder: str | Path | None = None):
+        """`identity` tells encoders apart (hash it over weights and settings); `folder` None is the user's cache."""
+        root = cache_folder() / "features" if folder is None else Path(folder)
+        self.folder = root / content_key(identity)[:32]
+        self._rows: dict[str, Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                shard = load_file(path)
+                keys, features = shard["keys"], shard["features"]
+                if features.shape[0] != keys.shape[0] or not torch.isfinite(features).all():
+                    raise ValueError("its rows do not fit its keys, or are not finite")
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                log.warning("ignoring the broken cache file %s (%s); its rows are encoded again", path, error)
+                continue
+            self._rows.update((key.numpy().tobytes().hex(), row) for key, row in zip(keys, features, strict=True))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._rows[key]
+
+    def add(self, rows: dict[str, Tensor]) -> None:
+        """Keeps `{key: (F,) float32}` in memory and on disk."""
+        if not rows:
+            return
+        keys = b"".join(bytes.fromhex(key) for key in rows)
+        tensors = {
+            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), 32),
+            "features": torch.stack(list(rows.values())),
+        }
+        # Named by its content: two processes that encode the same rows write the same file.
+        with atomic_path(self.folder / f"{hashlib.sha256(keys).hexdigest()[:32]}.safetensors") as temporary:
+            save_file(tensors, temporary)
+        self._rows.update(rows)
+
+
+def encode_cached(
+    cache: FeatureCache,
+    keys: Sequence[str | None],
+    costs: Sequence[int],
+    compute: Callable[[list[int]], list[Tensor | None]],
+    *,
+    width: int,
+    batch_size: int,
+    description: str,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Features of each position, from the cache or from `compute`.
+
+    Args:
+        keys: content keys; None where there is nothing to encode.
+        costs: similar costs are put in one batch (such as a text's length).
+        compute: positions -> one `(width,)` row each, or None for one that cannot be encoded (which is not cached).
+
+    Returns:
+        `(N, width)` float32 with zeros where absent, and the `(N,)` bool mask of those present.
+    """
+    wanted: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        if key is not None and key not in cache:
+            wanted.setdefault(key, position)
+    # The dearest first, so that memory runs out at once or never; the key settles ties, so that an interrupted run
+    # forms the same batches, and with them the same last bits, when it goes on.
+    order = sorted(wanted, key=lambda key: (-costs[wanted[key]], key))
+    pending: dict[str, Tensor] = {}
+    shard_rows = -(-_SHARD_ROWS // batch_size) * batch_size
+    failed = 0
+    bar = tqdm(total=len(order), desc=description, unit="item", disable=None if progress and order else True)
+    with bar:
+        try:
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                rows = compute([wanted[key] for key in batch])
+                done = {key: row.float().cpu() for key, row in zip(batch, rows, strict=True) if row is not None}
+                failed += len(batch) - len(done)
+                pending.update(done)
+                bar.update(len(batch))
+                if len(pending) + failed >= shard_rows:
+                    cache.add(pending)
+                    pending, failed = {}, 0
+        finally:
+            cache.add(pending)  # also on Ctrl-C: what is done stays done
+    features, present = torch.zeros(len(keys), width), torch.zeros(len(keys), dtype=torch.bool)
+    for position, key in enumerate(keys):
+        if key is not None and key in cache:
+            features[position], present[position] = cache[key], True
+    return features, present

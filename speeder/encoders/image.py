@@ -1,0 +1,145 @@
+"""Pictures to feature vectors, by EfficientNet-Lite0 or any Hugging Face vision model such as CLIP."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from speeder.assets import resolve
+from speeder.data.files import read_json
+from speeder.encoders.cache import FeatureCache, content_key, encode_cached, module_hash
+from speeder.encoders.efficientnet_lite import CONFIG, EfficientNetLite0
+from speeder.errors import SpeederError
+
+
+def read_picture(content: bytes) -> Image.Image:
+    """Decodes a picture file's bytes to RGB, upright, transparency on white.
+
+    Raises `ValueError` for anything that is not a whole picture.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            picture = ImageOps.exif_transpose(picture)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            return picture.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
+        reason = str(error) or type(error).__name__
+        raise ValueError(reason.partition(" <")[0]) from error
+
+
+def efficientnet_pixels(picture: Image.Image) -> Tensor:
+    """`(3, 224, 224)` float32: the shorter side resized to 224 (bicubic), the centre cut out, `(byte - 127) / 128`.
+
+    The normalisation is the one that the weights were trained with; the standard crop would also drop the outer
+    eighth of the picture, but a poster's or a product's border tells something, so it is kept.
+    """
+    square = ImageOps.fit(picture, (CONFIG["image_size"],) * 2, Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(127.0).div_(128.0)
+
+
+class ImageEncoder:
+    """One frozen vision model.
+
+    Args:
+        name: `"efficientnet-lite0"` (1,280 features), a folder, or a Hub id. A model that projects pictures into a
+            space shared with texts (CLIP, SigLIP) gives that projection; any other its pooled output, or else the
+            mean of its last hidden states.
+        device: where the model runs.
+        batch_size: pictures at a time; None is 4 on a CPU, where small batches stay in its caches, else 64.
+
+    Raises `SpeederError` where the model cannot be had.
+    """
+
+    def __init__(self, name: str = "efficientnet-lite0", *, device: str = "cpu", batch_size: int | None = None):
+        folder = resolve(name, "image")
+        self.name = name
+        self._device = torch.device(device)
+        self.batch_size = batch_size or (4 if self._device.type == "cpu" else 64)
+        config = Path(folder) / "config.json"
+        if config.is_file() and read_json(config).get("model_type") == CONFIG["model_type"]:
+            self._processor = None
+            self._model = EfficientNetLite0.load(folder).to(self._device, memory_format=torch.channels_last)
+            self.width = CONFIG["num_features"]
+            settings = "224-bicubic-centre"
+        else:
+            try:
+                AutoConfig.from_pretrained(folder)  # tells a model that is not there from one that has no processor
+                self._processor = AutoImageProcessor.from_pretrained(folder)
+                self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self._device).eval()
+            except (OSError, ValueError, KeyError, ImportError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise SpeederError(f"the image encoder {name!r} cannot be loaded: {reason}") from error
+            self.width = len(self._compute([Image.new("RGB", (32, 32))])[0])
+            settings = content_key(self._processor.to_json_string())
+        self.identity = f"image-1:{settings}:{module_hash(self._model)}"
+
+    def encode(
+        self, images: Sequence[str | None], *, cache: str | Path | None = None, progress: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, str]]:
+        """`N` picture paths -> `(N, width)` float32, the `(N,)` bool mask of those present, and what is broken.
+
+        None is absent, with zeros. So is a picture that cannot be read, and the returned `{path: reason}` names it.
+        `cache` is a folder; None is the user's cache.
+        """
+        keys: list[str | None] = []
+        broken: dict[str, str] = {}
+        for path in images:
+            try:
+                keys.append(None if path is None else content_key(Path(path).read_bytes()))
+            except OSError as error:
+                broken[path] = error.strerror or str(error)
+                keys.append(None)
+
+        def compute(positions: list[int]) -> list[Tensor | None]:
+            pictures = []
+            for position in positions:
+                try:
+                    pictures.append(read_picture(Path(images[position]).read_bytes()))
+                except (ValueError, OSError) as error:
+                    broken[images[position]] = str(error)
+                    pictures.append(None)
+            rows = iter(self._compute([picture for picture in pictures if picture is not None]))
+            return [None if picture is None else next(rows) for picture in pictures]
+
+        features, present = encode_cached(
+            FeatureCache(self.identity, cache),
+            keys,
+            [0] * len(keys),
+            compute,
+            width=self.width,
+            batch_size=self.batch_size,
+            description=f"pictures ({self.name})",
+            progress=progress,
+        )
+        reasons = {keys[row]: broken[path] for row, path in enumerate(images) if path in broken and keys[row]}
+        for row, path in enumerate(images):  # a copy of a broken picture is broken for the same reason
+            if keys[row] in reasons:
+                broken[path] = reasons[keys[row]]
+        return features, present, broken
+
+    @torch.inference_mode()
+    def _compute(self, pictures: list[Image.Image]) -> list[Tensor]:
+        if not pictures:
+            return []
+        if self._processor is None:
+            pixels = torch.stack([efficientnet_pixels(picture) for picture in pictures])
+            return list(self._model.features(pixels.to(self._device, memory_format=torch.channels_last)))
+        pixels = self._processor(images=pictures, return_tensors="pt")["pixel_values"].to(self._device)
+        if hasattr(self._model, "get_image_features"):
+            output = self._model.get_image_features(pixel_values=pixels)
+        else:
+            output = self._model(pixel_values=pixels)
+        if isinstance(output, Tensor):
+            return list(output)
+        pooled = getattr(output, "pooler_output", None)
+        if pooled is None:
+            pooled = output.last_hidden_state.flatten(2).mean(-1) if output.last_hidden_state.dim() == 4 else None
+        return list(output.last_hidden_state.mean(dim=1) if pooled is None else pooled.flatten(1))

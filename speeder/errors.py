@@ -1,0 +1,5 @@
+"""The base of every error that a user of Speeder can cause and mend."""
+
+
+class SpeederError(Exception):
+    """A mistake in the input, the files or the set-up. Its message is one readable line; the CLI prints just that."""

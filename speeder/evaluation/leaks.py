@@ -1,0 +1,91 @@
+"""Checks that nothing to be predicted was trained on. They run inside ``evaluate`` and need no switch."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speeder.errors import SpeederError
+
+if TYPE_CHECKING:
+    from speeder.data.interactions import Interactions, LeaveOneOut
+
+
+class LeakError(SpeederError):
+    """Something to be predicted was within reach of training."""
+
+
+def training_hash(sequences: Sequence[Sequence[int]]) -> str:
+    """SHA-256 over sequences of item indices, users in order: what a model or a feature was fitted on."""
+    digest = hashlib.sha256(b"speeder training sequences v1")
+    for sequence in sequences:
+        items = np.asarray(sequence, dtype="<i8")
+        digest.update(len(items).to_bytes(8, "little"))
+        digest.update(items.tobytes())
+    return digest.hexdigest()
+
+
+def check_split(split: "LeaveOneOut", interactions: "Interactions | None" = None) -> None:
+    """Check that a leave-one-out split's training parts end before its targets.
+
+    For every evaluated user, the validation history must be the training part and the test history the
+    training part followed by the validation target: were a target's own occurrence among the training rows,
+    they would differ. An item that a user truly met twice may be both in training and a target.
+
+    Args:
+        split: the split to check.
+        interactions: what the split was made from. With it, training part and both targets must also be the
+            user's whole sequence in order of time, which catches a split that is wrong throughout.
+
+    Raises:
+        LeakError: naming the first user for whom it does not hold.
+    """
+    training, users = split.training(), split.users("validation")
+    if not np.array_equal(users, split.users("test")):
+        raise LeakError("split: validation and test are over different users")
+    if len(np.unique(users)) != len(users):
+        raise LeakError("split: a user is evaluated more than once")
+    columns = [split.histories(name) for name in ("validation", "test")]
+    columns.append(split.targets("validation"))
+    for user, validation_history, test_history, validation_target in zip(users, *columns, strict=True):
+        rows = training[user]
+        if not np.array_equal(validation_history, rows):
+            raise LeakError(
+                f"user {user}: the training part is not the validation history, so one holds a target"
+            )
+        if not np.array_equal(test_history, [*rows, validation_target]):
+            raise LeakError(
+                f"user {user}: the test history is not the training part and the validation target"
+            )
+    if interactions is not None:
+        _check_whole(split, interactions, training, users)
+
+
+def _check_whole(
+    split: "LeaveOneOut", interactions: "Interactions", training: list, users: np.ndarray
+) -> None:
+    same_user = np.diff(interactions.user) == 0
+    if np.any(np.diff(interactions.time)[same_user] < 0):
+        raise LeakError("interactions: not in order of time, so training may hold what came after a target")
+    held_out = dict(
+        zip(users, zip(split.targets("validation"), split.targets("test"), strict=True), strict=True)
+    )
+    for user, sequence in enumerate(interactions.sequences()):
+        if not np.array_equal(sequence, [*training[user], *held_out.get(user, ())]):
+            raise LeakError(
+                f"user {user}: training part and targets together are not the user's interactions"
+            )
+
+
+def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model") -> None:
+    """Check that ``what`` (a model or collaborative features) was fitted on this split's training alone.
+
+    Raises:
+        LeakError: the recorded hash is not ``training_hash(split.training())``.
+    """
+    expected = training_hash(split.training())
+    if recorded != expected:
+        raise LeakError(
+            f"{what}: fitted on interactions {recorded[:12]}…, this split's training part is {expected[:12]}…"
+        )

@@ -1,0 +1,115 @@
+"""Where the tokens of a batch lie: padded, packed or cached, all brought to the packed form that the ops read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class SequenceLayout:
+    """The packed view of a batch: `Tq` new tokens and `Tk` keys of `B` sequences, end to end.
+
+    `query_index` / `key_index` are flat positions in the padded `(B, S)` grid, or None where nothing is padded.
+    """
+
+    cu_seqlens_q: torch.Tensor  # (B + 1,) int32
+    cu_seqlens_k: torch.Tensor  # (B + 1,) int32
+    max_seqlen_q: int
+    max_seqlen_k: int
+    rank_q: torch.Tensor  # (Tq,) int32, -1 where a token is not an item
+    rank_k: torch.Tensor  # (Tk,) int32
+    position_ids: torch.Tensor  # (Tq,) int64, from 0 in each sequence
+    query_index: torch.Tensor | None = None  # (Tq,) int64
+    key_index: torch.Tensor | None = None  # (Tk,) int64
+
+
+def item_ranks(item_mask: torch.Tensor, tokens_per_item: int = 1) -> torch.Tensor:
+    """Ranks of the items in rows of tokens, oldest first from 0; -1 for tokens that are not items.
+
+    Args:
+        item_mask: `(B, S)` bool, True at item tokens.
+
+    Returns:
+        `(B, S)` int32.
+    """
+    count = item_mask.long().cumsum(dim=-1) - 1
+    return torch.where(item_mask, count.div(tokens_per_item, rounding_mode="floor"), -1).int()
+
+
+def packed_layout(cu_seqlens: torch.Tensor, ranks: torch.Tensor) -> SequenceLayout:
+    """The layout of a packed row.
+
+    Args:
+        cu_seqlens: `(B + 1,)` int32, from 0 to `T`.
+        ranks: `(T,)` int32.
+
+    Raises:
+        ValueError: `cu_seqlens` does not run from 0 to `T` without falling.
+    """
+    lengths = cu_seqlens.diff()
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (lengths < 0).any():
+        raise ValueError(f"cu_seqlens: expected (B + 1,) rising from 0, got {cu_seqlens.tolist()[:8]}")
+    if cu_seqlens[-1] != len(ranks):
+        raise ValueError(f"cu_seqlens: expected to end at T = {len(ranks)}, got {int(cu_seqlens[-1])}")
+    starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
+    cu_seqlens, longest = cu_seqlens.int(), int(lengths.max())
+    position_ids = torch.arange(len(ranks), device=ranks.device) - starts
+    return SequenceLayout(cu_seqlens, cu_seqlens, longest, longest, ranks, ranks, position_ids)
+
+
+def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> SequenceLayout:
+    """The layout of a padded batch whose last `new_tokens` columns are new and whose others lie in the cache.
+
+    Args:
+        mask: `(B, S)` bool, False at padding, on either side.
+        ranks: `(B, S)` int32.
+
+    Raises:
+        ValueError: a row is padding alone.
+    """
+    lengths = mask.sum(dim=-1)
+    if (lengths == 0).any():
+        raise ValueError(f"attention_mask: row {int((lengths == 0).nonzero()[0])} has no token that is not padding")
+    positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+    new_mask, new_ranks = mask[:, -new_tokens:], ranks[:, -new_tokens:]
+    whole = bool(mask.all())
+    key_index = None if whole else mask.flatten().nonzero().flatten()
+    query_index = None if whole else new_mask.flatten().nonzero().flatten()
+    new_lengths = new_mask.sum(dim=-1)
+
+    def pick(grid: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+        return grid.flatten() if index is None else grid.flatten()[index]
+
+    return SequenceLayout(
+        cu_seqlens(new_lengths),
+        cu_seqlens(lengths),
+        int(new_lengths.max()),
+        int(lengths.max()),
+        pick(new_ranks, query_index).int(),
+        pick(ranks, key_index).int(),
+        pick(positions[:, -new_tokens:], query_index),
+        query_index,
+        key_index,
+    )
+
+
+def cu_seqlens(lengths: torch.Tensor) -> torch.Tensor:
+    """`(B,)` lengths to `(B + 1,)` int32 cumulative ones, from 0."""
+    return torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()
+
+
+def item_slots(item_mask: torch.Tensor, ranks: torch.Tensor, tokens_per_item: int) -> torch.Tensor:
+    """Which of its item's `K` tokens each position holds: 0 .. K-1 within each run of one rank.
+
+    Args:
+        item_mask, ranks: `(T,)`; a run starts where the rank changes or the token before is no item.
+    """
+    if tokens_per_item == 1:
+        return torch.zeros_like(ranks, dtype=torch.long)
+    before = torch.arange(len(ranks), device=ranks.device)
+    starts = item_mask.clone()
+    starts[1:] &= ~item_mask[:-1] | (ranks[1:] != ranks[:-1])
+    run_start = torch.where(starts, before, 0).cummax(dim=0).values
+    return (before - run_start) % tokens_per_item

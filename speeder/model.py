@@ -1,0 +1,457 @@
+"""SpeederForCausalLM: a Hugging Face causal language model whose vocabulary ends in a catalogue of items.
+
+Ids `0 .. V-1` are the backbone's text; id `V + i` is item `i`. Embedding an item id means MRC, scoring one means a
+dot product with the same compressed token, so `input_ids`, `labels`, `generate` and beams work as in any causal LM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from speeder.config import ATTENTION_NAME, SpeederConfig
+from speeder.data.catalogue import ItemCatalogue
+from speeder.layout import SequenceLayout, item_ranks, item_slots, packed_layout, padded_layout
+from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, from_backbone
+from speeder.mrc import MRC
+from speeder.recommend import RecommenderMixin
+from speeder.spae import SPAE
+from speeder_kernels import item_cross_entropy, pack_tokens
+
+VOCABULARIES = ("all", "items", "text")
+IGNORED = -100  # label of positions without a target, as everywhere in transformers
+
+
+class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
+    """A decoder language model that reads and predicts catalogue items as single tokens.
+
+    Build one from a pretrained backbone with [`from_backbone`], load a saved one with `from_pretrained`.
+    """
+
+    config_class = SpeederConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: SpeederConfig):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
+        if config.lora is not None:
+            self.add_lora(config.lora)
+        self.mrc = MRC(config)
+        self.spae = SPAE(config)
+        self.item_head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale)))
+        self.dropout = nn.Dropout(config.dropout)
+        self.catalogue: ItemCatalogue | None = None
+        self._item_cache: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
+        self.post_init()
+
+    from_backbone = classmethod(from_backbone)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that a checkpoint lacks: SPAE's tables zero, the item head the identity, gates even."""
+        if isinstance(module, SPAE):
+            for table in (module.position_prompts, module.absolute_bias, module.relative_bias):
+                if table is not None:
+                    init.zeros_(table)
+            for head in module.proxy_heads():
+                init.normal_(head.weight, std=0.02)
+                if head.bias is not None:
+                    init.zeros_(head.bias)
+        elif isinstance(module, MRC):
+            init.ones_(module.norm_weight)
+            init.zeros_(module.gate_offset)
+            for gate in module.gates.values():
+                init.zeros_(gate.weight)
+                init.zeros_(gate.bias)
+            for expert in module.experts.values():
+                for linear in (expert.up, expert.down):
+                    init.xavier_normal_(linear.weight)
+                    init.zeros_(linear.bias)
+            if hasattr(module, "item_embedding"):
+                init.normal_(module.item_embedding.weight, std=0.1)
+                init.zeros_(module.item_gate)
+        elif module is self:
+            init.eye_(self.item_head.weight)
+            init.constant_(self.logit_scale, math.log(self.config.initial_logit_scale))
+
+    def add_lora(self, settings: dict) -> None:
+        """Inject LoRA adapters, without effect until trained, into the backbone.
+
+        Args:
+            settings: arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules`.
+        """
+        inject_adapter_in_model(LoraConfig(**settings), self.backbone)
+        self.config.lora = dict(settings)
+
+    @torch.no_grad()
+    def merge_lora(self) -> None:
+        """Fold trained LoRA adapters into the backbone's own weights and remove them."""
+        for name, module in list(self.backbone.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+                self.backbone.set_submodule(name, module.get_base_layer())
+        self.config.lora = None
+
+    # ---- the catalogue -------------------------------------------------------------------------------------
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Attach the catalogue whose items the ids from `V` on mean.
+
+        Raises:
+            SpeederError: it lacks a modality that this model reads, or an item has none at all.
+        """
+        self.mrc.set_catalogue(catalogue)
+        self.catalogue = catalogue
+        self.config.num_items = len(catalogue)
+        self._item_cache = None
+
+    def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the whole catalogue.
+
+        Out of training the result is kept until a weight of MRC changes.
+
+        Returns:
+            tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self.mrc()
+        tensors = [*self.mrc.parameters(), *self.mrc.buffers()]
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if self._item_cache is None or self._item_cache[0] != state:
+            self._item_cache = (state, *self.mrc())
+        return self._item_cache[1:]
+
+    # ---- forward ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        ranks: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        vocabulary: str = "all",
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Run the model.
+
+        Args:
+            input_ids: `(B, S)` ids of the extended vocabulary; `(1, T)` where `cu_seqlens` packs sequences.
+            attention_mask: `(B, S)`, 0 at padding on either side; with a cache `(B, past + S)`.
+            past_key_values: the cache to continue. Given one that is not empty, give `ranks` too.
+            labels: `(B, S)`, shifted inside as in any causal LM, -100 where nothing is asked. Item labels are
+                scored against the items, text labels against the text.
+            ranks: `(B, past + S)` item ranks, -1 at text; by default items are counted from 0 in each row.
+            cu_seqlens: `(N + 1,)` int32, borders of packed sequences; excludes a mask and a cache.
+            use_cache: return the cache; by default in evaluation without labels.
+            logits_to_keep: score only the last so many positions (0: all).
+            vocabulary: `"all"`, or `"items"` / `"text"`, which leave the other part at -inf uncomputed.
+            num_items_in_batch: labels in the whole optimizer step, by which the loss is divided (`Trainer`).
+
+        Returns:
+            `logits` `(B, S, V + I)` (None in training with labels, where they would be all the memory), `loss`
+            float32, `past_key_values`, and with `output_hidden_states` the final states as `hidden_states[-1]`.
+
+        Raises:
+            ValueError: shapes do not fit, an id is out of range, or a combination is not served.
+        """
+        if vocabulary not in VOCABULARIES:
+            raise ValueError(f"vocabulary: expected one of {', '.join(VOCABULARIES)}, got {vocabulary!r}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
+        item_table = self.item_tokens()[0] if self._needs_items(input_ids, labels, vocabulary) else None
+        hidden, layout, past_key_values = self._decode(
+            input_ids, item_table, attention_mask, past_key_values, ranks, cu_seqlens, use_cache, **kwargs
+        )
+        loss = None
+        if labels is not None:
+            loss = self._loss(hidden, labels, layout, item_table, num_items_in_batch)
+        logits = None
+        if labels is None or not self.training:
+            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            logits = self._logits(kept, item_table, vocabulary)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=(hidden,) if output_hidden_states else None,
+        )
+
+    @torch.no_grad()
+    def last_states(self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
+        item_table = self.item_tokens()[0] if self._needs_items(input_ids, None, "items") else None
+        hidden, *_ = self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)
+        return hidden[0, cu_seqlens[1:].long() - 1]
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor,
+        item_table: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        ranks: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, SequenceLayout, Cache | None]:
+        """Embed and run the backbone's decoder: `(B, S, H)` states (zeros at padding), the layout, the cache."""
+        self._check_arguments(input_ids, cu_seqlens, attention_mask, past_key_values)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        layout = self._layout(input_ids, attention_mask, ranks, cu_seqlens, past)
+        batch, new = input_ids.shape
+        ids = input_ids.flatten()
+        if layout.query_index is not None:
+            ids = ids[layout.query_index]
+        embeddings = self.dropout(self._embed(ids, layout, item_table))
+        use_cache = use_cache or past_key_values is not None
+        if use_cache:
+            if past_key_values is None:
+                past_key_values = DynamicCache(config=self.config.text_config)
+            grid = self._unpack(embeddings, layout, batch, new)
+            position_ids = self._unpack(layout.position_ids, layout, batch, new)
+        else:  # no padding is ever computed: the batch runs as one packed row
+            grid, position_ids = embeddings[None], layout.position_ids[None]
+        decoded = self.backbone.get_decoder()(
+            inputs_embeds=grid,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            spae=self.spae.context(layout if use_cache else self._as_row(layout)),
+            **kwargs,
+        ).last_hidden_state
+        if not use_cache:
+            decoded = self._unpack(decoded[0], layout, batch, new)
+        return decoded, layout, past_key_values
+
+    def _check_arguments(self, input_ids, cu_seqlens, attention_mask, past_key_values) -> None:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}")
+        if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
+            raise ValueError("cu_seqlens: packed sequences take neither attention_mask nor past_key_values")
+        if cu_seqlens is not None and len(input_ids) != 1:
+            raise ValueError(f"input_ids: expected (1, T) with cu_seqlens, got {tuple(input_ids.shape)}")
+        if self.backbone.config._attn_implementation != ATTENTION_NAME:
+            raise ValueError(
+                f"attn_implementation: expected {ATTENTION_NAME!r} in the backbone (SPAE is its attention), "
+                f"got {self.backbone.config._attn_implementation!r}"
+            )
+
+    def _layout(self, input_ids, attention_mask, ranks, cu_seqlens, past: int) -> SequenceLayout:
+        batch, new = input_ids.shape
+        item_mask = input_ids >= self.config.text_vocab_size
+        if cu_seqlens is not None:
+            if ranks is None:
+                rows = item_mask[0].split(cu_seqlens.diff().tolist())
+                ranks = torch.cat([item_ranks(row, self.config.tokens_per_item) for row in rows])
+            return packed_layout(cu_seqlens, ranks.flatten().int())
+        expected = (batch, past + new)
+        if attention_mask is None:
+            attention_mask = torch.ones(expected, dtype=torch.bool, device=input_ids.device)
+        elif tuple(attention_mask.shape) != expected:
+            raise ValueError(f"attention_mask: expected {expected}, got {tuple(attention_mask.shape)}")
+        mask = attention_mask.bool()
+        if ranks is None:
+            if past:
+                raise ValueError("ranks: expected (B, past + S) beside a cache that is not empty, got None")
+            ranks = item_ranks(item_mask & mask, self.config.tokens_per_item)
+        elif tuple(ranks.shape) != expected:
+            raise ValueError(f"ranks: expected {expected}, got {tuple(ranks.shape)}")
+        return padded_layout(mask, ranks, new)
+
+    @staticmethod
+    def _as_row(layout: SequenceLayout) -> SequenceLayout:
+        """The same sequences once padding has been taken out: one row of `Tq` tokens."""
+        return replace(layout, query_index=None, key_index=None)
+
+    @staticmethod
+    def _unpack(packed: torch.Tensor, layout: SequenceLayout, batch: int, new: int) -> torch.Tensor:
+        """`(Tq, ...) -> (B, S, ...)`, zeros at padding."""
+        if len(packed) != batch * new:
+            grid = packed.new_zeros(batch * new, *packed.shape[1:])
+            packed = grid.index_copy(0, layout.query_index, packed)
+        return packed.unflatten(0, (batch, new))
+
+    def _needs_items(self, ids: torch.Tensor, labels: torch.Tensor | None, vocabulary: str) -> bool:
+        if self.config.num_items == 0:
+            return False
+        text = self.config.text_vocab_size
+        if bool((ids >= text).any()) or (labels is not None and bool((labels >= text).any())):
+            return True
+        return vocabulary != "text" and not (labels is not None and self.training)
+
+    def _embed(self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | None) -> torch.Tensor:
+        """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
+        words = self.backbone.get_input_embeddings()
+        table = words.weight
+        text = self.config.text_vocab_size
+        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids: expected ids in 0..{self.config.vocab_size - 1} ({text} text, "
+                f"{self.config.num_items} items), got {int(ids.min())}..{int(ids.max())}"
+            )
+        item_mask = ids >= text
+        k = self.config.tokens_per_item
+        prompts = self.spae.position_prompts
+        ranks = layout.rank_q
+        if prompts is None:
+            prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
+        items = table.new_zeros(0, table.shape[1])
+        if item_table is not None:
+            items = (item_table.flatten(0, 1) * self.config.embedding_rms).to(table.dtype)
+        slots = item_slots(item_mask, layout.rank_q, k)
+        packed = pack_tokens(
+            torch.where(item_mask, 0, ids),
+            table,
+            items,
+            torch.where(item_mask, (ids - text) * k + slots, -1).int(),
+            ranks.clamp(max=len(prompts) - 1),
+            prompts.to(table.dtype),
+        )
+        # Gemma's embedding modules multiply by a constant; item tokens are calibrated to the rows before it
+        return packed * words.embed_scale.to(packed.dtype) if hasattr(words, "embed_scale") else packed
+
+    # ---- scoring ------------------------------------------------------------------------------------------
+
+    def item_queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States to the vectors whose dot products with `item_vectors` are the item logits: `(N, H)` float32."""
+        queries = self.item_head(self.dropout(hidden))
+        scale = self.logit_scale.exp() / self.config.hidden_size
+        return F.rms_norm(queries.float(), queries.shape[-1:], eps=1e-6) * scale
+
+    def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
+        """`(I, K, H)` tokens to the `(I, H)` float32 vectors that items are scored by: the token itself, or the
+        RMS-normalised mean of several."""
+        if item_table.shape[1] == 1:
+            return item_table[:, 0].float()
+        return F.rms_norm(item_table.float().mean(dim=1), item_table.shape[-1:], eps=1e-6)
+
+    def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.backbone.get_output_embeddings()(hidden).float()
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _logits(self, hidden: torch.Tensor, item_table: torch.Tensor | None, vocabulary: str) -> torch.Tensor:
+        """`(B, S, H)` to `(B, S, V + I)` float32."""
+        shape = hidden.shape[:-1]
+        if vocabulary == "items":
+            text = hidden.new_full((*shape, self.config.text_vocab_size), -torch.inf, dtype=torch.float32)
+        else:
+            text = self._text_logits(hidden)
+        if self.config.num_items == 0:
+            return text
+        if vocabulary == "text":
+            items = text.new_full((*shape, self.config.num_items), -torch.inf)
+        else:
+            items = self.item_queries(hidden) @ self.item_vectors(item_table).T
+        return torch.cat([text, items], dim=-1)
+
+    def _loss(self, hidden, labels, layout, item_table, num_items_in_batch) -> torch.Tensor:
+        """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels: expected {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+        states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        text = self.config.text_vocab_size
+        is_item, is_text = targets >= text, (targets >= 0) & (targets < text)
+        count = is_item.sum() + is_text.sum()
+        if num_items_in_batch is not None:
+            count = torch.as_tensor(num_items_in_batch, device=hidden.device)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        if is_item.any():
+            queries = self.item_queries(states[is_item])
+            vectors = self.item_vectors(item_table)
+            total = total + item_cross_entropy(queries, vectors, targets[is_item] - text, scale=1.0).sum()
+        if is_text.any():
+            total = total + F.cross_entropy(self._text_logits(states[is_text]), targets[is_text], reduction="sum")
+        loss = total / count.clamp(min=1)
+        if self.training and self.config.position_proxy_weight > 0:
+            share = (is_item.sum() + is_text.sum()) / count.clamp(min=1)  # 1 but for accumulated gradients
+            loss = loss + share * self.config.position_proxy_weight * self._proxy_loss(hidden, layout)
+        return loss
+
+    def _proxy_loss(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        flat = hidden.flatten(0, 1)
+        flat = flat if layout.query_index is None or len(flat) == len(layout.rank_q) else flat[layout.query_index]
+        lengths = layout.cu_seqlens_q.diff().long()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
+        at_item = layout.rank_q >= 0
+        if not at_item.any():
+            return flat.new_zeros((), dtype=torch.float32)
+        return self.spae.proxy_loss(flat[at_item], layout.rank_q[at_item], sequence[at_item])
+
+    # ---- generation ---------------------------------------------------------------------------------------
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
+        """transformers' `generate`, over items by default; `vocabulary="text"` writes text, `"all"` either.
+
+        Items seen in the prompt are left out with `no_repeat_ngram_size=1`.
+
+        Raises:
+            ValueError: items are asked of a model with several tokens an item (use `recommend`).
+        """
+        if vocabulary != "text" and self.config.tokens_per_item > 1:
+            raise ValueError(
+                f"vocabulary: expected 'text' with tokens_per_item = {self.config.tokens_per_item}, "
+                f"got {vocabulary!r}; recommend() ranks items in any case"
+            )
+        return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, ranks=None, **kwargs):
+        """Give every step the ranks of all tokens so far, which the attention needs beside the cache."""
+        item_mask = input_ids >= self.config.text_vocab_size
+        if attention_mask is not None:
+            item_mask = item_mask & attention_mask.bool()
+        all_ranks = item_ranks(item_mask, self.config.tokens_per_item)
+        if ranks is not None:  # the prompt's own ranks stand, where it gives an answer position the next one
+            all_ranks[:, : ranks.shape[1]] = ranks
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs["ranks"] = all_ranks
+        return inputs
+
+    # ---- saving and loading -------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, *, save_catalogue: bool = True, **kwargs) -> None:
+        """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender."""
+        super().save_pretrained(save_directory, **kwargs)
+        if save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True):
+            self.catalogue.save(Path(save_directory) / CATALOGUE_FOLDER)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a saved recommender, its catalogue included, from a folder or the Hub. Safetensors only.
+
+        Raises:
+            SpeederError: the catalogue is missing, changed or damaged.
+        """
+        kwargs["use_safetensors"] = True
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.num_items:
+            model.set_catalogue(ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs)))
+        return loaded
+
+
+AutoModelForCausalLM.register(SpeederConfig, SpeederForCausalLM)

@@ -1,0 +1,111 @@
+"""MPO, multimodal progressive optimization: modalities are opened to a text-born language model one after another.
+
+The paper names the idea; the form below is this project's own reading. A recipe is a list of stages. Each stage says
+which modalities are open and which parts learn; the gate of a newly opened modality ramps up over some steps, so that
+what the model learned before is not shaken at once. Each stage is an ordinary Hugging Face `Trainer` run.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import TrainerCallback
+
+from speeder.errors import SpeederError
+from speeder.mrc import CLOSED
+from speeder.recipe import Stage
+
+RAMP_START = -6.0  # gate logit offset at which a ramp begins: a weight of about 0.25 % beside one open modality
+
+
+def gate_offset(newly_open: bool, is_open: bool, step: int, ramp_steps: int) -> float:
+    """The gate logit offset of a modality at a step of a stage: 0 open, `CLOSED` closed, between while it ramps.
+
+    Args:
+        newly_open: opened by this stage.
+        step: optimizer steps done in this stage.
+    """
+    if not is_open:
+        return CLOSED
+    if not newly_open or step >= ramp_steps:
+        return 0.0
+    return RAMP_START * (1.0 - step / ramp_steps)
+
+
+class GateRamp(TrainerCallback):
+    """Moves `mrc.gate_offset` with the steps of a stage. It depends on the step alone, so a resumed run agrees."""
+
+    def __init__(self, stage: Stage, opened_before: set[str]):
+        self.stage = stage
+        # in the first stage nothing was there before that a ramp could protect
+        self.new = set(stage.open) - opened_before if opened_before else set()
+
+    def set_offsets(self, model: nn.Module, step: int) -> None:
+        for column, name in enumerate(model.mrc.names):
+            is_open = name in self.stage.open
+            offset = gate_offset(name in self.new, is_open, step, self.stage.ramp_steps)
+            model.mrc.gate_offset[column] = offset
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.set_offsets(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.set_offsets(model, self.stage.ramp_steps)
+
+
+def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> list[dict]:
+    """Freeze all but what the stage trains, and group the rest for AdamW.
+
+    Closed modalities' experts and gates are frozen too. Weight decay spares vectors, scalars and bias tables.
+
+    Returns:
+        parameter groups with `params`, `lr`, `weight_decay` and a `name`; order is that of the model.
+
+    Raises:
+        SpeederError: nothing would be trained.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    layers = model.config.text_config.num_hidden_layers
+    for name, parameter in model.named_parameters():
+        part = _part_of(name, stage, layers)
+        parameter.requires_grad_(part is not None)
+        if part is not None:
+            decays = parameter.ndim >= 2 and not name.startswith("spae.")
+            groups.setdefault((part in ("backbone", "lora", "embeddings"), decays), []).append(parameter)
+    if not groups:
+        raise SpeederError(f"stage {stage.name!r}: none of {', '.join(stage.train)} has weights in this model")
+    return [
+        {
+            "name": ("backbone" if backbone else "new") + ("" if decays else ", no decay"),
+            "params": parameters,
+            "lr": stage.backbone_learning_rate if backbone else stage.learning_rate,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (backbone, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
+    ]
+
+
+def _part_of(name: str, stage: Stage, layers: int) -> str | None:
+    """Which of the stage's trained parts a parameter belongs to; None if it is frozen."""
+    path = name.split(".")
+    if path[0] == "mrc":
+        if path[1] in ("experts", "gates"):
+            part = "experts" if path[1] == "experts" else "gate"
+            return part if part in stage.train and path[2] in stage.open else None
+        if path[1] in ("item_embedding", "item_gate"):
+            return "item" if "item" in stage.train and "item" in stage.open else None
+        return "experts" if "experts" in stage.train else None  # the norm after the experts
+    if path[0] == "spae":
+        return "spae" if "spae" in stage.train else None
+    if path[0] in ("item_head", "logit_scale"):
+        return "head" if "head" in stage.train else None
+    if any(piece.startswith("lora_") for piece in path):
+        return "lora" if "lora" in stage.train else None
+    if "embed_tokens" in path or "lm_head" in path or "wte" in path:
+        return "embeddings" if "embeddings" in stage.train else None
+    for part in stage.train:
+        kind, _, last = part.partition(":")
+        if kind == "backbone":
+            numbers = [int(piece) for piece in path if piece.isdigit()]
+            first = layers - int(last) if last else 0
+            return "backbone" if not numbers or numbers[0] >= first else None
+    return None

@@ -1,0 +1,153 @@
+"""MRC, multimodal representation compression: an item's text, image and collaborative features become one token.
+
+The paper names a Mixture of Modality Experts; the form below is this project's own reading of that. One expert (a
+small MLP) per modality maps its frozen features to the backbone's hidden size; a gate weighs the experts of the
+modalities that the item has; the weighted sum, RMS-normalised, is the item's token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from speeder.config import SpeederConfig
+from speeder.data.catalogue import ItemCatalogue
+from speeder.errors import SpeederError
+from speeder_kernels import compress_items
+
+# A closed modality's gate logit is lowered by this much: weight e^-30 beside any open one, yet an item that has
+# nothing but closed modalities still gets a token, since the softmax ignores a common shift.
+CLOSED = -30.0
+
+ITEM = "item"  # gate column of the learned per-item embedding
+
+
+class Expert(nn.Module):
+    """One modality's expert: `(U, F) -> (U, K, H)`, Linear - GELU - Linear."""
+
+    def __init__(self, features: int, hidden: int, outputs: int, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+        self.up = nn.Linear(features, hidden)
+        self.down = nn.Linear(hidden, tokens * outputs)
+
+    def forward(self, features_UF: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(features_UF))).unflatten(-1, (self.tokens, -1))
+
+
+class MRC(nn.Module):
+    """The mixture of modality experts over a catalogue.
+
+    Features are held as buffers that are not part of the state dict: they belong to the catalogue, which is saved
+    beside the weights.
+    """
+
+    def __init__(self, config: SpeederConfig):
+        super().__init__()
+        hidden = config.expert_hidden_size or config.hidden_size
+        self.names = config.gate_names
+        self.tokens_per_item = config.tokens_per_item
+        self.modality_dropout = config.modality_dropout
+        self.num_items = 0
+        self.experts = nn.ModuleDict(
+            {
+                name: Expert(width, hidden, config.hidden_size, config.tokens_per_item)
+                for name, width in config.modalities.items()
+            }
+        )
+        self.gates = nn.ModuleDict({name: nn.Linear(width, 1) for name, width in config.modalities.items()})
+        if config.item_embedding:
+            self.item_embedding = nn.Embedding(
+                config.num_warm_items, config.tokens_per_item * config.hidden_size
+            )
+            self.item_gate = nn.Parameter(torch.zeros(()))
+        self.norm_weight = nn.Parameter(torch.ones(config.hidden_size))
+        # what MPO moves from CLOSED to 0 as it opens a modality
+        self.register_buffer("gate_offset", torch.zeros(len(self.names)))
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Take a catalogue's features, normalised once, and its presence mask.
+
+        Raises:
+            SpeederError: a modality is missing or has another width, or an item has none at all.
+        """
+        device, dtype = self.norm_weight.device, self.norm_weight.dtype
+        columns, buffers = [], {}
+        for name, expert in self.experts.items():
+            if name not in catalogue.features:
+                raise SpeederError(
+                    f"catalogue: expected the modality {name!r}, got {', '.join(catalogue.features) or 'none'}"
+                )
+            features = catalogue.features[name]
+            if features.shape[1] != expert.up.in_features:
+                raise SpeederError(
+                    f"catalogue: expected features of width {expert.up.in_features} for {name!r}, "
+                    f"got {features.shape[1]}"
+                )
+            buffers[f"features_{name}"] = F.layer_norm(features.float(), features.shape[1:]).to(device, dtype)
+            columns.append(catalogue.present[name])
+        if ITEM in self.names:
+            columns.append(torch.arange(len(catalogue)) < self.item_embedding.num_embeddings)
+        present = torch.stack(columns, dim=1) if columns else torch.zeros(len(catalogue), 0, dtype=torch.bool)
+        bare = (~present.any(dim=1)).nonzero().flatten().tolist()
+        if bare:
+            named = ", ".join(catalogue.ids[i] for i in bare[:3])
+            raise SpeederError(
+                f"catalogue: {len(bare)} item(s) have none of the modalities {', '.join(self.names)} "
+                f"(for one: {named}); give them features or leave them out"
+            )
+        buffers["present"] = present.to(device)
+        for name, buffer in buffers.items():  # nothing is changed before everything was checked
+            self.register_buffer(name, buffer, persistent=False)
+        self.num_items = len(catalogue)
+
+    def forward(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress items.
+
+        Args:
+            rows: `(U,)` item indices; None takes the whole catalogue, `U = I`.
+
+        Returns:
+            tokens `(U, K, H)`, RMS-normalised and scaled by a learned weight, and gates `(U, M)` float32.
+
+        Raises:
+            SpeederError: no catalogue was set.
+        """
+        if self.num_items == 0:
+            raise SpeederError("this model has no catalogue: load one, or give one to from_backbone")
+        outputs, logits = [], []
+        for name, expert in self.experts.items():
+            features = getattr(self, f"features_{name}")
+            features = features if rows is None else features[rows]
+            outputs.append(expert(features))
+            logits.append(self.gates[name](features).squeeze(-1).float())
+        present = self.present if rows is None else self.present[rows]
+        if ITEM in self.names:
+            warm = torch.arange(self.num_items, device=present.device) if rows is None else rows
+            warm = warm.clamp(max=self.item_embedding.num_embeddings - 1)
+            vectors = self.item_embedding(warm).unflatten(-1, (self.tokens_per_item, -1))
+            outputs.append(vectors.to(outputs[0].dtype) if outputs else vectors)
+            logits.append(self.item_gate.float().expand(len(warm)))
+        if self.training and self.modality_dropout:
+            present = drop_modalities(present, self.modality_dropout)
+        expert_outputs = torch.stack(outputs, dim=2)  # (U, K, M, H)
+        gate_logits = torch.stack(logits, dim=1) + self.gate_offset.float()  # (U, M)
+        k = self.tokens_per_item
+        tokens, gates = compress_items(
+            expert_outputs.flatten(0, 1),
+            gate_logits.repeat_interleave(k, dim=0),
+            present.repeat_interleave(k, dim=0),
+            self.norm_weight.to(expert_outputs.dtype),
+        )
+        return tokens.unflatten(0, (-1, k)), gates.unflatten(0, (-1, k))[:, 0]
+
+
+def drop_modalities(present: torch.Tensor, probability: float) -> torch.Tensor:
+    """Hide each present modality of each item with the given chance, but never an item's last one.
+
+    Args:
+        present: `(U, M)` bool.
+    """
+    kept = present & (torch.rand(present.shape, device=present.device) >= probability)
+    return torch.where(kept.any(dim=1, keepdim=True), kept, present)

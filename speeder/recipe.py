@@ -1,0 +1,203 @@
+"""A training recipe: a YAML file of MPO stages, read into checked dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from speeder.errors import SpeederError
+
+# What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
+PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
+
+
+@dataclass
+class Stage:
+    """One stage of multimodal progressive optimization (MPO).
+
+    Attributes:
+        name: shown in logs, tables and plots.
+        open: modalities whose gates are open ("item" is the learned item embedding).
+        train: parts that learn, of [`PARTS`]; all else is frozen.
+        epochs: passes over the training sequences (fractions allowed); or
+        steps: optimizer steps, which wins over epochs.
+        learning_rate: peak rate of the new parts.
+        backbone_learning_rate: peak rate of the backbone's own weights and of LoRA.
+        ramp_steps: steps in which a newly opened modality's gate goes from nearly closed to open.
+    """
+
+    name: str
+    open: list[str]
+    train: list[str] = field(default_factory=lambda: ["experts", "gate", "item", "head", "spae", "backbone"])
+    epochs: float = 1.0
+    steps: int | None = None
+    learning_rate: float = 1e-3
+    backbone_learning_rate: float = 3e-4
+    ramp_steps: int = 20
+
+    def __post_init__(self):
+        if not self.open:
+            raise SpeederError(f"stage {self.name!r}: open: expected at least one modality, got none")
+        for part in self.train:
+            name, _, last = part.partition(":")
+            if name not in PARTS or (last and not (name == "backbone" and last.isdigit() and int(last) > 0)):
+                raise SpeederError(
+                    f"stage {self.name!r}: train: expected parts of {', '.join(PARTS)} or 'backbone:N', got {part!r}"
+                )
+        if self.epochs <= 0 or (self.steps is not None and self.steps <= 0):
+            raise SpeederError(f"stage {self.name!r}: expected epochs and steps above 0")
+
+
+@dataclass
+class Recipe:
+    """A whole training run.
+
+    Attributes:
+        backbone: Hub id, folder, or an asset's name.
+        layers: keep the backbone's first so many layers; None keeps all.
+        random_weights: draw the backbone's weights afresh (for ablations).
+        template: the prompt around the history; `"{history}"` is items only.
+        model: further arguments of [`SpeederConfig`].
+        lora: arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None leaves adapters out.
+        supervision: `"all"` or `"last"`, see `build_sequence`.
+        batch_users: training sequences per step and device.
+        gradient_accumulation_steps: batches per optimizer step.
+        precision: `"bf16"` (autocast), `"fp16"` or `"fp32"`.
+        weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
+        checkpoint_steps: steps between checkpoints, each with a validation ranking.
+        keep_best: end a stage with its checkpoint of the best validation NDCG@10.
+        log_steps: steps between log lines.
+        seed: of everything drawn at random.
+        stages: in order.
+    """
+
+    stages: list[Stage]
+    backbone: str = "smollm2-135m"
+    layers: int | None = None
+    random_weights: bool = False
+    template: str = "{history}"
+    model: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
+    supervision: str = "all"
+    batch_users: int = 64
+    gradient_accumulation_steps: int = 1
+    precision: str = "bf16"
+    weight_decay: float = 0.01
+    warmup_ratio: float = 0.05
+    max_grad_norm: float = 1.0
+    checkpoint_steps: int = 100
+    keep_best: bool = True
+    log_steps: int = 5
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.stages:
+            raise SpeederError("recipe: expected at least one stage, got none")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise SpeederError(f"recipe: expected stages with different names, got {', '.join(names)}")
+        for name, allowed in (("precision", ("bf16", "fp16", "fp32")), ("supervision", ("all", "last"))):
+            if getattr(self, name) not in allowed:
+                raise SpeederError(f"recipe: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("batch_users", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
+            if getattr(self, name) < 1:
+                raise SpeederError(f"recipe: {name}: expected at least 1, got {getattr(self, name)}")
+        if self.lora is None and any("lora" in stage.train for stage in self.stages):
+            raise SpeederError("recipe: a stage trains 'lora', but the recipe has no 'lora' section")
+
+    def for_modalities(self, available: list[str]) -> tuple[Recipe, list[str]]:
+        """The recipe over the modalities at hand: others are left out, and stages that then open nothing new.
+
+        Returns:
+            the recipe, and one readable line for each stage left out or narrowed.
+        """
+        stages, notes, opened = [], [], set()
+        for stage in self.stages:
+            there = [name for name in stage.open if name in available or name == "item"]
+            missing = [name for name in stage.open if name not in there]
+            if missing and (not there or set(there) <= opened):
+                notes.append(f"stage {stage.name!r} is left out: no item has {', '.join(missing)} features")
+                continue
+            opened |= set(there)
+            stages.append(dataclasses.replace(stage, open=there))
+        return dataclasses.replace(self, stages=stages), notes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML holds it."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        SpeederError: the file is missing, is not YAML, or has a key or value that is not known.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpeederError(f"recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpeederError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return recipe_from_dict(data)
+    except SpeederError as error:
+        raise SpeederError(f"{path}: {error}") from error
+
+
+def recipe_from_dict(data: Any) -> Recipe:
+    """A recipe from plain data.
+
+    Raises:
+        SpeederError: a key is unknown, or a value has the wrong type or range.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
+        raise SpeederError("recipe: expected a mapping with a list of 'stages'")
+    stages = [_build(Stage, stage, f"stage {number}") for number, stage in enumerate(data["stages"], 1)]
+    return _build(Recipe, {**data, "stages": stages}, "recipe")
+
+
+def _build(cls: type, data: Any, where: str):
+    if not isinstance(data, dict):
+        raise SpeederError(f"{where}: expected a mapping, got {type(data).__name__}")
+    known = {entry.name: entry for entry in dataclasses.fields(cls)}
+    unknown = sorted(map(str, set(data) - set(known)))
+    if unknown:
+        raise SpeederError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+    values = {}
+    for key, value in data.items():
+        if known[key].type == "float" and isinstance(value, str):  # YAML reads 1e-3 as a string
+            try:
+                value = float(value)
+            except ValueError:
+                raise SpeederError(f"{where}: {key}: expected a number, got {value!r}") from None
+        values[key] = value
+    _check_types(values, known, where)
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise SpeederError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
+
+
+_TYPES = {
+    "str": str,
+    "float": (int, float),
+    "int": int,
+    "int | None": (int, type(None)),
+    "bool": bool,
+    "list[str]": list,
+    "list[Stage]": list,
+    "dict[str, Any]": dict,
+    "dict[str, Any] | None": (dict, type(None)),
+}
+
+
+def _check_types(values: dict[str, Any], known: dict, where: str) -> None:
+    for key, value in values.items():
+        wanted = known[key].type
+        if not isinstance(value, _TYPES[wanted]) or (isinstance(value, bool) and wanted != "bool"):
+            raise SpeederError(f"{where}: {key}: expected {wanted}, got {value!r}")

@@ -1,0 +1,152 @@
+"""What a recommender does with a model: score histories, recommend items, take in new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.prompts import build_sequence, pack_batch
+from speeder_kernels import topk_items
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Attributes:
+        item: its index in the catalogue.
+        id: its external id.
+        title: its title, "" if it has none.
+        score: its logit; comparable within one user.
+    """
+
+    item: int
+    id: str
+    title: str
+    score: float
+
+
+class RecommenderMixin:
+    """`score`, `recommend`, `gates` and `add_items` of [`SpeederForCausalLM`]. All run without gradients."""
+
+    @torch.no_grad()
+    def user_states(self, histories: Sequence[Sequence[int | str]], batch_size: int = 256) -> Iterator[torch.Tensor]:
+        """Run histories through the backbone, packed, a batch at a time.
+
+        Yields:
+            `(n, H)` float32 queries of up to `batch_size` users, whose dot products with `item_vectors` rank items.
+        """
+        training = self.training
+        self.eval()
+        try:
+            for start in range(0, len(histories), batch_size):
+                chunk = [self.catalogue.indices_of(history) for history in histories[start : start + batch_size]]
+                batch = pack_batch([build_sequence(history, self.config) for history in chunk])
+                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                yield self.item_queries(self.last_states(**batch))
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 256) -> torch.Tensor:
+        """Score the whole catalogue as each history's next item.
+
+        Args:
+            histories: item indices or ids, oldest first.
+
+        Returns:
+            `(n, I)` float32 logits on the CPU.
+
+        Raises:
+            ValueError: no history, an empty one, or an index out of range.
+        """
+        self._check_histories(histories)
+        states = list(self.user_states(histories, batch_size))
+        vectors = self._vectors()
+        return torch.cat([(state @ vectors.T).cpu() for state in states])
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int | str]],
+        k: int = 10,
+        exclude_seen: bool = True,
+        batch_size: int = 256,
+        progress: bool = False,
+    ) -> list[list[Recommendation]]:
+        """The `k` best next items of each history, best first. One forward pass, no decoding, always valid items.
+
+        Args:
+            histories: item indices or ids, oldest first; the newest `config.max_history` are read.
+            k: how many items, at most the catalogue's size (less the seen ones).
+            exclude_seen: leave out every item of the history, also those too old to be read.
+
+        Raises:
+            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: no such id.
+        """
+        self._check_histories(histories)
+        vectors = self._vectors()
+        states = self.user_states(histories, batch_size)
+        batches = range(0, len(histories), batch_size)
+        results: list[list[Recommendation]] = []
+        for start, state in zip(tqdm(batches, desc="recommend", disable=not progress), states, strict=True):
+            chunk = [sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]]
+            excluded: dict[str, torch.Tensor] = {}
+            if exclude_seen:
+                indptr = np.cumsum([0, *map(len, chunk)])
+                excluded = {
+                    "exclude_indptr": torch.as_tensor(indptr, device=state.device),
+                    "exclude_items": torch.tensor([i for row in chunk for i in row], device=state.device),
+                }
+            scores, items = topk_items(state, vectors, k, **excluded)
+            results += [
+                [self._recommendation(i, s) for i, s in zip(row, row_scores, strict=True)]
+                for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)
+            ]
+        return results
+
+    @torch.no_grad()
+    def gates(self) -> dict[str, torch.Tensor]:
+        """The gate's weights: modality -> `(I,)` float32 on the CPU; they sum to 1 over the modalities."""
+        weights = self.item_tokens()[1].cpu()
+        return dict(zip(self.config.gate_names, weights.unbind(dim=1), strict=True))
+
+    def add_items(self, new_items: ItemCatalogue) -> range:
+        """Append items to the catalogue, without training: they can be read and recommended at once.
+
+        Args:
+            new_items: ids that the catalogue does not have, with features of at least one modality each.
+
+        Returns:
+            the new items' indices.
+
+        Raises:
+            ValueError: an id is taken, or features have another width. SpeederError: an item has no modality.
+        """
+        before = len(self.catalogue)
+        self.set_catalogue(self.catalogue.concat(new_items))
+        return range(before, len(self.catalogue))
+
+    def _vectors(self) -> torch.Tensor:
+        training = self.training
+        self.eval()
+        try:
+            return self.item_vectors(self.item_tokens()[0])
+        finally:
+            self.train(training)
+
+    def _recommendation(self, item: int, score: float) -> Recommendation:
+        return Recommendation(item, self.catalogue.ids[item], self.catalogue.titles[item], score)
+
+    def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
+        if len(histories) == 0:
+            raise ValueError("histories: expected at least one history, got none")
+        if not self.config.prompt_prefix and not self.config.prompt_suffix:
+            for row, history in enumerate(histories):
+                if len(history) == 0:
+                    raise ValueError(f"histories: expected at least one item in each, got an empty history at {row}")

@@ -1,0 +1,295 @@
+"""Run a recipe: its stages one after another, each a Hugging Face `Trainer`, resumable at any moment.
+
+A run folder holds `recipe.json`, `state.json` (what is finished), `stages/<stage>/` (checkpoints, TensorBoard logs,
+`log.json`) and `model/`. Every file that resuming relies on is written whole or not at all: a checkpoint counts only
+with the marker that is written after it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from speeder.config import SpeederConfig
+from speeder.data.files import read_json, write_json
+from speeder.data.interactions import LeaveOneOut
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.evaluate import evaluate
+from speeder.loading import load_tokenizer
+from speeder.model import SpeederForCausalLM
+from speeder.mpo import GateRamp, select_parameters
+from speeder.processor import SpeederProcessor, template_ids
+from speeder.prompts import TokenSequence, build_sequence, pack_batch
+from speeder.recipe import Recipe, Stage
+
+COMPLETE = "COMPLETE"  # marker file of a checkpoint that was written to its end
+
+
+class TrainingSequences(Dataset):
+    """Users' training parts, cut from the newest end into windows of `max_history` items and the one that follows.
+
+    Args:
+        sequences: item indices by user, oldest first; those of fewer than two items teach nothing and are left out.
+    """
+
+    def __init__(self, sequences: list[np.ndarray], config: SpeederConfig, supervision: str):
+        self.config, self.supervision = config, supervision
+        self.windows: list[np.ndarray] = []
+        for sequence in sequences:
+            if supervision == "last":  # one example an item that has a history
+                ends = range(len(sequence), 1, -1)
+            else:  # windows share one item, so that each item but a user's first is asked for once
+                ends = range(len(sequence), 1, -config.max_history)
+            self.windows += [sequence[max(0, end - config.max_history - 1) : end] for end in ends]
+        if not self.windows:
+            raise SpeederError("training data: expected a user with at least two training interactions, got none")
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        *history, target = self.windows[index].tolist()
+        return build_sequence(history, self.config, target, self.supervision)
+
+
+class SpeederTrainer(Trainer):
+    """A `Trainer` whose evaluation is the full ranking of the validation items."""
+
+    def __init__(self, *args, split: LeaveOneOut, parameter_groups: list[dict], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.split, self.parameter_groups = split, parameter_groups
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.parameter_groups, betas=(0.9, 0.98), fused=True)
+        return self.optimizer
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        model = self.accelerator.unwrap_model(self.model)
+        with self.autocast_smart_context_manager() if self.args.bf16 else torch.no_grad():
+            ranking = evaluate(model, self.split, "validation", resamples=1)
+        metrics = {f"{metric_key_prefix}_{m}": ranking.mean(m) for m in ("NDCG@10", "HR@10")}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
+
+
+class GateLog(TrainerCallback):
+    """Adds the mean gate weight of each modality to the log."""
+
+    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
+        if logs is not None and "loss" in logs:
+            for name, weights in model.gates().items():
+                logs[f"gate/{name}"] = float(weights.mean())
+            state.log_history[-1].update({k: v for k, v in logs.items() if k.startswith("gate/")})
+
+
+class CheckpointMarker(TrainerCallback):
+    """Marks a checkpoint as whole after its last file was written."""
+
+    def on_save(self, args, state, control, **kwargs):
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def train(
+    recipe: Recipe,
+    data: PreparedData,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    on_stage: Callable[[Stage, SpeederForCausalLM], None] | None = None,
+) -> SpeederForCausalLM:
+    """Train a recommender by a recipe.
+
+    Args:
+        recipe: what to do; every modality that it opens must be in `data.catalogue`.
+        data: a prepared set; only `data.split.training()` is learned from.
+        run: the run folder; new or empty unless `resume`.
+        resume: go on from the last checkpoint, within a stage or between stages. The recipe and the data must be
+            those that the run began with.
+        on_stage: called after each finished stage with its model, as it stands.
+
+    Returns:
+        the finished recommender, in evaluation mode; also saved in `run/model`.
+
+    Raises:
+        SpeederError: the folder is in use, or holds nothing to resume, or the recipe or data are others.
+    """
+    run = Path(run)
+    _check_modalities(recipe, data)
+    state = _open_run(run, recipe, data, resume)
+    tokenizer = load_tokenizer(recipe.backbone)
+    model = _load_model(run, state, recipe, data, tokenizer)
+    processor = SpeederProcessor(tokenizer, model.config, data.catalogue)
+    opened: set[str] = set()
+    for number, stage in enumerate(recipe.stages):
+        if number >= len(state["finished"]):
+            _run_stage(number, stage, opened, model, recipe, data, run)
+            last = stage is recipe.stages[-1]
+            _finish_stage(number, stage, model, processor, run, state, last)
+            if on_stage is not None:
+                on_stage(stage, model)
+        opened |= set(stage.open)
+    return model.eval()
+
+
+def stage_logs(run: str | Path) -> dict[str, list[dict]]:
+    """The log of each finished stage: name -> entries with `step`, `loss`, `eval_NDCG@10`, `gate/<modality>`."""
+    run = Path(run)
+    finished = read_json(run / "state.json")["finished"]
+    return {name: read_json(_stage_folder(run, i, name) / "log.json")["log"] for i, name in enumerate(finished)}
+
+
+def _stage_folder(run: Path, number: int, name: str) -> Path:
+    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return run / "stages" / f"{number + 1:02d}-{safe}"
+
+
+def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
+    for stage in recipe.stages:
+        for name in stage.open:
+            if name == "item" and recipe.model.get("item_embedding"):
+                continue
+            if name not in data.catalogue.modalities:
+                known = ", ".join(data.catalogue.modalities) or "none"
+                raise SpeederError(f"stage {stage.name!r} opens {name!r}, but the prepared data has: {known}")
+
+
+def _open_run(run: Path, recipe: Recipe, data: PreparedData, resume: bool) -> dict:
+    wanted = {"recipe": recipe.to_dict(), "split": data.split.hash(), "catalogue": data.catalogue.modalities}
+    state_path, recipe_path = run / "state.json", run / "recipe.json"
+    if resume:
+        if not recipe_path.exists():
+            raise SpeederError(f"{run}: expected a run to resume, found none")
+        if read_json(recipe_path) != wanted:
+            raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
+        return read_json(state_path) if state_path.exists() else {"finished": [], "model": None}
+    if recipe_path.exists():
+        raise SpeederError(f"{run}: holds a run already; resume it with --resume, or choose another folder")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(recipe_path, wanted)
+    return {"finished": [], "model": None}
+
+
+def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, tokenizer) -> SpeederForCausalLM:
+    if state["model"]:
+        return SpeederForCausalLM.from_pretrained(run / state["model"])
+    set_seed(recipe.seed)
+    prefix, suffix = template_ids(tokenizer, recipe.template)
+    opened = {name for stage in recipe.stages for name in stage.open}
+    return SpeederForCausalLM.from_backbone(
+        recipe.backbone,
+        data.catalogue,
+        layers=recipe.layers,
+        modalities=[name for name in data.catalogue.modalities if name in opened],
+        random_weights=recipe.random_weights,
+        lora=recipe.lora,
+        prompt_prefix=prefix,
+        prompt_suffix=suffix,
+        **recipe.model,
+    )
+
+
+def _run_stage(
+    number: int,
+    stage: Stage,
+    opened: set[str],
+    model: SpeederForCausalLM,
+    recipe: Recipe,
+    data: PreparedData,
+    run: Path,
+) -> None:
+    folder = _stage_folder(run, number, stage.name)
+    checkpoint = _last_checkpoint(folder)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=stage.epochs,
+        max_steps=stage.steps or -1,
+        per_device_train_batch_size=recipe.batch_users,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=stage.learning_rate,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup_ratio,
+        bf16=recipe.precision == "bf16",
+        fp16=recipe.precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=recipe.log_steps,
+        eval_strategy="steps",
+        eval_steps=recipe.checkpoint_steps,
+        save_strategy="steps",
+        save_steps=recipe.checkpoint_steps,
+        save_total_limit=2,
+        load_best_model_at_end=recipe.keep_best,
+        metric_for_best_model="NDCG@10",
+        greater_is_better=True,
+        remove_unused_columns=False,
+        seed=recipe.seed + number,
+        report_to=["tensorboard"],
+        run_name=stage.name,
+    )
+    ramp = GateRamp(stage, opened)
+    groups = select_parameters(model, stage, recipe.weight_decay)
+    trainer = SpeederTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=TrainingSequences(data.split.training(), model.config, recipe.supervision),
+        eval_dataset=[],
+        data_collator=lambda sequences: pack_batch(sequences, with_labels=True),
+        callbacks=[ramp, GateLog(), CheckpointMarker()],
+        split=data.split,
+        parameter_groups=groups,
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    ramp.set_offsets(model, stage.ramp_steps)
+    write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint of a stage; torn ones are removed."""
+    steps = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).exists():
+            steps[int(path.name.rsplit("-", 1)[1])] = path
+        else:
+            shutil.rmtree(path)
+    return steps[max(steps)] if steps else None
+
+
+def _finish_stage(
+    number: int,
+    stage: Stage,
+    model: SpeederForCausalLM,
+    processor: SpeederProcessor,
+    run: Path,
+    state: dict,
+    last: bool,
+) -> None:
+    """Save the stage's model, then say so in `state.json`, then remove what it replaces."""
+    name = "model" if last else f"model-{number + 1:02d}"
+    temporary = run / f".{name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    shutil.rmtree(run / name, ignore_errors=True)
+    temporary.rename(run / name)
+    before, state["model"] = state["model"], name
+    state["finished"].append(stage.name)
+    write_json(run / "state.json", state)
+    if before:
+        shutil.rmtree(run / before, ignore_errors=True)
+    for checkpoint in _stage_folder(run, number, stage.name).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

@@ -1,0 +1,36 @@
+"""`python -m speeder_kernels`: what was built, and which backends are available or why not."""
+
+from __future__ import annotations
+
+import torch
+
+from speeder_kernels.backends import backends
+
+try:
+    from speeder_kernels import _host
+except ImportError:
+    _host = None
+
+
+def describe() -> str:
+    """The report, a line a fact."""
+    lines = [f"torch              {torch.__version__}"]
+    if _host is None:
+        lines.append("compiled code      not built (pip install --no-build-isolation . builds it)")
+    else:
+        info = _host.build_info()
+        cuda = f"{info['cuda']} for {info['cuda_archs']}" if info["cuda"] else f"no: {info['cuda_missing']}"
+        lines += [
+            f"built with         {info['compiler']}, torch {info['torch']}",
+            f"CUDA kernels       {cuda}",
+            f"instruction set    {_host.instruction_set()}",
+        ]
+    lines.append("backends")
+    for backend in backends().values():
+        state = "available: " + ", ".join(backend.ops) if backend.available else "no: " + backend.reason
+        lines.append(f"  {backend.name:<16} {state}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

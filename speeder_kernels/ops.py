@@ -1,0 +1,328 @@
+"""torch.library registration: schemas, fake kernels, autograd, and the call of the backend that was chosen.
+
+Each public op is `speeder::NAME`, with `speeder::NAME_backward` where there is a gradient; the last argument
+is the backend's name, settled before the call. Compiled kernels are ops of their own, `speeder::NAME_kernel`,
+registered under the CPU and CUDA dispatch keys by the compiled libraries: the key picks the library.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from speeder_kernels import reference, reference_attention, validate
+
+_LIBRARY = torch.library.Library("speeder", "DEF")
+_OPS = torch.ops.speeder
+
+
+def _define(schema: str) -> Callable:
+    """Register the decorated function as an op for every device, with autocast off inside it."""
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def kernel(*args):
+            tensor = next(arg for arg in args if isinstance(arg, Tensor))
+            with torch.autocast(tensor.device.type, enabled=False):
+                return function(*args)
+
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(schema.split("(")[0], kernel, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _fake(name: str) -> Callable:
+    return torch.library.register_fake(f"speeder::{name}", lib=_LIBRARY)
+
+
+def _needed(x: Tensor, shape: tuple, need: bool) -> Tensor:
+    """The fake of a gradient: `shape`, or `(0,) + shape[1:]` where nobody needs it."""
+    return x.new_empty(shape if need else (0, *shape[1:]))
+
+
+# --- spae_attention -----------------------------------------------------------------------------------------
+
+
+@_define(
+    "spae_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
+    "Tensor? absolute_bias, float softmax_scale, bool causal, str backend) -> (Tensor, Tensor)"
+)
+def _spae_attention(
+    q, k, v, cu_q, cu_k, max_q, max_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend
+):
+    if validate.reads_values(q):
+        validate.check_cu_seqlens_values("cu_seqlens_q", cu_q, q.shape[0], "max_seqlen_q", max_q)
+        validate.check_cu_seqlens_values("cu_seqlens_k", cu_k, k.shape[0], "max_seqlen_k", max_k)
+    return reference_attention.spae_attention(
+        q, k, v, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal
+    )
+
+
+@_fake("spae_attention")
+def _(
+    q, k, v, cu_q, cu_k, max_q, max_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend
+):
+    lse = q.new_empty(q.shape[:2], dtype=reference.accumulate_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+@_define(
+    "spae_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
+    "Tensor? absolute_bias, float softmax_scale, bool causal, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _spae_attention_backward(*args):
+    return reference_attention.spae_attention_backward(*args[:-1])
+
+
+@_fake("spae_attention_backward")
+def _(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_q,
+    cu_k,
+    rank_q,
+    rank_k,
+    relative_bias,
+    absolute_bias,
+    scale,
+    causal,
+    needs,
+    backend,
+):
+    dense = [_needed(x, x.shape, need) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    tables = [
+        q.new_empty(0, 0) if table is None else _needed(table, table.shape, need)
+        for table, need in zip((relative_bias, absolute_bias), needs[3:], strict=True)
+    ]
+    return (*dense, *tables)
+
+
+def _spae_setup(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, _, _, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
+    ctx.mark_non_differentiable(lse)
+    ctx.constants = (scale, causal, backend)
+
+
+def _spae_backward(ctx, grad, _grad_lse):
+    needs = [ctx.needs_input_grad[n] for n in (0, 1, 2, 9, 10)]
+    scale, causal, backend = ctx.constants
+    grads = _OPS.spae_attention_backward(grad, *ctx.saved_tensors, scale, causal, needs, backend)
+    q, k, v, relative, absolute = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return q, k, v, None, None, None, None, None, None, relative, absolute, None, None, None
+
+
+torch.library.register_autograd(
+    "speeder::spae_attention", _spae_backward, setup_context=_spae_setup, lib=_LIBRARY
+)
+
+
+# --- pack_tokens --------------------------------------------------------------------------------------------
+
+_PACK_ARGS = (
+    "Tensor input_ids, Tensor text_embedding, Tensor item_tokens, Tensor item_rows, Tensor ranks, "
+    "Tensor position_prompts"
+)
+_PACK_BACKWARD_ARGS = (
+    "Tensor grad, Tensor input_ids, Tensor item_rows, Tensor ranks, SymInt[] sizes, bool[] needs"
+)
+# What _ops.so (CPU) and _ops_cuda.so (CUDA) implement.
+_LIBRARY.define(f"pack_tokens_kernel({_PACK_ARGS}) -> Tensor")
+_LIBRARY.define("sum_rows_kernel(Tensor grad, Tensor order, Tensor starts) -> Tensor")
+
+
+@_define(f"pack_tokens({_PACK_ARGS}, str backend) -> Tensor")
+def _pack_tokens(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts, backend):
+    if validate.reads_values(input_ids):
+        sizes = [table.shape[0] for table in (text_embedding, item_tokens, position_prompts)]
+        validate.check_pack_values(input_ids, item_rows, ranks, sizes)
+    if backend == "reference":
+        return reference.pack_tokens(
+            input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts
+        )
+    tables = (x.contiguous() for x in (text_embedding, item_tokens, item_rows, ranks, position_prompts))
+    return _OPS.pack_tokens_kernel(input_ids.contiguous(), *tables)
+
+
+@_fake("pack_tokens")
+def _(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts, backend):
+    return text_embedding.new_empty(input_ids.shape[0], text_embedding.shape[1])
+
+
+@_define(f"pack_tokens_backward({_PACK_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)")
+def _pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, backend):
+    sum_rows = reference.sum_rows if backend == "reference" else _sum_rows
+    return reference.pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, sum_rows)
+
+
+def _sum_rows(grad: Tensor, index: Tensor, size: int) -> Tensor:
+    """`reference.sum_rows` by the compiled kernel: a stable sort lists each row's tokens in order."""
+    rows, order = index.sort(stable=True)
+    starts = torch.searchsorted(rows, torch.arange(size + 1, device=rows.device))
+    return _OPS.sum_rows_kernel(grad.contiguous(), order, starts)
+
+
+@_fake("pack_tokens_backward")
+def _(grad, input_ids, item_rows, ranks, sizes, needs, backend):
+    hidden = grad.shape[1]
+    return tuple(_needed(grad, (size, hidden), need) for size, need in zip(sizes, needs, strict=True))
+
+
+def _pack_setup(ctx, inputs, output):
+    input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts, ctx.backend = inputs
+    ctx.save_for_backward(input_ids, item_rows, ranks)
+    ctx.sizes = [table.shape[0] for table in (text_embedding, item_tokens, position_prompts)]
+
+
+def _pack_backward(ctx, grad):
+    needs = [ctx.needs_input_grad[n] for n in (1, 2, 5)]
+    grads = _OPS.pack_tokens_backward(grad, *ctx.saved_tensors, ctx.sizes, needs, ctx.backend)
+    text, items, prompts = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return None, text, items, None, None, prompts, None
+
+
+torch.library.register_autograd(
+    "speeder::pack_tokens", _pack_backward, setup_context=_pack_setup, lib=_LIBRARY
+)
+
+
+# --- compress_items -----------------------------------------------------------------------------------------
+
+
+@_define(
+    "compress_items(Tensor expert_outputs, Tensor gate_logits, Tensor present, Tensor norm_weight, "
+    "float eps, str backend) -> (Tensor, Tensor)"
+)
+def _compress_items(expert_outputs, gate_logits, present, norm_weight, eps, backend):
+    if validate.reads_values(present):
+        validate.check_present_values(present)
+    return reference.compress_items(expert_outputs, gate_logits, present, norm_weight, eps)
+
+
+@_fake("compress_items")
+def _(expert_outputs, gate_logits, present, norm_weight, eps, backend):
+    gates = gate_logits.new_empty(gate_logits.shape, dtype=reference.accumulate_dtype(expert_outputs.dtype))
+    return expert_outputs.new_empty(expert_outputs.shape[0], expert_outputs.shape[2]), gates
+
+
+@_define(
+    "compress_items_backward(Tensor grad_tokens, Tensor grad_gates, Tensor expert_outputs, "
+    "Tensor gate_logits, Tensor present, Tensor norm_weight, float eps, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+def _compress_items_backward(*args):
+    return reference.compress_items_backward(*args[:-1])
+
+
+@_fake("compress_items_backward")
+def _(grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps, backend):
+    return tuple(x.new_empty(x.shape) for x in (expert_outputs, gate_logits, norm_weight))
+
+
+def _compress_setup(ctx, inputs, output):
+    *tensors, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _compress_backward(ctx, grad_tokens, grad_gates):
+    grads = _OPS.compress_items_backward(grad_tokens, grad_gates, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    needs = [ctx.needs_input_grad[n] for n in (0, 1, 3)]
+    experts, logits, weight = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return experts, logits, None, weight, None, None
+
+
+torch.library.register_autograd(
+    "speeder::compress_items", _compress_backward, setup_context=_compress_setup, lib=_LIBRARY
+)
+
+
+# --- item_cross_entropy -------------------------------------------------------------------------------------
+
+
+@_define(
+    "item_cross_entropy(Tensor hidden, Tensor item_table, Tensor targets, float scale, Tensor? log_q, "
+    "str backend) -> (Tensor, Tensor)"
+)
+def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
+    if validate.reads_values(targets):
+        validate.check_range("targets", targets, 0, item_table.shape[0])
+    return reference.item_cross_entropy(hidden, item_table, targets, scale, log_q)
+
+
+@_fake("item_cross_entropy")
+def _(hidden, item_table, targets, scale, log_q, backend):
+    dtype = reference.accumulate_dtype(hidden.dtype)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+
+
+@_define(
+    "item_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor item_table, Tensor targets, Tensor lse, "
+    "float scale, Tensor? log_q, bool[] needs, str backend) -> (Tensor, Tensor)"
+)
+def _item_cross_entropy_backward(*args):
+    return reference.item_cross_entropy_backward(*args[:-1])
+
+
+@_fake("item_cross_entropy_backward")
+def _(grad, hidden, item_table, targets, lse, scale, log_q, needs, backend):
+    return tuple(_needed(x, x.shape, need) for x, need in zip((hidden, item_table), needs, strict=True))
+
+
+def _cross_entropy_setup(ctx, inputs, output):
+    hidden, item_table, targets, scale, log_q, backend = inputs
+    ctx.save_for_backward(hidden, item_table, targets, output[1], log_q)
+    ctx.mark_non_differentiable(output[1])
+    ctx.constants = (scale, backend)
+
+
+def _cross_entropy_backward(ctx, grad, _grad_lse):
+    hidden, item_table, targets, lse, log_q = ctx.saved_tensors
+    scale, backend = ctx.constants
+    needs = list(ctx.needs_input_grad[:2])
+    grads = _OPS.item_cross_entropy_backward(
+        grad, hidden, item_table, targets, lse, scale, log_q, needs, backend
+    )
+    grad_hidden, grad_table = (g if need else None for g, need in zip(grads, needs, strict=True))
+    return grad_hidden, grad_table, None, None, None, None
+
+
+torch.library.register_autograd(
+    "speeder::item_cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_setup, lib=_LIBRARY
+)
+
+
+# --- topk_items ---------------------------------------------------------------------------------------------
+
+
+@_define(
+    "topk_items(Tensor hidden, Tensor item_table, SymInt k, Tensor? exclude_indptr, Tensor? exclude_items, "
+    "str backend) -> (Tensor, Tensor)"
+)
+def _topk_items(hidden, item_table, k, exclude_indptr, exclude_items, backend):
+    checked = validate.reads_values(hidden)
+    if checked and exclude_indptr is not None:
+        validate.check_exclude_values(exclude_indptr, exclude_items, item_table.shape[0])
+    scores, items = reference.topk_items(hidden, item_table, k, exclude_indptr, exclude_items)
+    if checked:
+        validate.check_finite_scores(scores)
+        validate.check_topk_values(items, k)
+    return scores, items
+
+
+@_fake("topk_items")
+def _(hidden, item_table, k, exclude_indptr, exclude_items, backend):
+    shape = (hidden.shape[0], k)
+    return hidden.new_empty(shape, dtype=torch.float32), hidden.new_empty(shape, dtype=torch.int64)

@@ -1,0 +1,153 @@
+"""Argument checks: every message names the argument, what was expected and what came.
+
+Two kinds. *Static* checks look at shapes, dtypes and devices; they run on every call and `torch.compile`
+traces through them. *Value* checks (`*_values`) read the numbers in integer tensors; they run inside the ops,
+out of the compiler's sight. On a GPU a value check would stop and wait for the device, so there they run only
+where the environment variable SPEEDER_CHECK is 1.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """'float32, bfloat16 or float16' for an error message."""
+    words = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    shape: tuple[int | str, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Check type, dtype, shape and device. In `shape` a word stands for any size, a number for just that
+    one."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {names(dtypes)}, got {names((tensor.dtype,))}")
+    fits = tensor.dim() == len(shape)
+    if fits:
+        for size, want in zip(tensor.shape, shape, strict=True):
+            if not isinstance(want, str) and size != want:
+                fits = False
+    if not fits:
+        wanted = "(" + ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
+        raise ValueError(f"{name}: expected shape {wanted}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {tensor.device}")
+
+
+def check_not_empty(name: str, tensor: Tensor, dim: int = 0) -> None:
+    if tensor.shape[dim] == 0:
+        raise ValueError(
+            f"{name}: expected at least one element in dimension {dim}, got shape {tuple(tensor.shape)}"
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
+def reads_values(tensor: Tensor) -> bool:
+    """Whether value checks run for tensors on this device."""
+    return not tensor.is_cuda or os.environ.get("SPEEDER_CHECK") == "1"
+
+
+def check_range(
+    name: str, tensor: Tensor, low: int, high: int, where: Tensor | None = None, note: str = ""
+) -> None:
+    """Each value must lie in `low .. high - 1`; `where` limits the check to the positions that are used."""
+    bad = (tensor < low) | (tensor >= high)
+    if where is not None:
+        bad &= where
+    if not bool(bad.any()):
+        return
+    position = int(bad.nonzero()[0, 0])
+    wanted = f"{low}..{high - 1}" if high > low else f"no value at all (the table has {high} rows)"
+    raise IndexError(f"{name}: expected {wanted}{note}, got {int(tensor[position])} at position {position}")
+
+
+def check_pack_values(input_ids: Tensor, item_rows: Tensor, ranks: Tensor, sizes: list[int]) -> None:
+    """Only what is read is checked: ids of text tokens, rows and ranks of items."""
+    vocabulary, items, prompts = sizes
+    is_item = item_rows >= 0
+    check_range("item_rows", item_rows, -1, items, note=" (-1 for a text token)")
+    check_range("input_ids", input_ids, 0, vocabulary, where=~is_item)
+    check_range("ranks", ranks, -1, prompts, where=is_item, note=" (-1 for no prompt)")
+
+
+def check_cu_seqlens_values(
+    name: str, cu_seqlens: Tensor, tokens: int, max_name: str, max_seqlen: int
+) -> None:
+    """Starts at 0, never falls, ends at the number of tokens, and no sequence is longer than max_seqlen."""
+    if int(cu_seqlens[0]) != 0:
+        raise ValueError(f"{name}: expected 0 at the start, got {int(cu_seqlens[0])}")
+    if int(cu_seqlens[-1]) != tokens:
+        raise ValueError(
+            f"{name}: expected {tokens} (the number of tokens) at the end, got {int(cu_seqlens[-1])}"
+        )
+    lengths = cu_seqlens.diff()
+    falls = (lengths < 0).nonzero()
+    if len(falls):
+        at = int(falls[0, 0]) + 1
+        raise ValueError(
+            f"{name}: expected values that never fall, got {cu_seqlens[at]} after {cu_seqlens[at - 1]}"
+        )
+    longest = int(lengths.max())
+    if longest > max_seqlen:
+        raise ValueError(f"{max_name}: expected at least {longest}, the longest sequence, got {max_seqlen}")
+
+
+def check_present_values(present: Tensor) -> None:
+    absent = (~present.any(dim=1)).nonzero()
+    if len(absent):
+        raise ValueError(
+            f"present: expected at least one modality an item, got none for item {int(absent[0, 0])}"
+        )
+
+
+def check_exclude_values(indptr: Tensor, items: Tensor, catalogue: int) -> None:
+    """A CSR row pointer that starts at 0, never falls and ends at the number of excluded items."""
+    if int(indptr[0]) != 0 or int(indptr[-1]) != items.shape[0]:
+        raise ValueError(
+            f"exclude_indptr: expected 0 first and {items.shape[0]} (the length of exclude_items) last, "
+            f"got {int(indptr[0])} and {int(indptr[-1])}"
+        )
+    falls = (indptr.diff() < 0).nonzero()
+    if len(falls):
+        raise ValueError(
+            f"exclude_indptr: expected values that never fall, got a fall after row {int(falls[0, 0])}"
+        )
+    check_range("exclude_items", items, 0, catalogue)
+
+
+def check_topk_values(items: Tensor, k: int) -> None:
+    """After the fact: -1 marks a row with fewer than k items to choose from."""
+    short = (items < 0).any(dim=1).nonzero()
+    if len(short):
+        row = int(short[0, 0])
+        allowed = int((items[row] >= 0).sum())
+        raise ValueError(f"k: expected at most {allowed}, the items that row {row} may be given, got {k}")
+
+
+def check_finite_scores(values: Tensor) -> None:
+    """A score that is not a number has no place in a ranking."""
+    bad = values.isnan().any(dim=1).nonzero()
+    if len(bad):
+        raise ValueError(
+            f"hidden: expected scores that are numbers, "
+            f"got NaN in row {int(bad[0, 0])} of hidden @ item_table.T"
+        )

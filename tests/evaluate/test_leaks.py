@@ -1,0 +1,83 @@
+"""Leak checks: silent on a sound split, and loud on every way of breaking one."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.errors import SpeederError
+from speeder.evaluate import LeakError, check_split, check_training_hash, training_hash
+
+
+def interactions_of(sequences):
+    """Interactions whose ``sequences()`` are the given ones."""
+    users = np.repeat(np.arange(len(sequences)), [len(sequence) for sequence in sequences])
+    items = np.concatenate([np.asarray(sequence, dtype=np.int64) for sequence in sequences])
+    return Interactions(users, items, np.arange(len(items)), [f"u{user}" for user in range(len(sequences))])
+
+
+SEQUENCES = [[0, 1, 2, 3, 4], [4, 2], [3, 1, 0], [2, 2, 2, 2]]
+histories = st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=7), min_size=1, max_size=6)
+
+
+@given(histories)
+def test_a_sound_split_passes_even_with_repeated_items(sequences):
+    interactions = interactions_of(sequences)
+    check_split(LeaveOneOut(interactions), interactions)
+
+
+class Broken(LeaveOneOut):
+    """A sound split of which one method is replaced."""
+
+    def __init__(self, **methods):
+        super().__init__(interactions_of(SEQUENCES))
+        vars(self).update(methods)
+
+
+SOUND = LeaveOneOut(interactions_of(SEQUENCES))
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"training": lambda: [np.array(row) for row in SEQUENCES]},
+        {"training": lambda: [np.array(row[:-1]) for row in SEQUENCES]},
+        {"histories": lambda name: [SEQUENCES[user] for user in (0, 2, 3)]},
+        {"histories": lambda name: SOUND.histories("test")},
+        {"histories": lambda name: SOUND.histories("validation")},
+        {"users": lambda name: np.array([0, 2, 3] if name == "test" else [0, 3, 2])},
+        {"users": lambda name: np.array([0, 2, 2])},
+    ],
+)
+def test_each_way_of_leaking_is_caught(methods):
+    check_split(SOUND)
+    with pytest.raises(LeakError) as caught:
+        check_split(Broken(**methods))
+    assert isinstance(caught.value, SpeederError) and "\n" not in str(caught.value)
+
+
+def test_a_split_that_is_wrong_throughout_is_caught_with_its_interactions():
+    longer = [[*row, 5] for row in SEQUENCES]  # the truth has one more item at each end than the split knows
+    with pytest.raises(LeakError, match="user 0"):
+        check_split(SOUND, interactions_of(longer))
+
+
+def test_interactions_out_of_order_are_caught():
+    interactions = interactions_of(SEQUENCES)
+    interactions.time = interactions.time[::-1].copy()
+    with pytest.raises(LeakError, match="order of time"):
+        check_split(SOUND, interactions)
+
+
+@given(histories, histories)
+def test_hashes_are_equal_only_for_equal_sequences(first, second):
+    assert training_hash(first) == training_hash([np.array(row, dtype=np.int32) for row in first])
+    assert (training_hash(first) == training_hash(second)) == (first == second)
+
+
+def test_only_a_fit_on_training_alone_passes():
+    check_training_hash(training_hash(SOUND.training()), SOUND)
+    for seen in (SEQUENCES, SOUND.histories("test"), SOUND.training()[:-1]):
+        with pytest.raises(LeakError, match="features: fitted on"):
+            check_training_hash(training_hash(seen), SOUND, "features")
