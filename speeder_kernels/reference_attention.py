@@ -219,7 +219,6 @@ def spae_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
@@ -241,8 +240,7 @@ def spae_attention_backward(
         biases = _biases(block, rank_q, rank_k, relative_bias, absolute_bias)
         q_BKGD = _group(block.pad_q(q, dtype), kv_heads)
         k_BKTD = block.pad_k(k, dtype).transpose(1, 2)
-        grad_BSHD = block.pad_q(grad, dtype)
-        grad_BKGD = _group(grad_BSHD, kv_heads)
+        grad_BKGD = _group(block.pad_q(grad, dtype), kv_heads)
         lse_BHS = block.pad_q(lse, dtype, float("inf")).transpose(1, 2)
         scores_BHST = _scores(block, q_BKGD, k_BKTD, heads, scale, [b for b in biases if b is not None])
         weights_BHST = scores_BHST.sub_(lse_BHS[..., None]).exp_()
@@ -253,11 +251,10 @@ def spae_attention_backward(
         if not need_scores:
             continue
         v_BKTD = block.pad_k(v, dtype).transpose(1, 2)
-        # d score = p * (dp - sum_j p dp), and that sum is grad . out (Dao et al., FlashAttention, appendix
-        # B).
-        delta_BHS = (grad_BSHD * block.pad_q(out, dtype)).sum(dim=-1).transpose(1, 2)
+        # d score = p * (dp - sum_j p dp). The sum is also grad . out, but `out` has been rounded.
         grad_weights = (grad_BKGD @ v_BKTD.transpose(-1, -2)).view_as(weights_BHST)
-        grad_scores = grad_weights.sub_(delta_BHS[..., None]).mul_(weights_BHST)
+        delta_BHS1 = (grad_weights * weights_BHST).sum(dim=-1, keepdim=True)
+        grad_scores = grad_weights.sub_(delta_BHS1).mul_(weights_BHST)
         if needs[0]:
             grad_q = _ungroup(grad_scores.view(grouped) @ k_BKTD, heads)
             grads[0][block.queries] = grad_q[block.q_at] * scale

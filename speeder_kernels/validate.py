@@ -61,6 +61,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
+def check_count(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
+    check_positive(name, value)
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Whether value checks run for tensors on this device."""
     return not tensor.is_cuda or os.environ.get("SPEEDER_CHECK") == "1"

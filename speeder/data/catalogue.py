@@ -1,4 +1,4 @@
-"""The item catalogue: ids, titles, texts, pictures, and per modality a frozen feature matrix with a presence mask."""
+"""The item catalogue: ids, titles, texts, pictures, and frozen features per modality."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from speeder.data.files import atomic_folder, check_files, describe_files, read_json, recover_folder, write_json
+from speeder.data.files import (
+    atomic_folder,
+    check_files,
+    describe_files,
+    read_json,
+    recover_folder,
+    write_json,
+)
 from speeder.errors import SpeederError
 
 FORMAT = "speeder-catalogue-1"
@@ -38,7 +45,7 @@ class ItemCatalogue:
         features: Mapping[str, torch.Tensor] | None = None,
         present: Mapping[str, torch.Tensor] | None = None,
     ):
-        """Raises `TypeError` or `ValueError`, naming the argument, where a column or a matrix does not fit."""
+        """Raises `TypeError` or `ValueError`, naming the argument, where a column or matrix does not fit."""
         self.ids = _strings("ids", ids)
         count = len(self.ids)
         self.titles = [""] * count if titles is None else _strings("titles", titles, count)
@@ -113,12 +120,16 @@ class ItemCatalogue:
         for name in [*self.features, *(name for name in other.features if name not in self.features)]:
             widths = {side.modalities[name] for side in (self, other) if name in side.features}
             if len(widths) > 1:
-                raise ValueError(f"modality {name!r} has {self.modalities[name]} features here, but {widths} in other")
+                raise ValueError(
+                    f"modality {name!r} has {self.modalities[name]} features here, but {widths} in other"
+                )
             width = widths.pop()
             features[name] = torch.cat([side._features_or_zeros(name, width) for side in (self, other)])
             present[name] = torch.cat([side._present_or_false(name) for side in (self, other)])
         columns = zip(self._columns(), other._columns(), strict=True)
-        return ItemCatalogue(*(first + second for first, second in columns), features=features, present=present)
+        return ItemCatalogue(
+            *(first + second for first, second in columns), features=features, present=present
+        )
 
     def _columns(self) -> tuple[list, list, list, list]:
         return self.ids, self.titles, self.texts, self.images
@@ -130,8 +141,10 @@ class ItemCatalogue:
         return self.present.get(name, torch.zeros(len(self), dtype=torch.bool))
 
     def save(self, folder: str | Path) -> None:
-        """Writes a flat folder, whole or not at all: `items.parquet`, one `{modality}.safetensors` per modality, and
-        `manifest.json` with the size and the SHA-256 of each.
+        """Writes a flat folder, whole or not at all.
+
+        It holds `items.parquet`, one `{modality}.safetensors` per modality, and `manifest.json` with the size and
+        the SHA-256 of each.
 
         An earlier catalogue there is replaced. Raises `SpeederError` where the folder holds anything else.
         """
@@ -159,8 +172,8 @@ class ItemCatalogue:
     def load(cls, folder: str | Path, *, verify: bool = True) -> "ItemCatalogue":
         """Reads what `save` wrote; feature matrices stay on disk, memory-mapped, until they are used.
 
-        Sizes are always compared with the manifest, and hashes too where `verify`. Raises `SpeederError` where a file
-        is missing, truncated or changed.
+        Sizes are always compared with the manifest, and hashes too where `verify`. Raises `SpeederError`
+        where a file is missing, truncated or changed.
         """
         folder = recover_folder(folder)
         manifest = read_json(folder / "manifest.json")
@@ -216,7 +229,9 @@ def _check_shapes(name: str, features: torch.Tensor, present: torch.Tensor, coun
             raise TypeError(f"{argument} of {name!r} must be a tensor, but is a {type(tensor).__name__}")
     if features.dim() != 2 or features.shape[0] != count or features.shape[1] == 0:
         shape = tuple(features.shape)
-        raise ValueError(f"features of {name!r} must be (I, F) with I = {count} and F > 0, but have shape {shape}")
+        raise ValueError(
+            f"features of {name!r} must be (I, F) with I = {count} and F > 0, but have shape {shape}"
+        )
     if not features.dtype.is_floating_point:
         raise TypeError(f"features of {name!r} must be floating point, but are {features.dtype}")
     if tuple(present.shape) != (count,) or present.dtype != torch.bool:
@@ -232,7 +247,8 @@ def _checked(
     present = torch.ones(count, dtype=torch.bool) if present is None else present
     _check_shapes(name, features, present, count)
     features, present = features.detach().to("cpu", torch.float32), present.cpu()
-    # The sum is not finite if any number is not, and needs no mask in memory; it may also overflow: then look closely.
+    # The sum is not finite if any number is not, and needs no mask in memory; it may also overflow: then look
+    # closely.
     if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
         row = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
         raise ValueError(f"features of {name!r} must be finite, but row {row} is not")

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: hashes, atomic files and folders, JSON whose bytes depend on its content alone."""
+"""Files that are whole or not there: hashes, atomic files and folders, reproducible JSON."""
 
 import hashlib
 import json
@@ -14,8 +14,11 @@ from speeder.errors import SpeederError
 
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -28,13 +31,21 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner may read; a saved file has the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        usual_permissions(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def usual_permissions(path: Path) -> None:
+    """Gives a file, or a folder and all in it, the permissions that the user's umask asks for.
+
+    Temporary files, and those that safetensors writes, may be read by their owner alone.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for entry in [path, *path.rglob("*")]:
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -74,8 +85,9 @@ def recover_folder(folder: str | Path) -> Path:
 def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
     """Yields a temporary folder that takes the place of `folder` on a clean exit.
 
-    The old content stays whole until the new one is complete. `owned` names the entries that may be replaced: where
-    `folder` holds anything else, `SpeederError` is raised and nothing is touched, as a swap would lose it.
+    The old content stays whole until the new one is complete. `owned` names the entries that may be replaced:
+    where `folder` holds anything else, `SpeederError` is raised and nothing is touched, as a swap would lose
+    it.
     """
     folder = recover_folder(folder)
     if folder.exists():
@@ -84,16 +96,14 @@ def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
         strangers = sorted({entry.name for entry in folder.iterdir()} - owned)
         if strangers:
             raise SpeederError(
-                f"cannot save to {folder}: it holds {strangers[0]!r}, which is not part of what is saved there;"
-                " choose an empty folder"
+                f"cannot save to {folder}: it holds {strangers[0]!r}, which is not part of what is saved"
+                " there; choose an empty folder"
             )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o777 & ~umask)
     try:
         yield temporary
+        usual_permissions(temporary)
         previous = _previous(folder)
         if previous.exists():
             shutil.rmtree(previous)
@@ -107,7 +117,10 @@ def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict]:
     """Size in bytes and SHA-256 of each named file, as a manifest keeps them."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+        for name in names
+    }
 
 
 def check_files(folder: Path, files: object, *, verify: bool) -> None:

@@ -1,4 +1,4 @@
-"""Who took which item and when, in order; and the leave-one-out split, one held-out item per user and split."""
+"""Who took which item and when, in order; and the leave-one-out split of it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ from speeder.errors import SpeederError
 
 SPLITS = ("validation", "test")
 SPLIT_RULE = (
-    "leave one out: a user's last item is the test target, the second last the validation target; users with fewer"
-    " than 3 interactions only train"
+    "leave one out: a user's last item is the test target, the second last the validation target;"
+    " users with fewer than 3 interactions only train"
 )
 _MINIMUM = 3
 
@@ -30,7 +30,7 @@ class Interactions:
     """
 
     def __init__(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, user_ids: Sequence[str]):
-        """Sorts copies of the columns. Raises `TypeError` or `ValueError`, naming the column that does not fit."""
+        """Sorts copies of the columns. Raises `TypeError` or `ValueError`, naming what does not fit."""
         columns = {"user": np.asarray(user), "item": np.asarray(item), "time": np.asarray(time)}
         for name, column in columns.items():
             if column.size and column.dtype.kind not in "iu":
@@ -38,11 +38,15 @@ class Interactions:
             if column.ndim != 1 or len(column) != len(columns["user"]):
                 raise ValueError(f"{name} must be ({len(columns['user'])},), but has shape {column.shape}")
         self.user_ids = list(user_ids)
-        if len(set(self.user_ids)) != len(self.user_ids) or not all(isinstance(name, str) for name in self.user_ids):
+        if len(set(self.user_ids)) != len(self.user_ids) or not all(
+            isinstance(name, str) for name in self.user_ids
+        ):
             raise ValueError("user_ids must be unique strings")
         user, item, time = (column.astype(np.int64) for column in columns.values())
-        if len(user) and not (0 <= user.min() and user.max() < len(self.user_ids)):
-            raise ValueError(f"user must lie in 0..{len(self.user_ids) - 1}, but spans {user.min()}..{user.max()}")
+        if len(user) and not (user.min() >= 0 and user.max() < len(self.user_ids)):
+            raise ValueError(
+                f"user must lie in 0..{len(self.user_ids) - 1}, but spans {user.min()}..{user.max()}"
+            )
         if len(item) and item.min() < 0:
             raise ValueError(f"item must not be negative, but holds {item.min()}")
         order = np.lexsort((time, user))  # lexsort is stable
@@ -95,10 +99,12 @@ class LeaveOneOut:
 
     def __init__(self, interactions: Interactions):
         self._sequences = interactions.sequences()
-        self._users = np.array([u for u, items in enumerate(self._sequences) if len(items) >= _MINIMUM], dtype=np.int64)
+        self._users = np.array(
+            [u for u, items in enumerate(self._sequences) if len(items) >= _MINIMUM], dtype=np.int64
+        )
 
     def training(self) -> list[np.ndarray]:
-        """Training part of every user, by user index; users with fewer than 3 interactions are wholly training."""
+        """Training part of every user, by index; users with fewer than 3 interactions are wholly training."""
         return [items[:-2] if len(items) >= _MINIMUM else items for items in self._sequences]
 
     def users(self, split: str) -> np.ndarray:
@@ -107,7 +113,7 @@ class LeaveOneOut:
         return self._users.copy()
 
     def histories(self, split: str) -> list[np.ndarray]:
-        """What is known before each target: the training part, and for `"test"` the validation item after it."""
+        """What is known before each target: the training part, and for `"test"` the validation item too."""
         held_out = _held_out(split)
         return [self._sequences[user][:-held_out] for user in self._users]
 

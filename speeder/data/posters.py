@@ -26,12 +26,13 @@ def match_posters(
     """One entry per title, None where the folder knows nothing of it.
 
     Args:
-        folder: holds `items.jsonl` (an object a line: `title`, and `plot`, `image` or null), which is joined by
-            title and year; or else pictures named `{item_id}.jpg|jpeg|png|webp`, joined by `ids`.
+        folder: holds `items.jsonl` (an object a line: `title`, and `plot`, `image` or null), which is joined
+            by title and year; or else pictures named `{item_id}.jpg|jpeg|png|webp`, joined by `ids`.
         titles: such as `"The Usual Suspects (1995)"`, or `"Usual Suspects, The (1995)"`.
         ids: external item ids, needed for a folder without `items.jsonl`.
 
-    Raises `SpeederError` for a folder or a list that cannot be read. Whether a picture is sound is not looked at here.
+    Raises `SpeederError` for a folder or a list that cannot be read. Whether a picture is sound is not looked
+    at here.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -64,12 +65,18 @@ def _read_list(folder: Path) -> list[tuple[str, Poster]]:
         try:
             record = json.loads(line)
             title, image, plot = record["title"], record.get("image"), record.get("plot")
-            if not isinstance(title, str) or not isinstance(image, str | None) or not isinstance(plot, str | None):
+            if (
+                not isinstance(title, str)
+                or not isinstance(image, str | None)
+                or not isinstance(plot, str | None)
+            ):
                 raise TypeError("title, image and plot must be strings")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SpeederError(f"{folder / 'items.jsonl'} line {number} is not an item: {error!r}") from error
         if image and (Path(image).is_absolute() or ".." in Path(image).parts):
-            raise SpeederError(f"{folder / 'items.jsonl'} line {number}: the image {image!r} lies outside the folder")
+            raise SpeederError(
+                f"{folder / 'items.jsonl'} line {number}: the image {image!r} lies outside the folder"
+            )
         path = folder / image if image else None
         plot = (plot or "").strip()
         poster = Poster(

@@ -5,7 +5,14 @@ from functools import cached_property
 from pathlib import Path
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.files import atomic_folder, check_files, describe_files, read_json, recover_folder, write_json
+from speeder.data.files import (
+    atomic_folder,
+    check_files,
+    describe_files,
+    read_json,
+    recover_folder,
+    write_json,
+)
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
 
@@ -18,8 +25,8 @@ _ENTRIES = {"interactions.parquet", "catalogue", "manifest.json"}
 class PreparedData:
     """What `speeder prepare` writes and `speeder train` reads.
 
-    `manifest` is any JSON object: source hashes, counts kept and dropped with the reason for each, the split rule.
-    Raises `ValueError` where an interaction names an item that the catalogue lacks.
+    `manifest` is any JSON object: source hashes, counts kept and dropped with the reason for each, the split
+    rule. Raises `ValueError` where an interaction names an item that the catalogue lacks.
     """
 
     catalogue: ItemCatalogue

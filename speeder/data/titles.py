@@ -1,10 +1,11 @@
-"""Film titles as people write them: trailing articles moved to the front, and keys by which two lists can be joined."""
+"""Film titles as people write them: articles moved to the front, and keys to join two lists by."""
 
 import re
 import unicodedata
 
 _ARTICLES = (
-    "the|a|an|la|le|les|l'|el|los|las|il|lo|gli|i|o|os|der|die|das|den|det|de|het|een|en|ett|un|une|una|uno|ein|eine"
+    "the|a|an|la|le|les|l'|el|los|las|il|lo|gli|i|o|os|der|die|das|den|det|de|het|een|en|ett"
+    "|un|une|una|uno|ein|eine"
 )
 _TRAILING_ARTICLE = re.compile(rf"^(?P<rest>.+), (?P<article>{_ARTICLES})$", re.IGNORECASE)
 _LEADING_ARTICLE = re.compile(rf"^(?:{_ARTICLES.replace(chr(39), '')}) (?=\S)")
@@ -14,7 +15,7 @@ _ALSO_KNOWN_AS = re.compile(r"^a\.?k\.?a\.? +", re.IGNORECASE)
 
 
 def natural_title(title: str) -> str:
-    """`"Usual Suspects, The"` -> `"The Usual Suspects"`, within parentheses too; no year is expected at the end."""
+    """`"Usual Suspects, The"` -> `"The Usual Suspects"`, within parentheses too; without the year."""
     title = _PARENTHESES.sub(lambda match: f"({_article_first(match[1])})", title.strip())
     main, bracket, rest = title.partition(" (")
     return _article_first(main) + bracket + rest
@@ -34,7 +35,10 @@ def title_keys(title: str) -> list[str]:
     """
     main = _PARENTHESES.sub(" ", title)
     names = [_PARENTHESES.sub(" ", natural_title(main)), *_PARENTHESES.findall(title)]
-    keys = [_key(natural_title(title)), *(_key(_article_first(_ALSO_KNOWN_AS.sub("", name))) for name in names)]
+    keys = [
+        _key(natural_title(title)),
+        *(_key(_article_first(_ALSO_KNOWN_AS.sub("", name))) for name in names),
+    ]
     return list(dict.fromkeys(key for key in keys if key))
 
 
@@ -49,5 +53,5 @@ def _article_first(title: str) -> str:
 def _key(title: str) -> str:
     plain = unicodedata.normalize("NFKD", title.casefold().replace("&", " and "))
     letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
-    words = re.sub(r"[^\w]+", " ", re.sub(r"['’`.]", "", letters)).strip()
+    words = re.sub(r"[^\w]+", " ", re.sub(r"['\u2019`.]", "", letters)).strip()
     return _LEADING_ARTICLE.sub("", words)

@@ -1,4 +1,4 @@
-"""Encoded features kept by content, so that a second run is quick and an interrupted one goes on where it stopped."""
+"""Encoded features kept by content, so that a second run is quick and an interrupted one goes on."""
 
 import hashlib
 import logging
@@ -30,15 +30,17 @@ def module_hash(module: nn.Module) -> str:
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(np.ascontiguousarray(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(
+            np.ascontiguousarray(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        )
     return digest.hexdigest()
 
 
 class FeatureCache:
-    """Feature rows of one encoder by content key, in safetensors shards that are written whole or not at all."""
+    """Feature rows of one encoder by content key, in safetensors shards, each written whole or not at all."""
 
     def __init__(self, identity: str, folder: str | Path | None = None):
-        """`identity` tells encoders apart (hash it over weights and settings); `folder` None is the user's cache."""
+        """`identity` tells encoders and their settings apart; `folder` None is the user's cache."""
         root = cache_folder() / "features" if folder is None else Path(folder)
         self.folder = root / content_key(identity)[:32]
         self._rows: dict[str, Tensor] = {}
@@ -51,7 +53,9 @@ class FeatureCache:
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 log.warning("ignoring the broken cache file %s (%s); its rows are encoded again", path, error)
                 continue
-            self._rows.update((key.numpy().tobytes().hex(), row) for key, row in zip(keys, features, strict=True))
+            self._rows.update(
+                (key.numpy().tobytes().hex(), row) for key, row in zip(keys, features, strict=True)
+            )
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -90,7 +94,8 @@ def encode_cached(
     Args:
         keys: content keys; None where there is nothing to encode.
         costs: similar costs are put in one batch (such as a text's length).
-        compute: positions -> one `(width,)` row each, or None for one that cannot be encoded (which is not cached).
+        compute: positions -> one `(width,)` row each, or None for one that cannot be encoded (which is not
+            cached).
 
     Returns:
         `(N, width)` float32 with zeros where absent, and the `(N,)` bool mask of those present.
@@ -99,8 +104,8 @@ def encode_cached(
     for position, key in enumerate(keys):
         if key is not None and key not in cache:
             wanted.setdefault(key, position)
-    # The dearest first, so that memory runs out at once or never; the key settles ties, so that an interrupted run
-    # forms the same batches, and with them the same last bits, when it goes on.
+    # The dearest first, so that memory runs out at once or never; the key settles ties, so that an
+    # interrupted run forms the same batches, and with them the same last bits, when it goes on.
     order = sorted(wanted, key=lambda key: (-costs[wanted[key]], key))
     pending: dict[str, Tensor] = {}
     shard_rows = -(-_SHARD_ROWS // batch_size) * batch_size
@@ -111,7 +116,9 @@ def encode_cached(
             for start in range(0, len(order), batch_size):
                 batch = order[start : start + batch_size]
                 rows = compute([wanted[key] for key in batch])
-                done = {key: row.float().cpu() for key, row in zip(batch, rows, strict=True) if row is not None}
+                done = {
+                    key: row.float().cpu() for key, row in zip(batch, rows, strict=True) if row is not None
+                }
                 failed += len(batch) - len(done)
                 pending.update(done)
                 bar.update(len(batch))

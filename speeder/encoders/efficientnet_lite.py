@@ -1,8 +1,7 @@
-"""EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946; the Lite variant has ReLU6 and no squeeze-and-excitation)."""
+"""EfficientNet-Lite0 (arXiv 1905.11946; the Lite variant has ReLU6 and no squeeze-and-excitation)."""
 
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +36,9 @@ class _SameConv2d(nn.Conv2d):
         return functional.conv2d(images, self.weight, self.bias, self.stride, before, 1, self.groups)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
+def _conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True
+) -> nn.Sequential:
     layers = [
         _SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False),
         nn.BatchNorm2d(outputs, eps=_BATCH_NORM_EPS),
@@ -62,7 +63,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Pictures `(N, 3, 224, 224)`, RGB as `(byte - 127) / 128`, to `(N, 1280)` features or `(N, 1000)` logits."""
+    """RGB `(N, 3, 224, 224)` as `(byte - 127) / 128` to `(N, 1280)` features or `(N, 1000)` logits."""
 
     def __init__(self) -> None:
         super().__init__()

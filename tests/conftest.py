@@ -1,0 +1,31 @@
+"""For every test: a fixed seed, and NaN in memory that was allocated and never written."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_tensors_hold_nan() -> Iterator[None]:
+    """`torch.empty` gives NaN (or the largest integer), so a result that was never written shows itself.
+
+    torch fills fresh memory only in its deterministic mode; here that mode warns where it has no
+    deterministic kernel, and raises nothing.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

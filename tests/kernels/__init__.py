@@ -1,0 +1,1 @@
+"""Tests of speeder_kernels and of its build."""

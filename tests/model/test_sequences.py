@@ -1,0 +1,156 @@
+"""Batched, packed, cached and one-by-one runs of the same histories agree; errors name what is wrong."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import TEXT, tiny_model
+
+from speeder.layout import cu_seqlens, item_ranks, item_slots
+from speeder.prompts import build_sequence, pack_batch, pad_batch
+
+NEAR = dict(atol=1e-5, rtol=1e-4)
+HISTORIES = st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=8), min_size=1, max_size=5)
+PROMPTS = {"items only": ([], []), "instruction": ([5, 6, 7], [8, 9]), "suffix alone": ([], [4])}
+
+
+@pytest.fixture(scope="module", params=PROMPTS)
+def model(request):
+    prefix, suffix = PROMPTS[request.param]
+    return tiny_model(prompt_prefix=prefix, prompt_suffix=suffix, item_embedding=True)
+
+
+@pytest.mark.parametrize("tokens_per_item", [1, 3])
+@settings(max_examples=15, deadline=None)
+@given(histories=HISTORIES)
+def test_padded_packed_and_single_runs_agree(tokens_per_item, histories):
+    model = tiny_model(prompt_prefix=[5, 6], prompt_suffix=[7], tokens_per_item=tokens_per_item)
+    sequences = [build_sequence(history, model.config) for history in histories]
+    with torch.no_grad():
+        single = [model(**pad_batch([one], 0)).logits[0, -1] for one in sequences]
+        for side in ("left", "right"):
+            batch = pad_batch(sequences, 0, side)
+            logits = model(**batch).logits
+            last = torch.stack([row[mask.bool()][-1] for row, mask in zip(logits, batch["attention_mask"], strict=True)])
+            torch.testing.assert_close(last, torch.stack(single), **NEAR)
+        packed = pack_batch(sequences)
+        ends = packed["cu_seqlens"][1:].long() - 1
+        torch.testing.assert_close(model(**packed).logits[0, ends], torch.stack(single), **NEAR)
+    torch.testing.assert_close(model.score(histories), torch.stack(single)[:, TEXT:], **NEAR)
+
+
+@settings(max_examples=20, deadline=None)
+@given(tokens=st.lists(st.integers(3, TEXT + 19), min_size=2, max_size=14), cut=st.integers(1, 13))
+def test_a_cache_continues_where_the_full_forward_would_be(tokens, cut):
+    model, cut = tiny_model(), min(cut, len(tokens) - 1)
+    ids = torch.tensor([tokens])
+    ranks = item_ranks(ids >= TEXT)
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+        head = model(ids[:, :cut], use_cache=True)
+        rest, cache = [head.logits], head.past_key_values
+        for place in range(cut, len(tokens)):  # one token at a time
+            step = model(ids[:, place : place + 1], past_key_values=cache, ranks=ranks[:, : place + 1])
+            cache = step.past_key_values
+            rest.append(step.logits)
+        at_once = model(
+            ids[:, cut:], past_key_values=model(ids[:, :cut], use_cache=True).past_key_values, ranks=ranks
+        ).logits
+    torch.testing.assert_close(torch.cat(rest, dim=1), full, **NEAR)
+    torch.testing.assert_close(at_once, full[:, cut:], **NEAR)
+
+
+def test_generation_with_and_without_a_cache_agree(model):
+    sequences = [build_sequence(history, model.config) for history in ([1, 2, 3, 4], [5, 6], [7])]
+    batch = pad_batch(sequences, 0, "left")
+    wanted = dict(max_new_tokens=4, do_sample=False, no_repeat_ngram_size=1)
+    cached = model.generate(**batch, **wanted, use_cache=True)
+    uncached = model.generate(**batch, **wanted, use_cache=False)
+    assert cached.tolist() == uncached.tolist()
+    new = cached[:, batch["input_ids"].shape[1] :]
+    assert (new >= TEXT).all(), "items only, by default"
+    for row, history in zip(new.tolist(), ([1, 2, 3, 4], [5, 6], [7]), strict=True):
+        assert not {token - TEXT for token in row} & set(history), "no item twice"
+        assert len(set(row)) == len(row)
+    # the first generated item is the best one of the ranking
+    best = [row[0].item for row in model.recommend([[1, 2, 3, 4], [5, 6], [7]], k=1)]
+    assert [row[0] - TEXT for row in new.tolist()] == best
+
+
+def test_beams_return_valid_items_in_order_of_their_likelihood(model):
+    batch = pad_batch([build_sequence([1, 2, 3], model.config), build_sequence([4], model.config)], 0, "left")
+    found = model.generate(
+        **batch,
+        max_new_tokens=3,
+        num_beams=4,
+        num_return_sequences=4,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    assert (found.sequences[:, -3:] >= TEXT).all()
+    scores = found.sequences_scores.view(2, 4)
+    assert (scores.diff(dim=1) <= 1e-6).all()
+    for row, score in zip(found.sequences, found.sequences_scores, strict=True):
+        start = int((row != 0).nonzero()[0])  # padding has id 0
+        ids = row[None, start:]
+        ranks = item_ranks(ids >= TEXT)
+        prompt = batch["input_ids"].shape[1] - start
+        suffix = len(model.config.prompt_suffix)
+        if suffix:
+            ranks[0, prompt - 1] = ranks[0, : prompt - suffix].max() + 1
+        with torch.no_grad():
+            logits = model(ids, ranks=ranks, vocabulary="items").logits[0, prompt - 1 : -1]
+        likelihood = logits.log_softmax(-1).gather(1, ids[0, prompt:, None]).sum() / 3
+        torch.testing.assert_close(likelihood, score, atol=1e-4, rtol=1e-3)
+
+
+def test_text_and_any_vocabulary(model):
+    ids = torch.tensor([[5, 6, TEXT + 3, 7]])
+    text = model.generate(ids, vocabulary="text", max_new_tokens=3, do_sample=False)
+    assert (text[:, 4:] < TEXT).all()
+    with torch.no_grad():
+        everything = model(ids).logits
+        torch.testing.assert_close(model(ids, vocabulary="items").logits[..., TEXT:], everything[..., TEXT:])
+        torch.testing.assert_close(model(ids, vocabulary="text").logits[..., :TEXT], everything[..., :TEXT])
+    assert model(ids, logits_to_keep=1).logits.shape == (1, 1, TEXT + 20)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=6), k=st.integers(1, 3), gap=st.booleans())
+def test_slots_number_the_tokens_of_an_item(lengths, k, gap):
+    ranks, items, expected = [], [], []
+    for length in lengths:  # sequences of `length` items each, with or without text between them
+        for rank in range(length):
+            ranks += [rank] * k
+            items += [True] * k
+            expected += list(range(k))
+        if gap:
+            ranks, items, expected = [*ranks, -1], [*items, False], [*expected, 0]
+    slots = item_slots(torch.tensor(items), torch.tensor(ranks), k)
+    at_items = torch.tensor(items)
+    assert slots[at_items].tolist() == torch.tensor(expected)[at_items].tolist()
+
+
+def test_wrong_arguments_are_named(model):
+    ids = torch.tensor([[TEXT, TEXT + 1]])
+    cases = [
+        (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), r"input_ids: expected \(B, S\)"),
+        (dict(input_ids=torch.tensor([[TEXT + 20]])), "input_ids: expected ids in 0..83"),
+        (dict(input_ids=ids, vocabulary="films"), "vocabulary: expected one of all, items, text"),
+        (dict(input_ids=ids, attention_mask=torch.ones(1, 3)), r"attention_mask: expected \(1, 2\), got \(1, 3\)"),
+        (dict(input_ids=ids, attention_mask=torch.zeros(1, 2)), "attention_mask: row 0"),
+        (dict(input_ids=ids, ranks=torch.zeros(1, 3)), r"ranks: expected \(1, 2\), got \(1, 3\)"),
+        (dict(input_ids=ids, cu_seqlens=torch.tensor([0, 1])), "cu_seqlens: expected to end at T = 2, got 1"),
+        (dict(input_ids=ids, cu_seqlens=torch.tensor([1, 2])), "cu_seqlens: expected .* rising from 0"),
+        (dict(input_ids=ids, cu_seqlens=cu_seqlens(torch.tensor([2])), attention_mask=ids), "neither attention_mask"),
+        (dict(input_ids=ids, labels=torch.zeros(1, 5, dtype=torch.long)), r"labels: expected \(1, 2\), got \(1, 5\)"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**arguments)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="ranks: expected .* beside a cache"):
+        model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="tokens_per_item = 2"):
+        tiny_model(tokens_per_item=2).generate(ids, max_new_tokens=1)
