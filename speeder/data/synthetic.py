@@ -16,8 +16,9 @@ Held-out (cold) items never occur in a training part. Half of the users have one
 their test target can only be told from the features of an item that was never trained on: no identity helps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ _TRIES = 1000
 
 @dataclass
 class SyntheticWorld(PreparedData):
-    """Prepared data with the truth about it. All users have both a validation and a test target.
+    """Prepared data with the truth about it, which `save` does not keep. All users have both targets.
 
     Attributes:
         follows: what the next item follows from.
@@ -143,7 +144,9 @@ def synthetic_world(
     cold_users = (random.permutation(num_users) < num_users // 2) & cold_items.any()
 
     make = _episodes if follows == "order" else _chain
-    sequences = [_retry(make, groups, cold_items, bool(cold), history, random) for cold in cold_users]
+    sequences = [
+        _retry(partial(make, groups, cold_items, bool(cold), history, random), history) for cold in cold_users
+    ]
     time = np.tile(np.arange(history), num_users)
     user = np.repeat(np.arange(num_users), history)
     interactions = Interactions(
