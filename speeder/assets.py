@@ -155,7 +155,7 @@ def _folder(name: str) -> Path:
 
 
 def _mark(asset: Asset, folder: Path) -> dict:
-    """What the ready marker says: which asset this is, and the size of each file, so that a lost one is noticed."""
+    """What the ready marker says: which asset this is, and file sizes, so that a lost file is noticed."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != _READY)
     return {
         "wheel": f"{asset.package}=={asset.version}",

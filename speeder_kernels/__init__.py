@@ -5,7 +5,7 @@ reference.
 """
 
 from speeder_kernels import ops as _ops  # noqa: F401  (registers the ops with torch)
-from speeder_kernels.backends import backends
+from speeder_kernels.dispatch import backends
 from speeder_kernels.functional import (
     compress_items,
     item_cross_entropy,

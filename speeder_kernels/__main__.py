@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from speeder_kernels.backends import backends
+from speeder_kernels.dispatch import backends
 
 try:
     from speeder_kernels import _host

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from speeder_kernels.backends import choose
+from speeder_kernels.dispatch import choose
 from speeder_kernels.validate import (
     FLOATS,
     FLOATS_AND_DOUBLE,

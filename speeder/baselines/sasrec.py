@@ -28,6 +28,7 @@ class SASRecConfig:
 
     Attributes:
         max_length: how many of a history's last items are read.
+        learning_rate: at its highest; it rises over the first twentieth of the steps and falls in a line to zero.
         weight_decay: of AdamW, on every parameter that is a matrix.
         patience: epochs without a better validation NDCG@10 before training stops.
     """
@@ -35,12 +36,12 @@ class SASRecConfig:
     hidden_size: int = 64
     layers: int = 2
     heads: int = 2
-    max_length: int = 100
-    dropout: float = 0.3
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.1
-    batch_size: int = 64
-    epochs: int = 60
+    max_length: int = 50
+    dropout: float = 0.5
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.5
+    batch_size: int = 32
+    epochs: int = 20
     patience: int = 10
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class SASRecConfig:
 
 
 MOVIELENS = SASRecConfig()
-BEAUTY = SASRecConfig(max_length=50, dropout=0.5, batch_size=128)
+BEAUTY = SASRecConfig(learning_rate=2e-3, weight_decay=0.1, batch_size=128)
 
 
 class SASRec(nn.Module):

@@ -143,8 +143,8 @@ class ItemCatalogue:
     def save(self, folder: str | Path) -> None:
         """Writes a flat folder, whole or not at all.
 
-        It holds `items.parquet`, one `{modality}.safetensors` per modality, and `manifest.json` with the size and
-        the SHA-256 of each.
+        It holds `items.parquet`, one `{modality}.safetensors` per modality, and `manifest.json` with the size
+        and the SHA-256 of each.
 
         An earlier catalogue there is replaced. Raises `SpeederError` where the folder holds anything else.
         """

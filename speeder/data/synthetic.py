@@ -193,13 +193,13 @@ class _DeadEnd(Exception):
     """No unseen item fits: the sequence is drawn again."""
 
 
-def _retry(make, groups, cold_items, cold, history, random) -> list[int]:
+def _retry(make: Callable[[], list[int]], history: int) -> list[int]:
     for _ in range(_TRIES):
         try:
-            return make(groups, cold_items, cold, history, random)
+            return make()
         except _DeadEnd:
             continue
-    raise ValueError(f"history {history} is too long for {len(groups)} items that may each occur once")
+    raise ValueError(f"history {history} is too long for items that may each occur once; take more items")
 
 
 def _take(fits: np.ndarray, seen: Sequence[int], random: np.random.Generator) -> int:

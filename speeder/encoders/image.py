@@ -144,8 +144,4 @@ class ImageEncoder:
         if isinstance(output, Tensor):
             return list(output)
         pooled = getattr(output, "pooler_output", None)
-        if pooled is None:
-            pooled = (
-                output.last_hidden_state.flatten(2).mean(-1) if output.last_hidden_state.dim() == 4 else None
-            )
         return list(output.last_hidden_state.mean(dim=1) if pooled is None else pooled.flatten(1))

@@ -1,0 +1,158 @@
+"""The build: what SPEEDER_CUDA means, what setup.py writes, and that CUDA code compiles without spills."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module; importing it builds nothing."""
+    spec = importlib.util.spec_from_file_location("speeder_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toolkit(tmp_path) -> Path:
+    """A CUDA toolkit whose nvcc only answers questions: release 12.4, which does not know sm_100."""
+    nvcc = tmp_path / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        '--dryrun) echo "#\\$ TOP=$(dirname "$0")/.." >&2;;\n'
+        "--version) echo 'Cuda compilation tools, release 12.4, V12.4.131';;\n"
+        "--list-gpu-arch) printf 'compute_80\\ncompute_90\\n';;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return nvcc.parent.parent
+
+
+def test_cuda_0_and_unknown_values(build, toolkit):
+    path = {"PATH": f"{toolkit}/bin:/usr/bin:/bin"}
+    assert build.find_cuda({**path, "SPEEDER_CUDA": "0"}).missing == "switched off by SPEEDER_CUDA=0"
+    for value in ("yes", "2", "AUTO"):
+        with pytest.raises(SystemExit, match=f"SPEEDER_CUDA: expected auto, 0 or 1, got '{value}'"):
+            build.find_cuda({**path, "SPEEDER_CUDA": value})
+
+
+@pytest.mark.parametrize("hidden", [{"PATH": "/nonexistent"}, {"PATH": "/bin", "CUDA_HOME": "/nonexistent"}])
+def test_without_nvcc(build, hidden):
+    """auto builds for the CPU and says why; 1 is an error."""
+    where = "$CUDA_HOME/bin" if "CUDA_HOME" in hidden else "PATH"
+    for auto in ({}, {"SPEEDER_CUDA": ""}, {"SPEEDER_CUDA": "auto"}):
+        cuda = build.find_cuda({**hidden, **auto})
+        assert (cuda.nvcc, cuda.missing) == ("", f"nvcc was not in {where}")
+    with pytest.raises(SystemExit, match=re.escape(f"but nvcc is not in {where}")):
+        build.find_cuda({**hidden, "SPEEDER_CUDA": "1"})
+
+
+@pytest.mark.parametrize("wanted", ["auto", "1"])
+def test_with_nvcc(build, toolkit, wanted):
+    for environ in (
+        {"PATH": f"{toolkit}/bin:/usr/bin:/bin"},
+        {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(toolkit)},
+    ):
+        cuda = build.find_cuda({**environ, "SPEEDER_CUDA": wanted})
+        assert (cuda.version, cuda.archs, cuda.missing) == ("12.4", (80, 90), "")
+        assert cuda.home == toolkit.resolve()
+
+
+def test_the_command_fails_in_one_line(tmp_path):
+    """The whole way through setuptools: SPEEDER_CUDA=1 with nvcc hidden stops the build before it starts."""
+    environ = {**os.environ, "PATH": "/nonexistent", "SPEEDER_CUDA": "1"}
+    environ.pop("CUDA_HOME", None)
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        tmp_path,
+        "--build-temp",
+        tmp_path,
+    ]
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert result.stderr.splitlines()[-1] == (
+        "SPEEDER_CUDA=1 asks for the CUDA kernels, but nvcc is not in PATH"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_gencode(build):
+    assert build.gencode_flags((80, 90)) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_no_flag_binds_the_build_to_this_machine(build):
+    assert "-march=native" not in (ROOT / "setup.py").read_text()
+    assert build.ISAS["portable"] == []
+
+
+def test_ninja_runs_what_is_written(build, tmp_path):
+    """Paths with spaces, and flags with quotes, come through; a second run has nothing to do."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    source = folder / "x.cpp"
+    source.write_text("#include <cstdio>\nint main() { std::puts(TEXT); }\n")
+    ninja = build.Ninja(folder, "g++", build.Cuda(missing="not wanted"))
+    ninja.lines[ninja.lines.index("  command = $cxx -shared $in -o $out $flags")] = (
+        "  command = $cxx $in -o $out $flags"
+    )
+    compiled = ninja.add("cxx", folder / "x.o", [source], ['-DTEXT="a $b:c"'])
+    program = ninja.add("link", folder / "x", [compiled], [])
+    ninja.run()
+    assert subprocess.run([program], capture_output=True, text=True).stdout == "a $b:c\n"
+    stamp = program.stat().st_mtime_ns
+    ninja.run()
+    assert program.stat().st_mtime_ns == stamp
+
+
+def test_build_info_is_written_once(build, tmp_path):
+    path = tmp_path / "build_info.h"
+    build.write_build_info(path, "g++", "2.10.0", build.Cuda(missing='no "nvcc"'))
+    assert '#define SPEEDER_CUDA_MISSING "no \\"nvcc\\""' in path.read_text()
+    stamp = path.stat().st_mtime_ns
+    build.write_build_info(path, "g++", "2.10.0", build.Cuda(missing='no "nvcc"'))
+    assert path.stat().st_mtime_ns == stamp
+
+
+def test_kernel_files_know_no_torch():
+    """Only the bindings include torch, so that kernels can be built and tested without it."""
+    for source in (ROOT / "csrc").rglob("*.*"):
+        includes = re.findall(r"#include [<\"](\S+)[>\"]", source.read_text())
+        if any("torch" in include for include in includes):
+            assert source.name in ("binding.h", "ops.cpp", "ops_cuda.cpp"), source
+
+
+@pytest.mark.slow
+def test_cuda_compiles_without_spills(build, tmp_path):
+    """For every architecture we ship, ptxas reports no spill in any kernel."""
+    cuda = build.find_cuda()
+    if cuda.missing:
+        pytest.skip(f"no CUDA compiler: {cuda.missing}")
+    for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+        flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", *build.gencode_flags(cuda.archs)]
+        command = [cuda.nvcc, *flags, "-c", str(source), "-o", str(tmp_path / "out.o")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+        assert len(spills) >= len(cuda.archs), result.stderr
+        assert set(spills) == {("0", "0")}

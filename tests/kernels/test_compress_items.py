@@ -1,0 +1,154 @@
+"""compress_items against a loop over items and modalities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speeder_kernels import compress_items
+from tests.kernels import naive
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(items=5, modalities=3, hidden=6, dtype=torch.float32, gate_dtype=None, seed=0) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    present = torch.rand(items, modalities, generator=draw) < 0.6
+    present[torch.arange(items), torch.randint(0, modalities, (items,), generator=draw)] = True
+    return [
+        torch.randn(items, modalities, hidden, generator=draw).to(dtype),
+        (3 * torch.randn(items, modalities, generator=draw)).to(torch.bfloat16).to(gate_dtype or dtype),
+        present,
+        torch.randn(hidden, generator=draw).to(torch.bfloat16).to(gate_dtype or dtype),
+    ]
+
+
+def leaves(args, dtype=None):
+    args = [x if x.dtype == torch.bool else x.to(dtype or x.dtype).clone().requires_grad_() for x in args]
+    return args, [x for x in args if x.requires_grad]
+
+
+def torch_compress(experts, logits, present, weight):
+    """What one would write with PyTorch's own layers, in the dtype of the inputs."""
+    gates = torch.softmax(logits.masked_fill(~present, float("-inf")), dim=-1)
+    mixed = (gates.to(experts.dtype)[..., None] * experts).sum(dim=1)
+    tokens = torch.nn.functional.rms_norm(mixed, weight.shape, weight.to(experts.dtype), 1e-6)
+    return tokens, gates.float()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    items=st.integers(1, 7),
+    modalities=st.integers(1, 4),
+    hidden=st.sampled_from([1, 2, 16, 33]),
+    dtype=st.sampled_from(DTYPES),
+    float32_gates=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_matches_the_loop(items, modalities, hidden, dtype, float32_gates, seed):
+    args = make(items, modalities, hidden, dtype, torch.float32 if float32_gates else None, seed)
+    (ours, inputs), (exact, exact_inputs), (same, same_inputs) = (
+        leaves(args),
+        leaves(args, torch.float64),
+        leaves(args),
+    )
+    out, out_exact, out_torch = compress_items(*ours), naive.compress_items(*exact), torch_compress(*same)
+    assert out[0].dtype == dtype and out[1].dtype == torch.float32
+    naive.assert_accurate("tokens", out[0], out_exact[0], out_torch[0])
+    naive.assert_accurate("gates", out[1], out_exact[1], out_torch[1])
+    results = [
+        naive.gradients(o, x) for o, x in ((out, inputs), (out_exact, exact_inputs), (out_torch, same_inputs))
+    ]
+    # RMSNorm divides by the size of the mixture: near zero it magnifies what float32 rounds off.
+    gates = out_exact[1].detach()
+    mixed = (gates[..., None] * exact[0].detach() * args[2][..., None]).sum(dim=1)
+    magnified = (1 + 1 / mixed.square().mean(dim=-1).sqrt().min().item()) ** 2
+    for name, a, b, c in zip(("experts", "logits", "weight"), *results, strict=True):
+        naive.assert_accurate(name, a, b, c, 20 * magnified * items)
+
+
+def test_gates_sum_to_one_over_what_is_present():
+    args = make(items=50)
+    present = args[2]
+    _, gates = compress_items(*args)
+    torch.testing.assert_close(gates.sum(dim=1), torch.ones(50))
+    assert gates[~present].eq(0).all()
+
+
+def test_absent_modalities_are_never_read():
+    """NaN in an absent row changes neither results nor gradients, and gets zero gradient itself."""
+    args, inputs = leaves(make(items=20))
+    clean = [*compress_items(*args), *naive.gradients(compress_items(*args), inputs)]
+    dirty, inputs = leaves(make(items=20))
+    with torch.no_grad():
+        dirty[0][~dirty[2]] = float("nan")
+        dirty[1][~dirty[2]] = float("nan")
+    results = [*compress_items(*dirty), *naive.gradients(compress_items(*dirty), inputs)]
+    assert all(torch.equal(a, b) for a, b in zip(results, clean, strict=True))
+    assert results[2][~dirty[2]].eq(0).all() and results[3][~dirty[2]].eq(0).all()
+
+
+def test_gradcheck():
+    args, inputs = leaves(make(dtype=torch.float64))
+    present = args[2]
+    assert torch.autograd.gradcheck(lambda e, g, w: compress_items(e, g, present, w), inputs)
+
+
+def test_gradients_are_bit_identical():
+    torch.use_deterministic_algorithms(False)  # it must hold without torch's help
+    args, inputs = leaves(make(items=2000, hidden=64, dtype=torch.bfloat16))
+    first, *others = [naive.gradients(compress_items(*args), inputs) for _ in range(4)]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
+
+
+def test_opcheck_compile_and_autocast():
+    args, inputs = leaves(make())
+    torch.library.opcheck(torch.ops.speeder.compress_items.default, (*args, 1e-6, "reference"))
+    eager = compress_items(*args)
+    out = torch.compile(compress_items, backend="aot_eager", fullgraph=True)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(out, eager, strict=True))
+    pairs = zip(naive.gradients(out, inputs), naive.gradients(eager, inputs), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compress_items(*args)[0], eager[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {0: torch.zeros(0, 3, 6)},
+            ValueError,
+            r"expert_outputs: expected at least one .* got shape \(0, 3, 6\)",
+        ),
+        ({0: torch.zeros(5, 6)}, ValueError, r"expert_outputs: expected shape \(U, M, H\), got \(5, 6\)"),
+        ({0: "x"}, TypeError, r"expert_outputs: expected a tensor, got str"),
+        ({1: torch.zeros(5, 2)}, ValueError, r"gate_logits: expected shape \(5, 3\), got \(5, 2\)"),
+        ({1: torch.zeros(5, 3).half()}, TypeError, r"gate_logits: expected dtype float32 .*, got float16"),
+        ({2: torch.ones(5, 3)}, TypeError, r"present: expected dtype bool, got float32"),
+        (
+            {2: torch.ones(5, 3, dtype=torch.bool, device="meta")},
+            ValueError,
+            r"present: expected device cpu, got meta",
+        ),
+        ({3: torch.ones(5)}, ValueError, r"norm_weight: expected shape \(6,\), got \(5,\)"),
+        ({"eps": 0.0}, ValueError, r"eps: expected a number above 0, got 0"),
+        ({"backend": "triton"}, ValueError, r"'triton' cannot run compress_items here"),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    args = [changes.get(n, x) for n, x in enumerate(make())]
+    with pytest.raises(error, match=message):
+        compress_items(*args, **{name: x for name, x in changes.items() if isinstance(name, str)})
+
+
+def test_an_item_with_no_modality():
+    args = make()
+    args[2][3] = False
+    with pytest.raises(
+        ValueError, match="present: expected at least one modality an item, got none for item 3"
+    ):
+        compress_items(*args)

@@ -1,0 +1,189 @@
+"""item_cross_entropy against a loop over items, in chunks smaller than the catalogue."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from speeder_kernels import item_cross_entropy, reference
+from tests.kernels import naive
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def make(rows=4, items=11, hidden=6, dtype=torch.float32, seed=0) -> tuple[torch.Tensor, ...]:
+    draw = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, hidden, generator=draw).to(dtype),
+        torch.randn(items, hidden, generator=draw).to(dtype),
+        torch.randint(0, items, (rows,), generator=draw),
+        torch.randn(items, generator=draw),
+    )
+
+
+def leaves(hidden, table, dtype=None):
+    return [x.to(dtype or x.dtype).clone().requires_grad_() for x in (hidden, table)]
+
+
+@pytest.fixture(params=[3, 8192])
+def chunk(request, monkeypatch) -> int:
+    monkeypatch.setattr(reference, "ITEMS_PER_CHUNK", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("items_per_chunk", [1, 4, 8192])
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    items=st.integers(1, 20),
+    hidden=st.sampled_from([1, 5, 32]),
+    scale=st.sampled_from([0.2, 1.0, 20.0]),
+    corrected=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 10_000),
+)
+def test_matches_the_loop(items_per_chunk, rows, items, hidden, scale, corrected, dtype, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "ITEMS_PER_CHUNK", items_per_chunk)
+        check_against_the_loop(rows, items, hidden, scale, corrected, dtype, seed)
+
+
+def check_against_the_loop(rows, items, hidden, scale, corrected, dtype, seed):
+    h, table, targets, log_q = make(rows, items, hidden, dtype, seed)
+    log_q = log_q if corrected else None
+    ours, exact, same = leaves(h, table), leaves(h, table, torch.float64), leaves(h, table)
+    loss = item_cross_entropy(*ours, targets, scale=scale, log_q=log_q)
+    loss_exact = naive.item_cross_entropy(*exact, targets, scale, None if log_q is None else log_q.double())
+    logits = scale * (same[0] @ same[1].T).float()
+    logits = logits if log_q is None else logits - log_q
+    loss_torch = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    largest = 1 + scale * (h.float().norm(dim=1).max() * table.float().norm(dim=1).max()).item()
+    naive.assert_accurate("loss", loss, loss_exact, loss_torch, largest)
+    results = [naive.gradients(x, y) for x, y in ((loss, ours), (loss_exact, exact), (loss_torch, same))]
+    for name, a, b, c in zip(("hidden", "item_table"), *results, strict=True):
+        naive.assert_accurate(name, a, b, c, rows * largest * max(1.0, scale))
+
+
+def test_gradcheck(chunk):
+    h, table, targets, log_q = make(dtype=torch.float64)
+    run = lambda a, b: item_cross_entropy(a, b, targets, scale=0.7, log_q=log_q.double())  # noqa: E731
+    assert torch.autograd.gradcheck(run, leaves(h, table))
+
+
+def test_large_logits_stay_finite(chunk):
+    """exp() of these would overflow: the sum must be taken relative to the largest."""
+    h, table, targets, _ = make()
+    hidden, items = leaves(h * 100, table * 100)
+    loss = item_cross_entropy(hidden, items, targets, scale=50.0)
+    grads = torch.autograd.grad(loss.sum(), (hidden, items))
+    assert torch.isfinite(loss).all() and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_no_matrix_of_all_logits_is_held(monkeypatch):
+    """Forward and backward never allocate as much as an (N, I) matrix."""
+    monkeypatch.setattr(reference, "ITEMS_PER_CHUNK", 64)
+    rows, items = 512, 2048
+    h, table, targets, _ = make(rows, items, hidden=8)
+    hidden, table = leaves(h, table)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    with Watch():
+        _, lse = reference.item_cross_entropy(hidden.detach(), table.detach(), targets, 1.0, None)
+        reference.item_cross_entropy_backward(
+            torch.ones(rows), hidden.detach(), table.detach(), targets, lse, 1.0, None, [True, True]
+        )
+    assert rows * 64 <= largest < rows * items / 8
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_only_wanted_gradients(wanted):
+    h, table, targets, _ = make()
+    both = leaves(h, table)
+    expected = naive.gradients(item_cross_entropy(*both, targets, scale=1.0), both)[wanted]
+    one = [h, table]
+    one[wanted] = one[wanted].clone().requires_grad_()
+    (grad,) = naive.gradients(item_cross_entropy(*one, targets, scale=1.0), [one[wanted]])
+    assert torch.equal(grad, expected)
+
+
+def test_gradients_are_bit_identical():
+    torch.use_deterministic_algorithms(False)  # it must hold without torch's help
+    h, table, targets, _ = make(300, 500, 64)
+    inputs = leaves(h, table)
+    first, *others = [
+        naive.gradients(item_cross_entropy(*inputs, targets, scale=1.0), inputs) for _ in range(4)
+    ]
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_opcheck_compile_and_autocast(corrected):
+    h, table, targets, log_q = make()
+    log_q = log_q if corrected else None
+    inputs = leaves(h, table)
+    op = torch.ops.speeder.item_cross_entropy.default
+    torch.library.opcheck(op, (*inputs, targets, 0.5, log_q, "reference"))
+    eager = item_cross_entropy(*inputs, targets, scale=0.5, log_q=log_q)
+    compiled = torch.compile(item_cross_entropy, backend="aot_eager", fullgraph=True)
+    out = compiled(*inputs, targets, scale=0.5, log_q=log_q)
+    assert torch.equal(out, eager)
+    pairs = zip(naive.gradients(out, inputs), naive.gradients(eager, inputs), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(item_cross_entropy(*inputs, targets, scale=0.5, log_q=log_q), eager)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"hidden": torch.zeros(0, 6)},
+            ValueError,
+            r"hidden: expected at least one element .* got shape \(0, 6\)",
+        ),
+        ({"hidden": torch.zeros(6)}, ValueError, r"hidden: expected shape \(N, H\), got \(6,\)"),
+        (
+            {"item_table": torch.zeros(11, 5)},
+            ValueError,
+            r"item_table: expected shape \(I, 6\), got \(11, 5\)",
+        ),
+        (
+            {"item_table": torch.zeros(11, 6).double()},
+            TypeError,
+            r"item_table: expected dtype float32, got float64",
+        ),
+        ({"item_table": torch.zeros(0, 6)}, ValueError, r"item_table: expected at least one element"),
+        ({"targets": torch.zeros(4)}, TypeError, r"targets: expected dtype int32 or int64, got float32"),
+        (
+            {"targets": torch.tensor([0, 11, 0, 0])},
+            IndexError,
+            r"targets: expected 0\.\.10, got 11 at position 1",
+        ),
+        (
+            {"targets": torch.tensor([0, 1, -100, 0])},
+            IndexError,
+            r"targets: expected 0\.\.10, got -100 at position 2",
+        ),
+        ({"scale": 0.0}, ValueError, r"scale: expected a number above 0, got 0"),
+        ({"scale": float("nan")}, ValueError, r"scale: expected a number above 0, got nan"),
+        ({"log_q": torch.zeros(4)}, ValueError, r"log_q: expected shape \(11,\), got \(4,\)"),
+        ({"log_q": torch.zeros(11, requires_grad=True)}, ValueError, r"log_q: expected a constant, got"),
+        ({"backend": "cpu"}, ValueError, r"'cpu' cannot run item_cross_entropy here: it has no kernel for"),
+    ],
+)
+def test_bad_arguments(changes, error, message):
+    hidden, table, targets, _ = make()
+    args = {"hidden": hidden, "item_table": table, "targets": targets, "scale": 1.0, **changes}
+    with pytest.raises(error, match=message):
+        item_cross_entropy(**args)
