@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,16 @@ class Recommendation:
 class RecommenderMixin:
     """`score`, `recommend`, `gates` and `add_items` of [`SpeederForCausalLM`]. All run without gradients."""
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside, the mode as it was afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(training)
+
     @torch.no_grad()
     def user_states(self, histories: Sequence[Sequence[int | str]], batch_size: int = 256) -> Iterator[torch.Tensor]:
         """Run histories through the backbone, packed, a batch at a time.
@@ -41,16 +52,12 @@ class RecommenderMixin:
         Yields:
             `(n, H)` float32 queries of up to `batch_size` users, whose dot products with `item_vectors` rank items.
         """
-        training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             for start in range(0, len(histories), batch_size):
                 chunk = [self.catalogue.indices_of(history) for history in histories[start : start + batch_size]]
                 batch = pack_batch([build_sequence(history, self.config) for history in chunk])
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 yield self.item_queries(self.last_states(**batch))
-        finally:
-            self.train(training)
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 256) -> torch.Tensor:
@@ -113,7 +120,8 @@ class RecommenderMixin:
     @torch.no_grad()
     def gates(self) -> dict[str, torch.Tensor]:
         """The gate's weights: modality -> `(I,)` float32 on the CPU; they sum to 1 over the modalities."""
-        weights = self.item_tokens()[1].cpu()
+        with self.evaluating():
+            weights = self.item_tokens()[1].cpu()
         return dict(zip(self.config.gate_names, weights.unbind(dim=1), strict=True))
 
     def add_items(self, new_items: ItemCatalogue) -> range:
@@ -133,12 +141,8 @@ class RecommenderMixin:
         return range(before, len(self.catalogue))
 
     def _vectors(self) -> torch.Tensor:
-        training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             return self.item_vectors(self.item_tokens()[0])
-        finally:
-            self.train(training)
 
     def _recommendation(self, item: int, score: float) -> Recommendation:
         return Recommendation(item, self.catalogue.ids[item], self.catalogue.titles[item], score)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from worlds import FAMILIES, TEXT, tiny_backbone, tiny_catalogue, tiny_model
+from tests.model.worlds import FAMILIES, TEXT, tiny_backbone, tiny_catalogue, tiny_model
 
 from speeder.errors import SpeederError
 from speeder.model import SpeederForCausalLM

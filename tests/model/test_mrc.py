@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import tiny_catalogue, tiny_model
+from tests.model.worlds import tiny_catalogue, tiny_model
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast
-from worlds import TEXT, tiny_catalogue, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from tests.model.worlds import TEXT, save_tiny_backbone, tiny_catalogue, tiny_model
 
 from speeder.config import SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
@@ -138,14 +138,8 @@ def test_templates(tokenizer):
 
 
 @pytest.fixture
-def tokenizer():
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(TEXT)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0")
+def tokenizer(tmp_path_factory):
+    return AutoTokenizer.from_pretrained(save_tiny_backbone(tmp_path_factory.mktemp("backbone")))
 
 
 def test_processor(tmp_path, tokenizer):

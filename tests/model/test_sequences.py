@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import TEXT, tiny_model
+from tests.model.worlds import TEXT, tiny_model
 
 from speeder.layout import cu_seqlens, item_ranks, item_slots
 from speeder.prompts import build_sequence, pack_batch, pad_batch

@@ -1,6 +1,11 @@
 """Tiny backbones, catalogues and histories that the model's tests share."""
 
+from pathlib import Path
+
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -9,6 +14,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -62,3 +68,12 @@ def tiny_model(family: str = "llama", stir: bool = True, **config) -> SpeederFor
             for parameter in model.parameters():
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def save_tiny_backbone(folder: Path, family: str = "llama") -> Path:
+    """A tiny backbone with a word-level tokenizer as a Hugging Face folder."""
+    tiny_backbone(family).save_pretrained(folder)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(TEXT)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w0").save_pretrained(folder)
+    return folder
