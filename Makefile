@@ -1,0 +1,42 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each sets up what it needs in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# A CPU build of this release; for a GPU: make TORCH="torch --index-url ..." or any pip requirement
+TORCH ?= torch==2.13.0
+OUT ?= runs/demo
+POSTERS ?=
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: demo test lint install assets clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q $(TORCH)
+	@touch $@
+
+# torch comes first, so that nothing below pulls in another build of it
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13"
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -m speeder_kernels
+	@touch $@
+
+assets: install
+	$(BIN)/speeder assets
+
+demo: install
+	$(BIN)/speeder demo --out $(OUT) $(if $(POSTERS),--posters $(POSTERS))
+
+test: install assets lint
+	$(BIN)/python -m pytest -q --timeout=600
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+
+clean:
+	rm -rf build speeder_kernels/*.so speeder.egg-info $(VENV)/.installed
