@@ -12,6 +12,7 @@ from speeder.baselines.sasrec import SASRec
 from speeder.data.files import atomic_path, read_json, write_json
 from speeder.data.prepared import PreparedData
 from speeder.evaluate import Evaluation, Scorer, comparison_table, evaluate
+from speeder.evaluation.leaks import check_features
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.training import stage_logs
@@ -124,9 +125,11 @@ def run_data(run: Path) -> PreparedData:
     """The prepared data that a run was trained on, from where `data.json` says.
 
     Raises:
-        SpeederError: it is not there, or has changed.
+        SpeederError: it is not there, or has changed, or its features leak (`LeakError`).
     """
-    return PreparedData.load(read_json(run / "data.json")["folder"])
+    data = PreparedData.load(read_json(run / "data.json")["folder"])
+    check_features(data)
+    return data
 
 
 def _file_name(name: str) -> str:

@@ -22,6 +22,7 @@ from speeder.data.interactions import LeaveOneOut
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluate import evaluate
+from speeder.evaluation.leaks import check_features, check_split
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import GateRamp, select_parameters
@@ -125,10 +126,13 @@ def train(
         the finished recommender, in evaluation mode; also saved in `run/model`.
 
     Raises:
-        SpeederError: the folder is in use, or holds nothing to resume, or the recipe or data are others.
+        SpeederError: the folder is in use, or holds nothing to resume, or the recipe or data are others, or the
+            data leak (`LeakError`).
     """
     run = Path(run)
     _check_modalities(recipe, data)
+    check_split(data.split, data.interactions)
+    check_features(data)
     state = _open_run(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)

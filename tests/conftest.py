@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.assets_fixture import efficientnet_folder, minilm_folder, ml100k_folder, smollm2_folder
+
+__all__ = ["efficientnet_folder", "minilm_folder", "ml100k_folder", "smollm2_folder"]
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:

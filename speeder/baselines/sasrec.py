@@ -28,7 +28,7 @@ class SASRecConfig:
 
     Attributes:
         max_length: how many of a history's last items are read.
-        learning_rate: at its highest; it rises over the first twentieth of the steps and falls in a line to zero.
+        learning_rate: its peak; it rises over the first twentieth of the steps, then falls in a line to zero.
         weight_decay: of AdamW, on every parameter that is a matrix.
         patience: epochs without a better validation NDCG@10 before training stops.
     """

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import sha256_file
+from speeder.data.interactions import LeaveOneOut
 from speeder.data.posters import Poster, match_posters
 from speeder.data.prepared import PreparedData
 from speeder.data.readers.ml100k import read_ml100k
+from speeder.encoders.collaborative import collaborative_features
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,9 @@ def prepare_ml100k(
     include_plot: bool = True,
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
+    collaborative: bool = True,
 ) -> PreparedData:
-    """Reads MovieLens-100K, encodes its texts and, given `posters`, its pictures, and saves all in `out`.
+    """Reads MovieLens-100K, encodes texts and, given `posters`, pictures, fits collaborative features, saves all.
 
     Args:
         out: folder to write, whole or not at all.
@@ -56,10 +59,11 @@ def prepare_ml100k(
         include_plot: whether a plot that `posters` knows of is added to the film's text.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
 
+        collaborative: whether features fitted on the training part of the interactions are added.
+
     Returns:
-        The saved data: modality `"text"`, and `"image"` where there are posters. The manifest holds nothing
-            of the
-        time or the machine: the same input gives the same manifest.
+        The saved data: modality `"text"`, `"image"` where there are posters, and `"collaborative"`. The manifest
+        holds nothing of the time or the machine: the same input gives the same manifest.
     """
     data = read_ml100k(source)
     catalogue, manifest = data.catalogue, dict(data.manifest)
@@ -84,6 +88,11 @@ def prepare_ml100k(
         catalogue = catalogue.with_features("image", features, present)
         manifest["encoders"]["image"] = _encoder_record(image_encoder)
         manifest["posters"]["broken"] = {Path(path).name: reason for path, reason in sorted(broken.items())}
+    if collaborative:
+        fitted = collaborative_features(LeaveOneOut(data.interactions).training(), len(catalogue))
+        catalogue = catalogue.with_features("collaborative", fitted.features, fitted.present)
+        # what they were fitted on: evaluation refuses them beside another training part
+        manifest["encoders"]["collaborative"] = {"name": "sasrec", "training_hash": fitted.training_hash}
     manifest["versions"] = {name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")}
     prepared = PreparedData(catalogue, data.interactions, manifest)
     prepared.save(out)

@@ -9,6 +9,7 @@ import numpy as np
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
+    from speeder.data import PreparedData
     from speeder.data.interactions import Interactions, LeaveOneOut
 
 
@@ -89,3 +90,14 @@ def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model"
         raise LeakError(
             f"{what}: fitted on interactions {recorded[:12]}…, this split's training part is {expected[:12]}…"
         )
+
+
+def check_features(data: "PreparedData") -> None:
+    """Check that a prepared set's collaborative features were fitted on its split's training part.
+
+    Raises:
+        LeakError: they were fitted on something else.
+    """
+    record = data.manifest.get("encoders", {}).get("collaborative", {})
+    if "training_hash" in record:
+        check_training_hash(record["training_hash"], data.split, "collaborative features")

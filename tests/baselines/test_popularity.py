@@ -24,5 +24,5 @@ def test_scores_are_training_counts(rows):
 
 @pytest.mark.parametrize("item", [-1, 10])
 def test_an_item_outside_the_catalogue_is_refused(item):
-    with pytest.raises(IndexError, match="0..9"):
+    with pytest.raises(IndexError, match=r"0\.\.9"):
         Popularity([[0, item]], 10)

@@ -65,7 +65,7 @@ def test_pictures_plots_and_the_manifest(
     tmp_path: Path, raw: Path, posters: Path, cache: tuple[TextEncoder, ImageEncoder]
 ) -> None:
     encoders = {"text_encoder": cache[0], "image_encoder": cache[1]}
-    data = prepare_ml100k(tmp_path / "out", source=raw, posters=posters, **encoders)
+    data = prepare_ml100k(tmp_path / "out", source=raw, posters=posters, collaborative=False, **encoders)
     assert data.catalogue.texts[0] == "Heat (1995). Genres: Action. Robbers and a detective."
     assert data.catalogue.texts[1] == "The Blue Angel (Der Blaue Engel) (1930). Genres: Drama."
     assert data.catalogue.modalities == {"text": 384, "image": 1280}
@@ -80,13 +80,13 @@ def test_pictures_plots_and_the_manifest(
     assert loaded.manifest == data.manifest
     assert torch.equal(loaded.catalogue.features["image"], data.catalogue.features["image"])
 
-    again = prepare_ml100k(tmp_path / "again", source=raw, posters=posters, **encoders)
+    again = prepare_ml100k(tmp_path / "again", source=raw, posters=posters, collaborative=False, **encoders)
     assert again.manifest == data.manifest
     for file in (tmp_path / "out").rglob("*"):
         if file.is_file():
             assert (tmp_path / "again" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
 
-    plain = prepare_ml100k(tmp_path / "plain", source=raw, posters=posters, include_plot=False, **encoders)
+    plain = prepare_ml100k(tmp_path / "plain", source=raw, posters=posters, include_plot=False, collaborative=False, **encoders)
     assert plain.catalogue.texts[0] == "Heat (1995). Genres: Action."
     assert plain.manifest["posters"]["plots"] == 0
 
@@ -94,7 +94,7 @@ def test_pictures_plots_and_the_manifest(
 def test_without_posters_there_is_text_alone(
     tmp_path: Path, raw: Path, cache: tuple[TextEncoder, ImageEncoder]
 ) -> None:
-    data = prepare_ml100k(tmp_path / "out", source=raw, text_encoder=cache[0])
+    data = prepare_ml100k(tmp_path / "out", source=raw, text_encoder=cache[0], collaborative=False)
     assert data.catalogue.modalities == {"text": 384} and "posters" not in data.manifest
 
 

@@ -1,5 +1,7 @@
 """Bootstrap intervals against an unvectorised bootstrap, theory and their own seed; slices as partitions."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -53,7 +55,7 @@ def test_slices_partition_users_in_rising_order(values, parts):
     members = list(quantile_slices(values, parts, "items").values())
     assert 1 <= len(members) <= parts
     assert np.array_equal(np.sum(members, axis=0), np.ones(len(values)))
-    for lower, upper in zip(members, members[1:], strict=False):
+    for lower, upper in itertools.pairwise(members):
         assert values[lower].max() < values[upper].min()
 
 

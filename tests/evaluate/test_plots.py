@@ -92,6 +92,6 @@ def test_an_error_leaves_the_earlier_picture(tmp_path, monkeypatch):
     ],
 )
 def test_nothing_to_show_is_an_error(draw, tmp_path):
-    with pytest.raises(ValueError, match="expected|must have"):
+    with pytest.raises(ValueError, match=r"expected|must have"):
         draw(tmp_path / "picture.png")
     assert not list(tmp_path.iterdir())
