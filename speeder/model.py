@@ -45,11 +45,12 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    _no_split_modules: list[str] = []
 
     def __init__(self, config: SpeederConfig):
         super().__init__(config)
-        self.backbone = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=ATTENTION_NAME)
+        self.backbone = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=ATTENTION_NAME
+        )
         if config.lora is not None:
             self.add_lora(config.lora)
         self.mrc = MRC(config)
@@ -201,7 +202,9 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def last_states(self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    def last_states(
+        self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
         """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
         item_table = self.item_tokens()[0] if self._needs_items(input_ids, None, "items") else None
         hidden, *_ = self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)
@@ -249,7 +252,9 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
 
     def _check_arguments(self, input_ids, cu_seqlens, attention_mask, past_key_values) -> None:
         if input_ids.ndim != 2 or input_ids.numel() == 0:
-            raise ValueError(f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}"
+            )
         if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
             raise ValueError("cu_seqlens: packed sequences take neither attention_mask nor past_key_values")
         if cu_seqlens is not None and len(input_ids) != 1:
@@ -301,7 +306,9 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
             return True
         return vocabulary != "text" and not (labels is not None and self.training)
 
-    def _embed(self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | None) -> torch.Tensor:
+    def _embed(
+        self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | None
+    ) -> torch.Tensor:
         """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
         words = self.backbone.get_input_embeddings()
         table = words.weight
@@ -383,7 +390,9 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
             vectors = self.item_vectors(item_table)
             total = total + item_cross_entropy(queries, vectors, targets[is_item] - text, scale=1.0).sum()
         if is_text.any():
-            total = total + F.cross_entropy(self._text_logits(states[is_text]), targets[is_text], reduction="sum")
+            total = total + F.cross_entropy(
+                self._text_logits(states[is_text]), targets[is_text], reduction="sum"
+            )
         loss = total / count.clamp(min=1)
         if self.training and self.config.position_proxy_weight > 0:
             share = (is_item.sum() + is_text.sum()) / count.clamp(min=1)  # 1 but for accumulated gradients
@@ -392,7 +401,11 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
 
     def _proxy_loss(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         flat = hidden.flatten(0, 1)
-        flat = flat if layout.query_index is None or len(flat) == len(layout.rank_q) else flat[layout.query_index]
+        flat = (
+            flat
+            if layout.query_index is None or len(flat) == len(layout.rank_q)
+            else flat[layout.query_index]
+        )
         lengths = layout.cu_seqlens_q.diff().long()
         sequence = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
         at_item = layout.rank_q >= 0

@@ -14,7 +14,9 @@ from speeder.errors import SpeederError
 from speeder.mrc import CLOSED
 from speeder.recipe import Stage
 
-RAMP_START = -6.0  # gate logit offset at which a ramp begins: a weight of about 0.25 % beside one open modality
+RAMP_START = (
+    -6.0
+)  # gate logit offset at which a ramp begins: a weight of about 0.25 % beside one open modality
 
 
 def gate_offset(newly_open: bool, is_open: bool, step: int, ramp_steps: int) -> float:
@@ -72,7 +74,9 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
             decays = parameter.ndim >= 2 and not name.startswith("spae.")
             groups.setdefault((part in ("backbone", "lora", "embeddings"), decays), []).append(parameter)
     if not groups:
-        raise SpeederError(f"stage {stage.name!r}: none of {', '.join(stage.train)} has weights in this model")
+        raise SpeederError(
+            f"stage {stage.name!r}: none of {', '.join(stage.train)} has weights in this model"
+        )
     return [
         {
             "name": ("backbone" if backbone else "new") + ("" if decays else ", no decay"),

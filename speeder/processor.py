@@ -33,7 +33,9 @@ def template_ids(tokenizer: PreTrainedTokenizerBase | None, template: str) -> tu
         return [], []
     if tokenizer is None:
         raise ValueError(f"template: text around {HISTORY} needs a tokenizer, got None")
-    return tuple(tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in (before, after))
+    return tuple(
+        tokenizer(part, add_special_tokens=False)["input_ids"] if part else [] for part in (before, after)
+    )
 
 
 class SpeederProcessor(ProcessorMixin):
@@ -108,7 +110,9 @@ class SpeederProcessor(ProcessorMixin):
                 pieces.append(self.tokenizer.decode(text, **kwargs))
                 text = []
             if token is not None:
-                pieces.append(f"<{self.catalogue.titles[token - first] or self.catalogue.ids[token - first]}>")
+                pieces.append(
+                    f"<{self.catalogue.titles[token - first] or self.catalogue.ids[token - first]}>"
+                )
         return " ".join(pieces)
 
     def to_dict(self) -> dict:
@@ -129,7 +133,9 @@ class SpeederProcessor(ProcessorMixin):
         """Load the processor of a saved recommender, from a folder or the Hub."""
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = SpeederConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        return cls(tokenizer, config, ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs)))
+        return cls(
+            tokenizer, config, ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs))
+        )
 
 
 AutoProcessor.register(SpeederConfig, SpeederProcessor)

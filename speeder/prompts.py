@@ -75,7 +75,9 @@ def pack_batch(sequences: Sequence[TokenSequence], with_labels: bool = False) ->
         raise ValueError("sequences: expected at least one, got none")
     batch = {
         "input_ids": torch.tensor([[token for sequence in sequences for token in sequence.ids]]),
-        "ranks": torch.tensor([[rank for sequence in sequences for rank in sequence.ranks]], dtype=torch.int32),
+        "ranks": torch.tensor(
+            [[rank for sequence in sequences for rank in sequence.ranks]], dtype=torch.int32
+        ),
         "cu_seqlens": cu_seqlens(torch.tensor([len(sequence.ids) for sequence in sequences])),
     }
     if with_labels:
@@ -102,7 +104,9 @@ def pad_batch(
 
     def padded(rows: list[list[int]], filler: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
         left = side == "left"
-        filled = [([filler] * (longest - len(r)) + r) if left else (r + [filler] * (longest - len(r))) for r in rows]
+        filled = [
+            ([filler] * (longest - len(r)) + r) if left else (r + [filler] * (longest - len(r))) for r in rows
+        ]
         return torch.tensor(filled, dtype=dtype)
 
     batch = {

@@ -102,7 +102,9 @@ class Recipe:
             raise SpeederError(f"recipe: expected stages with different names, got {', '.join(names)}")
         for name, allowed in (("precision", ("bf16", "fp16", "fp32")), ("supervision", ("all", "last"))):
             if getattr(self, name) not in allowed:
-                raise SpeederError(f"recipe: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise SpeederError(
+                    f"recipe: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         for name in ("batch_users", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise SpeederError(f"recipe: {name}: expected at least 1, got {getattr(self, name)}")

@@ -46,7 +46,9 @@ class RecommenderMixin:
             self.train(training)
 
     @torch.no_grad()
-    def user_states(self, histories: Sequence[Sequence[int | str]], batch_size: int = 256) -> Iterator[torch.Tensor]:
+    def user_states(
+        self, histories: Sequence[Sequence[int | str]], batch_size: int = 256
+    ) -> Iterator[torch.Tensor]:
         """Run histories through the backbone, packed, a batch at a time.
 
         Yields:
@@ -54,7 +56,9 @@ class RecommenderMixin:
         """
         with self.evaluating():
             for start in range(0, len(histories), batch_size):
-                chunk = [self.catalogue.indices_of(history) for history in histories[start : start + batch_size]]
+                chunk = [
+                    self.catalogue.indices_of(history) for history in histories[start : start + batch_size]
+                ]
                 batch = pack_batch([build_sequence(history, self.config) for history in chunk])
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 yield self.item_queries(self.last_states(**batch))
@@ -153,4 +157,6 @@ class RecommenderMixin:
         if not self.config.prompt_prefix and not self.config.prompt_suffix:
             for row, history in enumerate(histories):
                 if len(history) == 0:
-                    raise ValueError(f"histories: expected at least one item in each, got an empty history at {row}")
+                    raise ValueError(
+                        f"histories: expected at least one item in each, got an empty history at {row}"
+                    )

@@ -96,7 +96,10 @@ def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> Non
 def gate_table(model: SpeederForCausalLM) -> str:
     """Mean gate weight of each modality over all items, and over the items that have it, as a Markdown table."""
     present = dict(zip(model.config.gate_names, model.mrc.present.cpu().unbind(dim=1), strict=True))
-    lines = ["| modality | items that have it | mean gate, all items | mean gate, items that have it |", "|---|---|---|---|"]
+    lines = [
+        "| modality | items that have it | mean gate, all items | mean gate, items that have it |",
+        "|---|---|---|---|",
+    ]
     for name, weights in model.gates().items():
         own = weights[present[name]]
         lines.append(f"| {name} | {len(own)} | {weights.mean():.3f} | {own.mean() if len(own) else 0:.3f} |")

@@ -50,7 +50,9 @@ class TrainingSequences(Dataset):
                 ends = range(len(sequence), 1, -config.max_history)
             self.windows += [sequence[max(0, end - config.max_history - 1) : end] for end in ends]
         if not self.windows:
-            raise SpeederError("training data: expected a user with at least two training interactions, got none")
+            raise SpeederError(
+                "training data: expected a user with at least two training interactions, got none"
+            )
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -72,7 +74,9 @@ class SpeederTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self.parameter_groups, betas=(0.9, 0.98), fused=True)
         return self.optimizer
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         with self.autocast_smart_context_manager() if self.args.bf16 else torch.no_grad():
             ranking = evaluate(model, self.split, "validation", resamples=1)
@@ -153,7 +157,9 @@ def stage_logs(run: str | Path) -> dict[str, list[dict]]:
     """The log of each finished stage: name -> entries with `step`, `loss`, `eval_NDCG@10`, `gate/<modality>`."""
     run = Path(run)
     finished = read_json(run / "state.json")["finished"]
-    return {name: read_json(_stage_folder(run, i, name) / "log.json")["log"] for i, name in enumerate(finished)}
+    return {
+        name: read_json(_stage_folder(run, i, name) / "log.json")["log"] for i, name in enumerate(finished)
+    }
 
 
 def _stage_folder(run: Path, number: int, name: str) -> Path:

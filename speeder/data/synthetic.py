@@ -1,7 +1,7 @@
 """A small synthetic world in which the next item follows from one chosen modality alone, or from order alone.
 
-Each item has three attributes that say nothing of one another: the topic of its text, the shape and colour of
-    its picture, and its collaborative cluster; each takes one of 6 values. Sequences follow one of two rules.
+Each item has three attributes that say nothing of one another: the topic of its text, the shape and colour
+of its picture, and its collaborative cluster; each takes one of 6 values. Sequences follow one of two rules.
 
 `follows` a modality: the next item's attribute of that modality is the successor (plus 1, modulo 6) of the
 current item's; which of the unseen items with that attribute it is, is uniform chance. At some steps the

@@ -86,7 +86,9 @@ def test_pictures_plots_and_the_manifest(
         if file.is_file():
             assert (tmp_path / "again" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
 
-    plain = prepare_ml100k(tmp_path / "plain", source=raw, posters=posters, include_plot=False, collaborative=False, **encoders)
+    plain = prepare_ml100k(
+        tmp_path / "plain", source=raw, posters=posters, include_plot=False, collaborative=False, **encoders
+    )
     assert plain.catalogue.texts[0] == "Heat (1995). Genres: Action."
     assert plain.manifest["posters"]["plots"] == 0
 

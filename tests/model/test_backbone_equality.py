@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.model.worlds import FAMILIES, TEXT, tiny_backbone, tiny_catalogue, tiny_model
 
 from speeder.errors import SpeederError
 from speeder.model import SpeederForCausalLM
+from tests.model.worlds import FAMILIES, TEXT, tiny_backbone, tiny_catalogue, tiny_model
 
 NEAR = dict(atol=2e-6, rtol=1e-5)
 
@@ -68,7 +68,9 @@ def test_item_tokens_have_the_norm_of_text_embeddings():
     expected = words.pow(2).mean(dim=1).sqrt().mean()
     with torch.no_grad():
         tokens = model.item_tokens()[0][:, 0] * model.config.embedding_rms
-    torch.testing.assert_close(tokens.pow(2).mean(dim=1).sqrt(), expected.expand(len(tokens)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        tokens.pow(2).mean(dim=1).sqrt(), expected.expand(len(tokens)), rtol=1e-3, atol=0
+    )
 
 
 def test_layers_are_cut_and_random_weights_drawn():
@@ -81,7 +83,9 @@ def test_layers_are_cut_and_random_weights_drawn():
     assert not torch.equal(fresh.backbone.model.layers[0].self_attn.q_proj.weight, first)
     with pytest.raises(SpeederError, match=r"layers: expected 1..2 .* got 9"):
         SpeederForCausalLM.from_backbone(tiny_backbone(), tiny_catalogue(), layers=9)
-    with pytest.raises(SpeederError, match="modalities: expected some of text, image, collaborative, got sound"):
+    with pytest.raises(
+        SpeederError, match="modalities: expected some of text, image, collaborative, got sound"
+    ):
         SpeederForCausalLM.from_backbone(tiny_backbone(), tiny_catalogue(), modalities=["sound"])
 
 

@@ -36,7 +36,9 @@ def test_a_ramp_moves_the_models_gates():
     assert shares[0] < 0.01 and shares == sorted(shares) and shares[2] == shares[3] == pytest.approx(0.5)
     first = GateRamp(Stage("s", open=["image"], ramp_steps=10), opened_before=set())
     first.set_offsets(model, 0)
-    assert model.mrc.gate_offset[model.mrc.names.index("image")] == 0.0, "the first stage has nothing to protect"
+    assert model.mrc.gate_offset[model.mrc.names.index("image")] == 0.0, (
+        "the first stage has nothing to protect"
+    )
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,9 @@ def test_a_ramp_moves_the_models_gates():
     ],
 )
 def test_a_stage_trains_the_parts_it_names(train, expected):
-    model = tiny_model(item_embedding=True, lora=dict(r=2, target_modules=["q_proj"]), position_proxy_weight=0.1)
+    model = tiny_model(
+        item_embedding=True, lora=dict(r=2, target_modules=["q_proj"]), position_proxy_weight=0.1
+    )
     stage = Stage("s", open=["text", "image"], train=[*train, "spae"])
     groups = select_parameters(model, stage, weight_decay=0.1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -111,7 +115,10 @@ def test_recipes_are_read_from_yaml(tmp_path):
         ({"stages": "text"}, "a list of 'stages'"),
         ({"stages": [{"open": ["text"]}]}, "stage 1: missing 1 required .* 'name'"),
         ({"stages": [{"name": "a", "open": []}]}, "stage 'a': open: expected at least one modality"),
-        ({"stages": [{"name": "a", "open": ["text"], "train": ["wings"]}]}, "expected parts of .* got 'wings'"),
+        (
+            {"stages": [{"name": "a", "open": ["text"], "train": ["wings"]}]},
+            "expected parts of .* got 'wings'",
+        ),
         ({"stages": [{"name": "a", "open": ["text"], "train": ["backbone:x"]}]}, "got 'backbone:x'"),
         ({"stages": [{"name": "a", "open": ["text"], "train": ["lora"]}]}, "no 'lora' section"),
         ({"stages": [{"name": "a", "open": ["text"], "epochs": 0}]}, "above 0"),

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.worlds import tiny_catalogue, tiny_model
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.mrc import CLOSED, drop_modalities
+from tests.model.worlds import tiny_catalogue, tiny_model
 
 
 @settings(max_examples=20, deadline=None)
@@ -42,7 +42,9 @@ def test_the_token_is_the_gated_sum_of_its_experts():
         for name in mrc.names:
             if not catalogue.present[name][item]:
                 continue
-            x = torch.nn.functional.layer_norm(catalogue.features[name][item], catalogue.features[name].shape[1:])
+            x = torch.nn.functional.layer_norm(
+                catalogue.features[name][item], catalogue.features[name].shape[1:]
+            )
             expert, offset = mrc.experts[name], mrc.gate_offset[mrc.names.index(name)]
             hidden = torch.nn.functional.gelu(expert.up.weight @ x + expert.up.bias)
             output = expert.down.weight @ hidden + expert.down.bias

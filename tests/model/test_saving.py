@@ -7,13 +7,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
-from tests.model.worlds import TEXT, save_tiny_backbone, tiny_catalogue, tiny_model
 
 from speeder.config import SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model import SpeederForCausalLM
 from speeder.processor import SpeederProcessor, template_ids
+from tests.model.worlds import TEXT, save_tiny_backbone, tiny_catalogue, tiny_model
 
 HISTORIES = [[1, 2, 3], [4], list(range(10, 19))]
 
@@ -24,7 +24,9 @@ HISTORIES = [[1, 2, 3], [4], list(range(10, 19))]
         {},
         dict(item_embedding=True, position_proxy_weight=0.1, modality_dropout=0.1),
         dict(tokens_per_item=2, prompt_prefix=[5], prompt_suffix=[6, 7], relative_bias=False),
-        dict(lora=dict(r=2, target_modules=["q_proj", "v_proj"]), absolute_bias=False, position_prompts=False),
+        dict(
+            lora=dict(r=2, target_modules=["q_proj", "v_proj"]), absolute_bias=False, position_prompts=False
+        ),
     ],
     ids=["default", "item embedding", "two tokens", "lora"],
 )
@@ -66,7 +68,7 @@ def test_a_damaged_or_missing_catalogue_is_refused(tmp_path):
     data = bytearray(features.read_bytes())
     data[-1] ^= 1
     features.write_bytes(data)
-    with pytest.raises(SpeederError, match="text.safetensors has changed"):
+    with pytest.raises(SpeederError, match=r"text\.safetensors has changed"):
         SpeederForCausalLM.from_pretrained(tmp_path)
     (tmp_path / "catalogue").rename(tmp_path / "elsewhere")
     with pytest.raises(SpeederError, match="catalogue"):
@@ -158,7 +160,9 @@ def test_processor(tmp_path, tokenizer):
     assert processor.decode([5, TEXT + 4, 6, 7]) == "w5 <Title 4> w6 w7"
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "processor_config.json").read_text())["processor_class"] == "SpeederProcessor"
+    assert (
+        json.loads((tmp_path / "processor_config.json").read_text())["processor_class"] == "SpeederProcessor"
+    )
     loaded = AutoProcessor.from_pretrained(tmp_path)
     assert type(loaded) is SpeederProcessor
     assert loaded([["id1", 2]])["input_ids"].tolist() == processor([["id1", 2]])["input_ids"].tolist()

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.worlds import TEXT, tiny_model
 
 from speeder.layout import cu_seqlens, item_ranks, item_slots
 from speeder.prompts import build_sequence, pack_batch, pad_batch
+from tests.model.worlds import TEXT, tiny_model
 
 NEAR = dict(atol=1e-5, rtol=1e-4)
 HISTORIES = st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=8), min_size=1, max_size=5)
@@ -31,7 +31,9 @@ def test_padded_packed_and_single_runs_agree(tokens_per_item, histories):
         for side in ("left", "right"):
             batch = pad_batch(sequences, 0, side)
             logits = model(**batch).logits
-            last = torch.stack([row[mask.bool()][-1] for row, mask in zip(logits, batch["attention_mask"], strict=True)])
+            last = torch.stack(
+                [row[mask.bool()][-1] for row, mask in zip(logits, batch["attention_mask"], strict=True)]
+            )
             torch.testing.assert_close(last, torch.stack(single), **NEAR)
         packed = pack_batch(sequences)
         ends = packed["cu_seqlens"][1:].long() - 1
@@ -138,19 +140,28 @@ def test_wrong_arguments_are_named(model):
         (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), r"input_ids: expected \(B, S\)"),
         (dict(input_ids=torch.tensor([[TEXT + 20]])), "input_ids: expected ids in 0..83"),
         (dict(input_ids=ids, vocabulary="films"), "vocabulary: expected one of all, items, text"),
-        (dict(input_ids=ids, attention_mask=torch.ones(1, 3)), r"attention_mask: expected \(1, 2\), got \(1, 3\)"),
+        (
+            dict(input_ids=ids, attention_mask=torch.ones(1, 3)),
+            r"attention_mask: expected \(1, 2\), got \(1, 3\)",
+        ),
         (dict(input_ids=ids, attention_mask=torch.zeros(1, 2)), "attention_mask: row 0"),
         (dict(input_ids=ids, ranks=torch.zeros(1, 3)), r"ranks: expected \(1, 2\), got \(1, 3\)"),
         (dict(input_ids=ids, cu_seqlens=torch.tensor([0, 1])), "cu_seqlens: expected to end at T = 2, got 1"),
         (dict(input_ids=ids, cu_seqlens=torch.tensor([1, 2])), "cu_seqlens: expected .* rising from 0"),
-        (dict(input_ids=ids, cu_seqlens=cu_seqlens(torch.tensor([2])), attention_mask=ids), "neither attention_mask"),
-        (dict(input_ids=ids, labels=torch.zeros(1, 5, dtype=torch.long)), r"labels: expected \(1, 2\), got \(1, 5\)"),
+        (
+            dict(input_ids=ids, cu_seqlens=cu_seqlens(torch.tensor([2])), attention_mask=ids),
+            "neither attention_mask",
+        ),
+        (
+            dict(input_ids=ids, labels=torch.zeros(1, 5, dtype=torch.long)),
+            r"labels: expected \(1, 2\), got \(1, 5\)",
+        ),
     ]
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**arguments)
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="ranks: expected .* beside a cache"):
+    with pytest.raises(ValueError, match=r"ranks: expected .* beside a cache"):
         model(ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="tokens_per_item = 2"):
         tiny_model(tokens_per_item=2).generate(ids, max_new_tokens=1)

@@ -54,7 +54,16 @@ def uninterrupted(place):
 
 
 def run_speeder(place, name: str, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "speeder.cli", "train", "--data", str(place / "data"), "--out", str(place / name)]
+    command = [
+        sys.executable,
+        "-m",
+        "speeder.cli",
+        "train",
+        "--data",
+        str(place / "data"),
+        "--out",
+        str(place / name),
+    ]
     command += [*more] if "--resume" in more else ["--recipe", str(place / "recipe.yaml"), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
@@ -95,7 +104,9 @@ def test_a_run_folder_is_whole(uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["before a checkpoint", "in stage 2", "between files of a checkpoint", "stage 3"])
+@pytest.mark.parametrize(
+    "moment", ["before a checkpoint", "in stage 2", "between files of a checkpoint", "stage 3"]
+)
 def test_kill_and_resume_gives_the_same_model(place, uninterrupted, moment):
     name = f"killed {moment}".replace(" ", "-")
     run = place / name
@@ -158,7 +169,12 @@ def test_every_training_interaction_is_asked_for_once(supervision):
     model = tiny_model(max_history=4)
     sequences = [torch.arange(20).numpy()[:length] for length in (2, 1, 5, 6, 13, 9)]
     windows = TrainingSequences(sequences, model.config, supervision)
-    asked = [label for window in map(windows.__getitem__, range(len(windows))) for label in window.labels if label >= 0]
+    asked = [
+        label
+        for window in map(windows.__getitem__, range(len(windows)))
+        for label in window.labels
+        if label >= 0
+    ]
     expected = [64 + int(item) for sequence in sequences for item in sequence[1:]]
     assert sorted(asked) == sorted(expected)
     if supervision == "last":

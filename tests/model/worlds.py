@@ -34,7 +34,9 @@ FAMILIES = {
 
 def tiny_backbone(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A random causal language model of two layers, 32 wide, with grouped key/value heads where it has them."""
-    sizes = dict(vocab_size=TEXT, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+    sizes = dict(
+        vocab_size=TEXT, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
     sizes |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True)
     if family != "gpt_neox":
         sizes |= dict(num_key_value_heads=2)
