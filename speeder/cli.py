@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speeder.errors import SpeederError
+
+if TYPE_CHECKING:
+    from speeder.model import SpeederForCausalLM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 1 after one readable line for what a user can get wrong, or 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
+    # bars for reading and writing weights would only break up those of training and ranking
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         options.run_command(options)
     except SpeederError as error:
@@ -177,19 +184,17 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     from speeder.evaluate import evaluate
-    from speeder.model import SpeederForCausalLM
     from speeder.results import baselines, run_data, write_results
 
     model_folder = find_model(options.run)
     data = run_data(options.run)
     evaluations = {} if options.no_baselines else baselines(options.run, data, options.split)
-    model = SpeederForCausalLM.from_pretrained(model_folder)
+    model = load_model(model_folder)
     evaluations["Speeder"] = evaluate(model, data.split, options.split)
     print(write_results(options.run, evaluations, options.split))
 
 
 def run_recommend(options: argparse.Namespace) -> None:
-    from speeder.model import SpeederForCausalLM
     from speeder.results import run_data
 
     if options.k < 1:
@@ -201,7 +206,7 @@ def run_recommend(options: argparse.Namespace) -> None:
         if options.user not in interactions.user_ids:
             raise SpeederError(f"--user: no user {options.user!r} among {len(interactions.user_ids)}")
         history = interactions.sequences()[interactions.user_ids.index(options.user)].tolist()
-    model = SpeederForCausalLM.from_pretrained(model_folder)
+    model = load_model(model_folder)
     try:
         recommended = model.recommend([history], options.k, exclude_seen=not options.include_seen)[0]
     except (KeyError, ValueError) as error:
@@ -226,6 +231,18 @@ def recipe_path(name: str) -> Path:
         known = ", ".join(sorted(path.stem for path in bundled_recipe(name).parent.glob("*.yaml")))
         raise SpeederError(f"--recipe: expected a YAML file or one of {known}, got {name!r}")
     return bundled_recipe(name)
+
+
+def load_model(folder: Path) -> SpeederForCausalLM:
+    """The recommender in a folder; SpeederError where a file of it is missing or damaged."""
+    from safetensors import SafetensorError
+
+    from speeder.model import SpeederForCausalLM
+
+    try:
+        return SpeederForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SpeederError(f"{folder}: not a readable recommender: {str(error).splitlines()[0]}") from error
 
 
 def find_model(run: Path) -> Path:

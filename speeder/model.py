@@ -61,6 +61,8 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         self.catalogue: ItemCatalogue | None = None
         self._item_cache: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
         self.post_init()
+        # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
+        self._keys_to_ignore_on_save = sorted(self.all_tied_weights_keys) or None
 
     from_backbone = classmethod(from_backbone)
 

@@ -238,6 +238,7 @@ def _run_stage(
         fp16=recipe.precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
         logging_steps=recipe.log_steps,
+        logging_first_step=True,  # so that even the shortest stage has a loss to show
         eval_strategy="steps",
         eval_steps=recipe.checkpoint_steps,
         save_strategy="steps",
