@@ -56,7 +56,7 @@ def test_help_and_mistakes_answer_without_loading_models():
         (["train", "--out", "{tmp}/new", "--data", "{run}/../data", "--recipe", "best"], "one of ml-100k, got 'best'"),
         (["train", "--out", "{tmp}/new", "--data", "{run}/../data", "--recipe", "{tmp}/no.yaml"], "No such file"),
         (["train", "--out", "{tmp}/new", "--resume"], "expected a run to resume, found none"),
-        (["train", "--out", "{run}", "--data", "{run}/../data", "--recipe", "{run}/../recipe.yaml"], "holds a run already"),
+        (["train", "--out", "{run}", "--data", "{run}/../data", "--recipe", "{run}/../recipe.yaml"], "holds a run"),
         (["evaluate", "{tmp}/none"], "found no model in it"),
         (["recommend", "{tmp}/none", "--history", "1"], "found no model in it"),
         (["recommend", "{run}", "--history", "nobody"], "no item has the id 'nobody'"),
