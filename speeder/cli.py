@@ -29,13 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpeederError as error:
         print(f"speeder: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # such as `speeder recommend ... | head`
+        sys.stderr.close()
+        return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"speeder: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         hint = "; go on with --resume" if options.command == "train" else ""
         print(f"\nspeeder: stopped{hint}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # such as `speeder recommend ... | head`
-        sys.stderr.close()
-        return 141
     return 0
 
 
@@ -156,7 +160,7 @@ def run_prepare(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
-    from speeder.data.files import read_json, write_json
+    from speeder.data.files import read_json
     from speeder.data.prepared import PreparedData
     from speeder.recipe import load_recipe, recipe_from_dict
     from speeder.results import run_data, write_training_plots
@@ -175,9 +179,8 @@ def run_train(options: argparse.Namespace) -> None:
         )
     for note in notes:
         print(f"Note: {note}")
-    if not options.resume:
-        write_json(options.out / "data.json", {"folder": str(options.data.resolve())})
-    model = train(recipe, data, options.out, resume=options.resume)
+    folder = options.data or read_json(options.out / "recipe.json")["data"]
+    model = train(recipe, data, options.out, resume=options.resume, data_folder=folder)
     write_training_plots(options.out, options.out, model)
     print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
 
@@ -187,11 +190,12 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from speeder.results import baselines, run_data, write_results
 
     model_folder = find_model(options.run)
-    data = run_data(options.run)
-    evaluations = {} if options.no_baselines else baselines(options.run, data, options.split)
+    run = model_folder.parent
+    data = run_data(run)
+    evaluations = {} if options.no_baselines else baselines(run, data, options.split)
     model = load_model(model_folder)
     evaluations["Speeder"] = evaluate(model, data.split, options.split)
-    print(write_results(options.run, evaluations, options.split))
+    print(write_results(run, evaluations, options.split))
 
 
 def run_recommend(options: argparse.Namespace) -> None:
@@ -202,7 +206,7 @@ def run_recommend(options: argparse.Namespace) -> None:
     model_folder = find_model(options.run)
     history: list[int | str] = options.history
     if options.user is not None:
-        interactions = run_data(options.run).interactions
+        interactions = run_data(model_folder.parent).interactions
         if options.user not in interactions.user_ids:
             raise SpeederError(f"--user: no user {options.user!r} among {len(interactions.user_ids)}")
         history = interactions.sequences()[interactions.user_ids.index(options.user)].tolist()

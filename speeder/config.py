@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -37,6 +38,7 @@ class SpeederConfig(PretrainedConfig):
         max_distance: distances that are told apart, in items; greater ones share the last bucket.
         position_proxy_weight: weight of SPAE's position proxy loss in training; 0 leaves the task out.
         lora: arguments of `peft.LoraConfig` for adapters in the backbone; None: no adapters.
+        training_hash: hash of the interactions that the model was trained on; evaluation checks it.
         prompt_prefix, prompt_suffix: token ids of the instruction before and after the history (empty: items only).
 
     Raises:
@@ -69,6 +71,7 @@ class SpeederConfig(PretrainedConfig):
     max_distance: int = 512
     position_proxy_weight: float = 0.0
     lora: dict | None = None
+    training_hash: str | None = None
     prompt_prefix: list[int] | None = None
     prompt_suffix: list[int] | None = None
     use_cache: bool = True
@@ -95,8 +98,18 @@ class SpeederConfig(PretrainedConfig):
         for name in ("modality_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
-        if "item" in self.modalities:
-            raise ValueError('modalities: the name "item" is kept for the learned item embedding')
+        if self.position_proxy_weight < 0 or self.initial_logit_scale <= 0:
+            raise ValueError(
+                "position_proxy_weight, initial_logit_scale: expected at least 0 and above 0, "
+                f"got {self.position_proxy_weight} and {self.initial_logit_scale}"
+            )
+        for name, width in self.modalities.items():
+            if name == "item":
+                raise ValueError('modalities: the name "item" is kept for the learned item embedding')
+            if hasattr(nn.ModuleDict, name) or "." in name:
+                raise ValueError(f"modalities: {name!r} cannot be the name of a module")
+            if width < 2:  # normalising a single feature leaves nothing of it
+                raise ValueError(f"modalities: expected at least 2 features for {name!r}, got {width}")
 
     @property
     def text_vocab_size(self) -> int:

@@ -8,9 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from speeder.assets import fetch
-from speeder.data.files import write_json
 from speeder.data.prepare import prepare_ml100k
 from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
 from speeder.recipe import load_recipe
 from speeder.results import (
     baselines,
@@ -66,7 +66,10 @@ def demo(
         if (folder / "manifest.json").exists()
         else prepare_ml100k(folder, posters=posters)
     )
-    write_json(out / "data.json", {"folder": str(folder.resolve())})
+    if posters is not None and "image" not in data.catalogue.modalities:
+        raise SpeederError(
+            f"{out}: holds a demo without posters; choose another folder for one with them (OUT=...)"
+        )
 
     plan, notes = load_recipe(recipe or bundled_recipe("ml-100k")).for_modalities(
         list(data.catalogue.modalities)
@@ -85,10 +88,11 @@ def demo(
         data,
         run,
         resume=(run / "recipe.json").exists(),
-        on_stage=lambda stage, model: evaluate_once(out, names[stage.name], model.eval(), data),
+        data_folder=folder,
+        on_stage=lambda stage, model: evaluate_once(run, names[stage.name], model.eval(), data),
     )
-    for name in names.values():  # a stage that was finished just before a stop may lack its row
-        evaluations[name] = evaluate_once(out, name, model, data)
+    for name in names.values():
+        evaluations[name] = evaluate_once(run, name, model, data)
 
     table = write_results(out, evaluations)
     write_training_plots(out, run, model)

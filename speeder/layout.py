@@ -23,6 +23,7 @@ class SequenceLayout:
     position_ids: torch.Tensor  # (Tq,) int64, from 0 in each sequence
     query_index: torch.Tensor | None = None  # (Tq,) int64
     key_index: torch.Tensor | None = None  # (Tk,) int64
+    key_width: int | None = None  # columns of the padded grid that keys lie in; None: they are packed
 
 
 def item_ranks(item_mask: torch.Tensor, tokens_per_item: int = 1) -> torch.Tensor:
@@ -103,6 +104,7 @@ def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> S
         pick(positions[:, -new_tokens:], query_index),
         query_index,
         key_index,
+        mask.shape[1],
     )
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from speeder.config import ATTENTION_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.files import read_json
 from speeder.errors import SpeederError
+from speeder.layout import cu_seqlens
 
 CATALOGUE_FOLDER = "catalogue"
 
@@ -40,8 +49,15 @@ def from_backbone(
         the model, in evaluation mode, float32 unless the given model is not.
 
     Raises:
-        SpeederError: the backbone cannot be loaded or cut, or the catalogue lacks a modality.
+        SpeederError: the backbone cannot be loaded or cut, computes something that Speeder would not (such as state
+            beside attention), the catalogue lacks a modality, or a setting is unknown.
+        ValueError: a setting is out of its range.
     """
+    every, inherited = ({f.name for f in dataclasses.fields(c)} for c in (SpeederConfig, PretrainedConfig))
+    unknown = sorted(set(config) - (every - inherited - DERIVED))
+    if unknown:
+        known = ", ".join(sorted(every - inherited - DERIVED))
+        raise SpeederError(f"from_backbone: unknown setting {unknown[0]!r}; known: {known}")
     backbone = name_or_model if isinstance(name_or_model, PreTrainedModel) else load_backbone(name_or_model)
     if layers is not None:
         cut_layers(backbone, layers)
@@ -50,26 +66,70 @@ def from_backbone(
     if unknown:
         known = ", ".join(catalogue.modalities) or "none"
         raise SpeederError(f"modalities: expected some of {known}, got {', '.join(unknown)}")
+    expected = probe_logits(backbone)
     backbone.set_attn_implementation(ATTENTION_NAME)
-    rows = backbone.get_input_embeddings().weight.detach()
     settings = SpeederConfig(
         text_config=backbone.config,
         num_items=len(catalogue),
         num_warm_items=len(catalogue) if config.get("item_embedding") else 0,
         modalities={name: catalogue.modalities[name] for name in names},
-        embedding_rms=float(rows.float().pow(2).mean(dim=1).sqrt().mean()),
         **config,
     )
     lora, settings.lora = settings.lora, None
     model = cls(settings)
-    if not random_weights:
-        model.backbone = backbone
+    fresh, model.backbone = model.backbone, backbone
+    rows = backbone.get_input_embeddings().weight
+    model.to(rows.device, rows.dtype)
+    check_probe(model, backbone, expected)
+    if random_weights:
+        model.backbone = fresh.to(rows.device, rows.dtype)
     if lora is not None:
         model.add_lora(lora)
-    model.to(rows.dtype)
+    words = model.backbone.get_input_embeddings().weight.detach().float()
+    settings.embedding_rms = float(words.pow(2).mean(dim=1).sqrt().mean())
     model.generation_config = backbone.generation_config
     model.set_catalogue(catalogue)
     return model.eval()
+
+
+# What from_backbone works out itself.
+DERIVED = {"text_config", "num_items", "num_warm_items", "modalities", "embedding_rms", "training_hash"}
+PROBE = ((3, 5), 9)  # lengths of two short texts, and the first token id
+
+
+@torch.no_grad()
+def probe_logits(backbone: PreTrainedModel) -> torch.Tensor:
+    """A backbone's own logits for two short texts, read one by one: `(T, V)` float32."""
+    backbone.eval()
+    lengths, first = PROBE
+    ids = torch.arange(first, first + sum(lengths), device=backbone.device) % backbone.config.vocab_size
+    texts = ids.split(lengths)
+    return torch.cat([backbone(input_ids=text[None], use_cache=False).logits[0].float() for text in texts])
+
+
+@torch.no_grad()
+def check_probe(model, backbone: PreTrainedModel, expected: torch.Tensor) -> None:
+    """Hold a wrapped backbone to what it computed alone, so that one that Speeder cannot serve is refused.
+
+    Raises:
+        SpeederError: the logits differ, by what the dtype does not explain.
+    """
+    lengths, first = PROBE
+    ids = torch.arange(first, first + sum(lengths), device=backbone.device) % backbone.config.vocab_size
+    packed = cu_seqlens(torch.tensor(lengths, device=ids.device))
+    model.eval()
+    try:
+        got = model(ids[None], cu_seqlens=packed, vocabulary="text").logits[0, :, : expected.shape[1]]
+        gap = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise SpeederError(
+            f"{type(backbone).__name__} cannot be served: {str(error).splitlines()[0]}"
+        ) from error
+    if not gap < (1e-3 if model.dtype == torch.float32 else 0.1):
+        raise SpeederError(
+            f"{type(backbone).__name__} cannot be served: wrapped, its text logits differ by {gap:.2g} of their size "
+            "(it computes something beside attention between tokens, or scales its logits)"
+        )
 
 
 def load_backbone(name: str | Path) -> PreTrainedModel:
@@ -123,6 +183,19 @@ def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
     config.num_hidden_layers = layers
 
 
+def check_saved_model(name_or_path: str | Path, **kwargs) -> None:
+    """Refuse a local folder that holds another kind of model before its weights are read.
+
+    Raises:
+        SpeederError: its `config.json` names another `model_type`.
+    """
+    path = Path(name_or_path) / kwargs.get("subfolder", "") / "config.json"
+    if path.is_file() and (kind := read_json(path).get("model_type")) != SpeederConfig.model_type:
+        raise SpeederError(
+            f"{path.parent}: expected a Speeder model, got one of type {kind!r}; see from_backbone"
+        )
+
+
 def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
     """The catalogue's folder of a saved recommender, fetched from the Hub where it is not a local one.
 
@@ -137,13 +210,16 @@ def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
                 f"{local}: expected the recommender's catalogue in {CATALOGUE_FOLDER}/, found none"
             )
         return folder
-    import json
-
     hub = {
         key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
     }
     prefix = "/".join(part for part in (kwargs.get("subfolder", ""), CATALOGUE_FOLDER) if part)
-    manifest = Path(cached_file(str(name_or_path), f"{prefix}/manifest.json", **hub))
-    for file in json.loads(manifest.read_text())["files"]:
-        cached_file(str(name_or_path), f"{prefix}/{file}", **hub)
+    try:
+        manifest = Path(cached_file(str(name_or_path), f"{prefix}/manifest.json", **hub))
+        for file in read_json(manifest)["files"]:
+            cached_file(str(name_or_path), f"{prefix}/{file}", **hub)
+    except OSError as error:
+        raise SpeederError(
+            f"{name_or_path}: its catalogue cannot be had: {str(error).splitlines()[0]}"
+        ) from error
     return manifest.parent

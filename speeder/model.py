@@ -11,10 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,17 +19,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from speeder.config import ATTENTION_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
 from speeder.layout import SequenceLayout, item_ranks, item_slots, packed_layout, padded_layout
-from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, from_backbone
+from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
+from speeder.lora import add_lora, merge_lora
 from speeder.mrc import MRC
 from speeder.recommend import RecommenderMixin
+from speeder.scoring import ScoringMixin
 from speeder.spae import SPAE
-from speeder_kernels import item_cross_entropy, pack_tokens
+from speeder_kernels import pack_tokens
 
 VOCABULARIES = ("all", "items", "text")
-IGNORED = -100  # label of positions without a target, as everywhere in transformers
 
 
-class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
+class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, GenerationMixin):
     """A decoder language model that reads and predicts catalogue items as single tokens.
 
     Build one from a pretrained backbone with [`from_backbone`], load a saved one with `from_pretrained`.
@@ -65,6 +63,8 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         self._keys_to_ignore_on_save = sorted(self.all_tied_weights_keys) or None
 
     from_backbone = classmethod(from_backbone)
+    add_lora = add_lora
+    merge_lora = merge_lora
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -94,24 +94,6 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
             init.eye_(self.item_head.weight)
             init.constant_(self.logit_scale, math.log(self.config.initial_logit_scale))
 
-    def add_lora(self, settings: dict) -> None:
-        """Inject LoRA adapters, without effect until trained, into the backbone.
-
-        Args:
-            settings: arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules`.
-        """
-        inject_adapter_in_model(LoraConfig(**settings), self.backbone)
-        self.config.lora = dict(settings)
-
-    @torch.no_grad()
-    def merge_lora(self) -> None:
-        """Fold trained LoRA adapters into the backbone's own weights and remove them."""
-        for name, module in list(self.backbone.named_modules()):
-            if isinstance(module, BaseTunerLayer):
-                module.merge()
-                self.backbone.set_submodule(name, module.get_base_layer())
-        self.config.lora = None
-
     # ---- the catalogue -------------------------------------------------------------------------------------
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
@@ -134,12 +116,24 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
             tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
         """
         if self.training or torch.is_grad_enabled():
+            self._item_cache = (
+                None  # weights are about to change; fused optimizers do so without a new version
+            )
             return self.mrc()
         tensors = [*self.mrc.parameters(), *self.mrc.buffers()]
-        state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if any(tensor.is_inference() for tensor in tensors):  # these keep no version
+            return self.mrc()
+        device = self.device.type
+        state = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),)
+        state += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._item_cache is None or self._item_cache[0] != state:
             self._item_cache = (state, *self.mrc())
         return self._item_cache[1:]
+
+    def train(self, mode: bool = True) -> SpeederForCausalLM:
+        """As every module's; item tokens kept from before are forgotten."""
+        self._item_cache = None
+        return super().train(mode)
 
     # ---- forward ------------------------------------------------------------------------------------------
 
@@ -156,9 +150,12 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         vocabulary: str = "all",
         num_items_in_batch: torch.Tensor | int | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: None = None,
+        position_ids: None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """Run the model.
 
         Args:
@@ -173,6 +170,8 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
             logits_to_keep: score only the last so many positions (0: all).
             vocabulary: `"all"`, or `"items"` / `"text"`, which leave the other part at -inf uncomputed.
             num_items_in_batch: labels in the whole optimizer step, by which the loss is divided (`Trainer`).
+            output_attentions: not served: attention weights are never formed.
+            inputs_embeds, position_ids: not served: ids carry the items, and positions follow from the mask.
 
         Returns:
             `logits` `(B, S, V + I)` (None in training with labels, where they would be all the memory), `loss`
@@ -183,6 +182,13 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         """
         if vocabulary not in VOCABULARIES:
             raise ValueError(f"vocabulary: expected one of {', '.join(VOCABULARIES)}, got {vocabulary!r}")
+        for name, value in (("inputs_embeds", inputs_embeds), ("position_ids", position_ids)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None (see forward's documentation), got a tensor")
+        if output_attentions:
+            raise ValueError(
+                "output_attentions: expected False, since SPAE never forms attention weights, got True"
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
         item_table = self.item_tokens()[0] if self._needs_items(input_ids, labels, vocabulary) else None
@@ -191,17 +197,18 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         )
         loss = None
         if labels is not None:
-            loss = self._loss(hidden, labels, layout, item_table, num_items_in_batch)
+            loss = self._loss(hidden, labels, layout, item_table, cu_seqlens is not None, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
             kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
             logits = self._logits(kept, item_table, vocabulary)
-        return CausalLMOutputWithPast(
+        output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=past_key_values,
             hidden_states=(hidden,) if output_hidden_states else None,
         )
+        return output.to_tuple() if return_dict is False else output
 
     @torch.no_grad()
     def last_states(
@@ -290,7 +297,7 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
     @staticmethod
     def _as_row(layout: SequenceLayout) -> SequenceLayout:
         """The same sequences once padding has been taken out: one row of `Tq` tokens."""
-        return replace(layout, query_index=None, key_index=None)
+        return replace(layout, query_index=None, key_index=None, key_width=None)
 
     @staticmethod
     def _unpack(packed: torch.Tensor, layout: SequenceLayout, batch: int, new: int) -> torch.Tensor:
@@ -341,80 +348,6 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
         # Gemma's embedding modules multiply by a constant; item tokens are calibrated to the rows before it
         return packed * words.embed_scale.to(packed.dtype) if hasattr(words, "embed_scale") else packed
 
-    # ---- scoring ------------------------------------------------------------------------------------------
-
-    def item_queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """States to the vectors whose dot products with `item_vectors` are the item logits: `(N, H)` float32."""
-        queries = self.item_head(self.dropout(hidden))
-        scale = self.logit_scale.exp() / self.config.hidden_size
-        return F.rms_norm(queries.float(), queries.shape[-1:], eps=1e-6) * scale
-
-    def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
-        """`(I, K, H)` tokens to the `(I, H)` float32 vectors that items are scored by: the token itself, or the
-        RMS-normalised mean of several."""
-        if item_table.shape[1] == 1:
-            return item_table[:, 0].float()
-        return F.rms_norm(item_table.float().mean(dim=1), item_table.shape[-1:], eps=1e-6)
-
-    def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.backbone.get_output_embeddings()(hidden).float()
-        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-    def _logits(self, hidden: torch.Tensor, item_table: torch.Tensor | None, vocabulary: str) -> torch.Tensor:
-        """`(B, S, H)` to `(B, S, V + I)` float32."""
-        shape = hidden.shape[:-1]
-        if vocabulary == "items":
-            text = hidden.new_full((*shape, self.config.text_vocab_size), -torch.inf, dtype=torch.float32)
-        else:
-            text = self._text_logits(hidden)
-        if self.config.num_items == 0:
-            return text
-        if vocabulary == "text":
-            items = text.new_full((*shape, self.config.num_items), -torch.inf)
-        else:
-            items = self.item_queries(hidden) @ self.item_vectors(item_table).T
-        return torch.cat([text, items], dim=-1)
-
-    def _loss(self, hidden, labels, layout, item_table, num_items_in_batch) -> torch.Tensor:
-        """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task."""
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels: expected {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
-        states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        text = self.config.text_vocab_size
-        is_item, is_text = targets >= text, (targets >= 0) & (targets < text)
-        count = is_item.sum() + is_text.sum()
-        if num_items_in_batch is not None:
-            count = torch.as_tensor(num_items_in_batch, device=hidden.device)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        if is_item.any():
-            queries = self.item_queries(states[is_item])
-            vectors = self.item_vectors(item_table)
-            total = total + item_cross_entropy(queries, vectors, targets[is_item] - text, scale=1.0).sum()
-        if is_text.any():
-            total = total + F.cross_entropy(
-                self._text_logits(states[is_text]), targets[is_text], reduction="sum"
-            )
-        loss = total / count.clamp(min=1)
-        if self.training and self.config.position_proxy_weight > 0:
-            share = (is_item.sum() + is_text.sum()) / count.clamp(min=1)  # 1 but for accumulated gradients
-            loss = loss + share * self.config.position_proxy_weight * self._proxy_loss(hidden, layout)
-        return loss
-
-    def _proxy_loss(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        flat = hidden.flatten(0, 1)
-        flat = (
-            flat
-            if layout.query_index is None or len(flat) == len(layout.rank_q)
-            else flat[layout.query_index]
-        )
-        lengths = layout.cu_seqlens_q.diff().long()
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
-        at_item = layout.rank_q >= 0
-        if not at_item.any():
-            return flat.new_zeros((), dtype=torch.float32)
-        return self.spae.proxy_loss(flat[at_item], layout.rank_q[at_item], sequence[at_item])
-
     # ---- generation ---------------------------------------------------------------------------------------
 
     def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
@@ -442,29 +375,58 @@ class SpeederForCausalLM(RecommenderMixin, PreTrainedModel, GenerationMixin):
             all_ranks[:, : ranks.shape[1]] = ranks
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         inputs["ranks"] = all_ranks
+        inputs.pop("position_ids", None)  # `generate` makes them from the mask, as the layout does
         return inputs
 
     # ---- saving and loading -------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, *, save_catalogue: bool = True, **kwargs) -> None:
         """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender."""
-        super().save_pretrained(save_directory, **kwargs)
+        # first the catalogue: with push_to_hub the folder is uploaded at the end of super's
         if save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True):
             self.catalogue.save(Path(save_directory) / CATALOGUE_FOLDER)
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, catalogue: ItemCatalogue | None = None, **kwargs
+    ):
         """Load a saved recommender, its catalogue included, from a folder or the Hub. Safetensors only.
 
+        Args:
+            catalogue: in place of the saved one, and for checkpoints, which hold none.
+
         Raises:
-            SpeederError: the catalogue is missing, changed or damaged.
+            SpeederError: it is no Speeder model, or the catalogue is missing, changed or damaged.
         """
+        check_saved_model(pretrained_model_name_or_path, **kwargs)
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.config.num_items:
-            model.set_catalogue(ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs)))
+            if catalogue is None:
+                catalogue = ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs))
+            model.set_catalogue(catalogue)
         return loaded
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """As in transformers, without the reentrant variant: SPAE's tables reach every layer from outside it."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
+        super().gradient_checkpointing_enable(
+            {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        )
+
+    def resize_token_embeddings(self, *args, **kwargs) -> None:
+        """Not served: item ids begin where the text vocabulary ends."""
+        raise NotImplementedError(
+            "resize the backbone's embeddings before from_backbone: item ids begin after them"
+        )
+
+    @property
+    def training_hash(self) -> str | None:
+        """What the model was trained on (`speeder.evaluate.training_hash`), for the leak check; None if untold."""
+        return self.config.training_hash
 
 
 AutoModelForCausalLM.register(SpeederConfig, SpeederForCausalLM)

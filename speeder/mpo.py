@@ -34,24 +34,26 @@ def gate_offset(newly_open: bool, is_open: bool, step: int, ramp_steps: int) -> 
 
 
 class GateRamp(TrainerCallback):
-    """Moves `mrc.gate_offset` with the steps of a stage. It depends on the step alone, so a resumed run agrees."""
+    """Moves `mrc.gate_offset` with the steps of a stage. It depends on the step alone, so a resumed run agrees.
 
-    def __init__(self, stage: Stage, opened_before: set[str]):
+    Args:
+        opened_before: modalities that earlier stages opened. In the first stage nothing was there before that a
+            ramp could protect: its gates are open from the start.
+        stage_steps: optimizer steps of the whole stage; a ramp takes at most half of them.
+    """
+
+    def __init__(self, stage: Stage, opened_before: set[str], stage_steps: int):
         self.stage = stage
-        # in the first stage nothing was there before that a ramp could protect
         self.new = set(stage.open) - opened_before if opened_before else set()
+        self.steps = min(stage.ramp_steps, stage_steps // 2) if self.new else 0
 
     def set_offsets(self, model: nn.Module, step: int) -> None:
         for column, name in enumerate(model.mrc.names):
             is_open = name in self.stage.open
-            offset = gate_offset(name in self.new, is_open, step, self.stage.ramp_steps)
-            model.mrc.gate_offset[column] = offset
+            model.mrc.gate_offset[column] = gate_offset(name in self.new, is_open, step, self.steps)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.set_offsets(model, state.global_step)
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        self.set_offsets(model, self.stage.ramp_steps)
 
 
 def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> list[dict]:
@@ -67,15 +69,21 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     layers = model.config.text_config.num_hidden_layers
+    for part in stage.train:
+        if part.startswith("backbone:") and int(part.partition(":")[2]) > layers:
+            raise SpeederError(f"stage {stage.name!r}: train: expected at most {layers} layers, got {part!r}")
+    heads = (model.backbone.get_input_embeddings(), model.backbone.get_output_embeddings())
+    embeddings = {id(head.weight) for head in heads if head is not None}
     for name, parameter in model.named_parameters():
-        part = _part_of(name, stage, layers)
+        part = "embeddings" if id(parameter) in embeddings else _part_of(name, stage, layers)
+        part = None if part == "embeddings" and part not in stage.train else part
         parameter.requires_grad_(part is not None)
         if part is not None:
             decays = parameter.ndim >= 2 and not name.startswith("spae.")
             groups.setdefault((part in ("backbone", "lora", "embeddings"), decays), []).append(parameter)
     if not groups:
         raise SpeederError(
-            f"stage {stage.name!r}: none of {', '.join(stage.train)} has weights in this model"
+            f"stage {stage.name!r}: none of {', '.join(stage.train) or 'no part'} has weights in this model"
         )
     return [
         {
@@ -104,8 +112,6 @@ def _part_of(name: str, stage: Stage, layers: int) -> str | None:
         return "head" if "head" in stage.train else None
     if any(piece.startswith("lora_") for piece in path):
         return "lora" if "lora" in stage.train else None
-    if "embed_tokens" in path or "lm_head" in path or "wte" in path:
-        return "embeddings" if "embeddings" in stage.train else None
     for part in stage.train:
         kind, _, last = part.partition(":")
         if kind == "backbone":

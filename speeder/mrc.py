@@ -130,7 +130,7 @@ class MRC(nn.Module):
             outputs.append(vectors.to(outputs[0].dtype) if outputs else vectors)
             logits.append(self.item_gate.float().expand(len(warm)))
         if self.training and self.modality_dropout:
-            present = drop_modalities(present, self.modality_dropout)
+            present = drop_modalities(present, self.modality_dropout, self.gate_offset > CLOSED / 2)
         expert_outputs = torch.stack(outputs, dim=2)  # (U, K, M, H)
         gate_logits = torch.stack(logits, dim=1) + self.gate_offset.float()  # (U, M)
         k = self.tokens_per_item
@@ -143,11 +143,12 @@ class MRC(nn.Module):
         return tokens.unflatten(0, (-1, k)), gates.unflatten(0, (-1, k))[:, 0]
 
 
-def drop_modalities(present: torch.Tensor, probability: float) -> torch.Tensor:
-    """Hide each present modality of each item with the given chance, but never an item's last one.
+def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Tensor) -> torch.Tensor:
+    """Hide each present modality of each item with the given chance, but never an item's last open one.
 
     Args:
         present: `(U, M)` bool.
+        is_open: `(M,)` bool; an item must not be left to experts that have not been trained.
     """
     kept = present & (torch.rand(present.shape, device=present.device) >= probability)
-    return torch.where(kept.any(dim=1, keepdim=True), kept, present)
+    return torch.where((kept & is_open).any(dim=1, keepdim=True), kept, present)

@@ -49,10 +49,9 @@ class SpeederProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        config: SpeederConfig | None = None,
-        catalogue: ItemCatalogue | None = None,
-        **kwargs,
+        tokenizer: PreTrainedTokenizerBase,
+        config: SpeederConfig,
+        catalogue: ItemCatalogue,
     ):
         super().__init__(tokenizer)
         self.config, self.catalogue = config, catalogue
@@ -92,8 +91,7 @@ class SpeederProcessor(ProcessorMixin):
         if packed:
             return BatchFeature(pack_batch(sequences, with_labels))
         side = padding_side or ("right" if with_labels else "left")
-        pad_id = self.tokenizer.pad_token_id if self.tokenizer is not None else None
-        return BatchFeature(pad_batch(sequences, pad_id or 0, side, with_labels))
+        return BatchFeature(pad_batch(sequences, self.tokenizer.pad_token_id or 0, side, with_labels))
 
     def batch_decode(self, sequences: torch.Tensor | Sequence[Sequence[int]], **kwargs) -> list[str]:
         """Ids of the extended vocabulary to text, an item as its title (its id without one) in angle brackets."""
@@ -120,13 +118,10 @@ class SpeederProcessor(ProcessorMixin):
         return {"processor_class": type(self).__name__}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
-        """Save the tokenizer, and configuration and catalogue where the model has not."""
+        """Save the tokenizer, the configuration and the catalogue."""
+        self.config.save_pretrained(save_directory)
+        self.catalogue.save(Path(save_directory) / CATALOGUE_FOLDER)
         super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
-        if not (folder / "config.json").exists():
-            self.config.save_pretrained(folder)
-        if not (folder / CATALOGUE_FOLDER).exists():
-            self.catalogue.save(folder / CATALOGUE_FOLDER)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SpeederProcessor:

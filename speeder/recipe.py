@@ -11,6 +11,8 @@ import yaml
 
 from speeder.errors import SpeederError
 
+MODALITIES = ("text", "image", "collaborative")  # what the encoders make; prepared data may have more
+
 # What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
 PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
 
@@ -40,8 +42,10 @@ class Stage:
     ramp_steps: int = 20
 
     def __post_init__(self):
-        if not self.open:
-            raise SpeederError(f"stage {self.name!r}: open: expected at least one modality, got none")
+        for key in ("open", "train"):
+            names = getattr(self, key)
+            if not names or not all(isinstance(name, str) for name in names):
+                raise SpeederError(f"stage {self.name!r}: {key}: expected at least one name, got {names}")
         for part in self.train:
             name, _, last = part.partition(":")
             if name not in PARTS or (last and not (name == "backbone" and last.isdigit() and int(last) > 0)):
@@ -50,6 +54,8 @@ class Stage:
                 )
         if self.epochs <= 0 or (self.steps is not None and self.steps <= 0):
             raise SpeederError(f"stage {self.name!r}: expected epochs and steps above 0")
+        if min(self.learning_rate, self.backbone_learning_rate, self.ramp_steps) < 0:
+            raise SpeederError(f"stage {self.name!r}: expected learning rates and ramp_steps of at least 0")
 
 
 @dataclass
@@ -116,16 +122,35 @@ class Recipe:
 
         Returns:
             the recipe, and one readable line for each stage left out or narrowed.
+
+        Raises:
+            SpeederError: a stage opens something that is no modality, or no stage is left.
         """
-        stages, notes, opened = [], [], set()
+        stages, notes, opened, noted = [], [], set(), set()
+        known = {*available, *MODALITIES, "item"}
+        for stage in self.stages:
+            for name in stage.open:
+                if name not in known:
+                    raise SpeederError(
+                        f"stage {stage.name!r}: open: expected some of {', '.join(sorted(known))}, got {name!r}"
+                    )
         for stage in self.stages:
             there = [name for name in stage.open if name in available or name == "item"]
             missing = [name for name in stage.open if name not in there]
             if missing and (not there or set(there) <= opened):
                 notes.append(f"stage {stage.name!r} is left out: no item has {', '.join(missing)} features")
+                noted |= set(missing)
                 continue
+            if set(missing) - noted:
+                notes.append(
+                    f"stage {stage.name!r} runs without {', '.join(missing)}: no item has such features"
+                )
             opened |= set(there)
             stages.append(dataclasses.replace(stage, open=there))
+        if not stages:
+            raise SpeederError(
+                f"recipe: no stage is left with the modalities at hand: {', '.join(available) or 'none'}"
+            )
         return dataclasses.replace(self, stages=stages), notes
 
     def to_dict(self) -> dict[str, Any]:

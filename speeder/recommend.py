@@ -154,6 +154,10 @@ class RecommenderMixin:
     def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
         if len(histories) == 0:
             raise ValueError("histories: expected at least one history, got none")
+        if isinstance(histories, str) or any(isinstance(history, int | str) for history in histories):
+            raise ValueError(
+                "histories: expected a list of histories, such as [[3, 7]], got a single history"
+            )
         if not self.config.prompt_prefix and not self.config.prompt_suffix:
             for row, history in enumerate(histories):
                 if len(history) == 0:

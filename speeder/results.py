@@ -11,6 +11,7 @@ from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec import SASRec
 from speeder.data.files import atomic_path, read_json, write_json
 from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation, Scorer, comparison_table, evaluate
 from speeder.evaluation.leaks import check_features
 from speeder.model import SpeederForCausalLM
@@ -21,7 +22,10 @@ EVALUATIONS = "evaluations"
 
 
 def evaluate_once(run: Path, name: str, model: Scorer, data: PreparedData, split: str = "test") -> Evaluation:
-    """Evaluate under a name, or read the evaluation that the run folder already holds for this very split."""
+    """Evaluate under a name, or read the evaluation that the run folder already holds for this very split.
+
+    The name must stand for one model of this run, such as a finished stage's.
+    """
     path = run / EVALUATIONS / split / f"{_file_name(name)}.json"
     if path.exists():
         known = Evaluation.load(path)
@@ -111,26 +115,31 @@ def example_recommendations(model: SpeederForCausalLM, data: PreparedData, users
     histories, targets = data.split.histories("test"), data.split.targets("test")
     # spread over the users, so that short and long histories are among them
     chosen = np.linspace(0, len(histories) - 1, users + 2).astype(int)[1:-1]
-    titles = data.catalogue.titles
     lines = []
+
+    def title(item: int) -> str:
+        return data.catalogue.titles[item] or f"item {data.catalogue.ids[item]}"
+
     for row, recommended in zip(chosen, model.recommend([histories[i] for i in chosen], k), strict=True):
         user = data.interactions.user_ids[data.split.users("test")[row]]
-        last = [titles[i] for i in histories[row][-5:]]
+        last = [title(i) for i in histories[row][-5:]]
         lines.append(f"User {user} ({len(histories[row])} items), last: " + "; ".join(last))
         for place, item in enumerate(recommended, 1):
             hit = "   <- taken next" if item.item == targets[row] else ""
-            lines.append(f"  {place}. {item.title}{hit}")
-        lines.append(f"  taken next: {titles[targets[row]]}")
+            lines.append(f"  {place}. {title(item.item)}{hit}")
+        lines.append(f"  taken next: {title(targets[row])}")
     return "\n".join(lines)
 
 
 def run_data(run: Path) -> PreparedData:
-    """The prepared data that a run was trained on, from where `data.json` says.
+    """The prepared data that a run was trained on, from where its `recipe.json` says.
 
     Raises:
         SpeederError: it is not there, or has changed, or its features leak (`LeakError`).
     """
-    data = PreparedData.load(read_json(run / "data.json")["folder"])
+    if not (run / "recipe.json").exists():
+        raise SpeederError(f"{run}: expected a run folder, which knows its data, found no recipe.json")
+    data = PreparedData.load(read_json(run / "recipe.json")["data"])
     check_features(data)
     return data
 

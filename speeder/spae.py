@@ -137,7 +137,9 @@ def spae_attention_forward(
     if spae is None:
         raise ValueError("spae: expected a SpaeContext from SpeederForCausalLM, got None")
     if attention_mask is not None:
-        raise ValueError("attention_mask: expected None or a 2-D mask given to the model, got a 4-D mask")
+        raise ValueError(
+            "attention_mask: expected a 2-D mask (compiled static caches are not served), got a 4-D mask"
+        )
     layout = spae.layout
     if sliding_window is not None and layout.max_seqlen_k > sliding_window:
         raise ValueError(
@@ -145,6 +147,15 @@ def spae_attention_forward(
         )
     if softcap is not None or dropout > 0:
         raise ValueError(f"softcap, dropout: expected neither in SPAE's attention, got {softcap}, {dropout}")
+    if layout.key_width is not None and key.shape[2] != layout.key_width:
+        if key.shape[2] < layout.key_width:  # a sliding-window cache has dropped keys
+            raise ValueError(
+                f"key: expected all {layout.key_width} positions in the cache, got {key.shape[2]}"
+            )
+        key, value = (
+            key[:, :, : layout.key_width],
+            value[:, :, : layout.key_width],
+        )  # a static cache's free room
     batch, heads, new, width = query.shape
     layer = module.layer_idx
     out = spae_attention(

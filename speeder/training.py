@@ -7,12 +7,16 @@ with the marker that is written after it.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
@@ -22,7 +26,7 @@ from speeder.data.interactions import LeaveOneOut
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluate import evaluate
-from speeder.evaluation.leaks import check_features, check_split
+from speeder.evaluation.leaks import check_features, check_split, training_hash
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import GateRamp, select_parameters
@@ -74,11 +78,18 @@ class SpeederTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self.parameter_groups, betas=(0.9, 0.98), fused=True)
         return self.optimizer
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Every line about the loss also tells each modality's mean gate weight."""
+        if "loss" in logs:
+            gates = self.accelerator.unwrap_model(self.model).gates()
+            logs |= {f"gate/{name}": float(weights.mean()) for name, weights in gates.items()}
+        super().log(logs, start_time)
+
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
-        with self.autocast_smart_context_manager() if self.args.bf16 else torch.no_grad():
+        with self.autocast_smart_context_manager():
             ranking = evaluate(model, self.split, "validation", resamples=1)
         metrics = {f"{metric_key_prefix}_{m}": ranking.mean(m) for m in ("NDCG@10", "HR@10")}
         self.log(metrics)
@@ -89,16 +100,6 @@ class SpeederTrainer(Trainer):
         # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
-
-
-class GateLog(TrainerCallback):
-    """Adds the mean gate weight of each modality to the log."""
-
-    def on_log(self, args, state, control, logs=None, model=None, **kwargs):
-        if logs is not None and "loss" in logs:
-            for name, weights in model.gates().items():
-                logs[f"gate/{name}"] = float(weights.mean())
-            state.log_history[-1].update({k: v for k, v in logs.items() if k.startswith("gate/")})
 
 
 class CheckpointMarker(TrainerCallback):
@@ -114,6 +115,7 @@ def train(
     run: str | Path,
     *,
     resume: bool = False,
+    data_folder: str | Path | None = None,
     on_stage: Callable[[Stage, SpeederForCausalLM], None] | None = None,
 ) -> SpeederForCausalLM:
     """Train a recommender by a recipe.
@@ -124,7 +126,9 @@ def train(
         run: the run folder; new or empty unless `resume`.
         resume: go on from the last checkpoint, within a stage or between stages. The recipe and the data must be
             those that the run began with.
-        on_stage: called after each finished stage with its model, as it stands.
+        data_folder: where `data` lies, noted in the run so that later commands find it.
+        on_stage: called after each finished stage with its model, as it stands, and after a resume once more with
+            the last finished one.
 
     Returns:
         the finished recommender, in evaluation mode; also saved in `run/model`.
@@ -137,10 +141,18 @@ def train(
     _check_modalities(recipe, data)
     check_split(data.split, data.interactions)
     check_features(data)
-    state = _open_run(run, recipe, data, resume)
+    state = _read_state(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue)
+    # only now, with nothing left that a mistake could stop, is the folder a run
+    write_json(
+        run / "recipe.json", _identity(recipe, data) | {"data": str(Path(data_folder or "").resolve())}
+    )
+    if (
+        on_stage is not None and state["finished"]
+    ):  # a stop may have come between the stage's end and this call
+        on_stage(recipe.stages[len(state["finished"]) - 1], model)
     opened: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         if number >= len(state["finished"]):
@@ -172,44 +184,63 @@ def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
         for name in stage.open:
             if name == "item" and recipe.model.get("item_embedding"):
                 continue
+            if name == "item":
+                raise SpeederError(
+                    f"stage {stage.name!r} opens 'item', which needs model: {{item_embedding: true}}"
+                )
             if name not in data.catalogue.modalities:
                 known = ", ".join(data.catalogue.modalities) or "none"
                 raise SpeederError(f"stage {stage.name!r} opens {name!r}, but the prepared data has: {known}")
 
 
-def _open_run(run: Path, recipe: Recipe, data: PreparedData, resume: bool) -> dict:
-    wanted = {"recipe": recipe.to_dict(), "split": data.split.hash(), "catalogue": data.catalogue.modalities}
-    state_path, recipe_path = run / "state.json", run / "recipe.json"
-    if resume:
-        if not recipe_path.exists():
-            raise SpeederError(f"{run}: expected a run to resume, found none")
-        if read_json(recipe_path) != wanted:
-            raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
-        return read_json(state_path) if state_path.exists() else {"finished": [], "model": None}
-    if recipe_path.exists():
-        raise SpeederError(f"{run}: holds a run already; resume it with --resume, or choose another folder")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(recipe_path, wanted)
-    return {"finished": [], "model": None}
+def _identity(recipe: Recipe, data: PreparedData) -> dict:
+    """What a run is of: a resumed one must agree in all of it."""
+    manifest = json.dumps(data.manifest, sort_keys=True).encode()
+    return {
+        "recipe": recipe.to_dict(),
+        "split": data.split.hash(),
+        "modalities": data.catalogue.modalities,
+        "manifest": hashlib.sha256(manifest).hexdigest(),
+    }
+
+
+def _read_state(run: Path, recipe: Recipe, data: PreparedData, resume: bool) -> dict:
+    path = run / "recipe.json"
+    if not resume:
+        if path.exists():
+            raise SpeederError(
+                f"{run}: holds a run already; resume it with --resume, or choose another folder"
+            )
+        return {"finished": [], "model": None}
+    if not path.exists():
+        raise SpeederError(f"{run}: expected a run to resume, found none")
+    began = {key: value for key, value in read_json(path).items() if key != "data"}
+    if began != _identity(recipe, data):
+        raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
+    return read_json(run / "state.json") if (run / "state.json").exists() else {"finished": [], "model": None}
 
 
 def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, tokenizer) -> SpeederForCausalLM:
     if state["model"]:
         return SpeederForCausalLM.from_pretrained(run / state["model"])
     set_seed(recipe.seed)
-    prefix, suffix = template_ids(tokenizer, recipe.template)
     opened = {name for stage in recipe.stages for name in stage.open}
-    return SpeederForCausalLM.from_backbone(
-        recipe.backbone,
-        data.catalogue,
-        layers=recipe.layers,
-        modalities=[name for name in data.catalogue.modalities if name in opened],
-        random_weights=recipe.random_weights,
-        lora=recipe.lora,
-        prompt_prefix=prefix,
-        prompt_suffix=suffix,
-        **recipe.model,
-    )
+    try:
+        prefix, suffix = template_ids(tokenizer, recipe.template)
+        model = SpeederForCausalLM.from_backbone(
+            recipe.backbone,
+            data.catalogue,
+            layers=recipe.layers,
+            modalities=[name for name in data.catalogue.modalities if name in opened],
+            random_weights=recipe.random_weights,
+            **{"lora": recipe.lora, "prompt_prefix": prefix, "prompt_suffix": suffix} | recipe.model,
+        )
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise SpeederError(f"recipe: model: {' '.join(str(error).split())}") from error
+    for stage in recipe.stages:  # names that fit no weight are found before the first stage runs
+        select_parameters(model, stage, recipe.weight_decay)
+    model.config.training_hash = training_hash(data.split.training())
+    return model
 
 
 def _run_stage(
@@ -223,6 +254,10 @@ def _run_stage(
 ) -> None:
     folder = _stage_folder(run, number, stage.name)
     checkpoint = _last_checkpoint(folder)
+    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision)
+    batches = math.ceil(len(sequences) / recipe.batch_users)
+    steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
+    ramp = GateRamp(stage, opened, steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs,
@@ -241,6 +276,7 @@ def _run_stage(
         logging_first_step=True,  # so that even the shortest stage has a loss to show
         eval_strategy="steps",
         eval_steps=recipe.checkpoint_steps,
+        eval_delay=ramp.steps,  # the best checkpoint is sought among those with the gates wholly open
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
         save_total_limit=2,
@@ -252,20 +288,22 @@ def _run_stage(
         report_to=["tensorboard"],
         run_name=stage.name,
     )
-    ramp = GateRamp(stage, opened)
+    arguments._n_gpu = min(
+        1, arguments.n_gpu
+    )  # packed batches cannot be split by DataParallel; use a launcher
     groups = select_parameters(model, stage, recipe.weight_decay)
     trainer = SpeederTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrainingSequences(data.split.training(), model.config, recipe.supervision),
+        train_dataset=sequences,
         eval_dataset=[],
         data_collator=lambda sequences: pack_batch(sequences, with_labels=True),
-        callbacks=[ramp, GateLog(), CheckpointMarker()],
+        callbacks=[ramp, CheckpointMarker()],
         split=data.split,
         parameter_groups=groups,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    ramp.set_offsets(model, stage.ramp_steps)
+    ramp.set_offsets(model, steps)
     write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
 
 

@@ -1,13 +1,15 @@
 """The command line: help with examples, one readable line and a code above zero for what a user can get wrong."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from speeder.cli import main
-from speeder.data import PreparedData
+from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.synthetic import synthetic_world
 from tests.model.worlds import save_tiny_backbone
 
@@ -19,14 +21,17 @@ def run(tmp_path_factory):
     """A run folder, made by the commands themselves on a small world with a tiny backbone."""
     folder = tmp_path_factory.mktemp("cli")
     world = synthetic_world(num_users=40, history=8)
-    PreparedData(world.catalogue, world.interactions, world.manifest).save(folder / "data")
+    items = world.catalogue
+    kept = {name: items.features[name] for name in ("text", "collaborative")}
+    catalogue = ItemCatalogue(items.ids, items.titles, items.texts, features=kept)
+    PreparedData(catalogue, world.interactions, world.manifest).save(folder / "data")
     save_tiny_backbone(folder / "backbone")
     recipe = f"""
 backbone: {folder / "backbone"}
 precision: fp32
 stages:
   - {{name: text, open: [text], steps: 2}}
-  - {{name: +sound, open: [text, sound], steps: 2}}
+  - {{name: +image, open: [text, image], steps: 2}}
 """
     (folder / "recipe.yaml").write_text(recipe)
     arguments = ["--data", folder / "data", "--recipe", folder / "recipe.yaml", "--out", folder / "run"]
@@ -73,15 +78,51 @@ def test_mistakes_get_one_line(arguments, message, run, tmp_path, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     lines = [line for line in lines if not line.startswith(("Loading weights", "\r"))]
     assert len(lines) == 1 and lines[0].startswith("speeder: ")
-    import re
-
     assert re.search(message, lines[0]), lines[0]
     assert not (tmp_path / "new" / "recipe.json").exists(), "a mistake leaves no half-made run"
 
 
-def test_a_damaged_model_gets_one_line(run, tmp_path, capsys):
-    import shutil
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("model: {dropout: 2}", "dropout: expected a probability"),
+        ("model: {droput: 0.2}", "unknown setting 'droput'"),
+        ("model: {max_history: many}", "max_history"),
+        ("lora: {rank: 8}", "lora: .*rank"),
+        ("lora: {target_modules: [nope]}", "lora: .*nope"),
+        ("template: hello", "template: expected {history} exactly once"),
+        ("layers: 99", "layers: expected 1..2"),
+        ("backbone: /nowhere/at/all", "/nowhere/at/all"),
+    ],
+)
+def test_a_wrong_recipe_gets_one_line_and_can_be_mended(line, message, run, tmp_path, capsys):
+    good = (run.parent / "recipe.yaml").read_text()
+    recipe = tmp_path / "recipe.yaml"
+    kept = [row for row in good.splitlines() if row.split(":")[0] != line.split(":")[0]]
+    recipe.write_text("\n".join([*kept, line]))
+    arguments = ["train", "--data", run.parent / "data", "--recipe", recipe, "--out", tmp_path / "new"]
+    assert main([*map(str, arguments)]) == 1
+    assert re.search(f"^speeder: .*{message}", capsys.readouterr().err, re.MULTILINE)
+    recipe.write_text(good)
+    assert main([*map(str, arguments)]) == 0, "the folder is free for the mended recipe"
 
+
+def test_a_refused_run_keeps_its_data(run, tmp_path):
+    other = synthetic_world(num_users=40, history=8, seed=5)
+    PreparedData(other.catalogue, other.interactions, other.manifest).save(tmp_path / "other")
+    before = (run / "recipe.json").read_text()
+    command = ["train", "--data", str(tmp_path / "other"), "--recipe", "ml-100k", "--out", str(run)]
+    assert main(command) == 1 and main([*command[:3], "--out", str(run), "--resume"]) == 1
+    assert (run / "recipe.json").read_text() == before
+
+
+def test_files_where_folders_should_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("speeder: ")
+
+
+def test_a_damaged_model_gets_one_line(run, tmp_path, capsys):
     shutil.copytree(run / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -25,7 +25,8 @@ def test_ramps_rise_from_nearly_closed_to_open(ramp, step):
 
 def test_a_ramp_moves_the_models_gates():
     model = tiny_model(stir=False, item_embedding=True)
-    ramp = GateRamp(Stage("s", open=["text", "image"], ramp_steps=10), opened_before={"text"})
+    stage = Stage("s", open=["text", "image"], ramp_steps=10)
+    ramp = GateRamp(stage, opened_before={"text"}, stage_steps=30)
     has_all = model.mrc.present.all(dim=1)
     shares = []
     for step in (0, 5, 10, 20):
@@ -34,7 +35,8 @@ def test_a_ramp_moves_the_models_gates():
         assert gates["collaborative"] < 1e-9 and gates["item"] < 1e-9
         shares.append(float(gates["image"]))
     assert shares[0] < 0.01 and shares == sorted(shares) and shares[2] == shares[3] == pytest.approx(0.5)
-    first = GateRamp(Stage("s", open=["image"], ramp_steps=10), opened_before=set())
+    assert GateRamp(stage, {"text"}, stage_steps=12).steps == 6, "a ramp takes at most half of its stage"
+    first = GateRamp(Stage("s", open=["image"], ramp_steps=10), opened_before=set(), stage_steps=30)
     first.set_offsets(model, 0)
     assert model.mrc.gate_offset[model.mrc.names.index("image")] == 0.0, (
         "the first stage has nothing to protect"
@@ -114,13 +116,16 @@ def test_recipes_are_read_from_yaml(tmp_path):
         ({"stages": []}, "at least one stage"),
         ({"stages": "text"}, "a list of 'stages'"),
         ({"stages": [{"open": ["text"]}]}, "stage 1: missing 1 required .* 'name'"),
-        ({"stages": [{"name": "a", "open": []}]}, "stage 'a': open: expected at least one modality"),
+        ({"stages": [{"name": "a", "open": []}]}, "stage 'a': open: expected at least one name"),
         (
             {"stages": [{"name": "a", "open": ["text"], "train": ["wings"]}]},
             "expected parts of .* got 'wings'",
         ),
         ({"stages": [{"name": "a", "open": ["text"], "train": ["backbone:x"]}]}, "got 'backbone:x'"),
         ({"stages": [{"name": "a", "open": ["text"], "train": ["lora"]}]}, "no 'lora' section"),
+        ({"stages": [{"name": "a", "open": [1]}]}, r"open: expected at least one name, got \[1\]"),
+        ({"stages": [{"name": "a", "open": ["text"], "train": []}]}, "train: expected at least one name"),
+        ({"stages": [{"name": "a", "open": ["text"], "learning_rate": -1}]}, "learning rates"),
         ({"stages": [{"name": "a", "open": ["text"], "epochs": 0}]}, "above 0"),
         ({"stages": [{"name": "a", "open": ["text"], "epochs": "many"}]}, "expected a number, got 'many'"),
         ({"stages": [{"name": "a", "open": ["text"]}] * 2}, "different names"),
@@ -161,3 +166,22 @@ def test_stages_without_features_are_left_out_and_said_so():
     ]
     assert notes == ["stage '+image' is left out: no item has image features"]
     assert recipe_from_dict({"stages": stages}).for_modalities(["text", "image", "collaborative"])[1] == []
+    narrowed = recipe_from_dict({"stages": [{"name": "all", "open": ["text", "image"]}]}).for_modalities(
+        ["text"]
+    )
+    assert narrowed[0].stages[0].open == ["text"]
+    assert narrowed[1] == ["stage 'all' runs without image: no item has such features"]
+    with pytest.raises(SpeederError, match="got 'imgae'"):
+        recipe_from_dict({"stages": [{"name": "a", "open": ["text", "imgae"]}]}).for_modalities(["text"])
+    with pytest.raises(SpeederError, match="no stage is left"):
+        recipe_from_dict({"stages": [{"name": "a", "open": ["image"]}]}).for_modalities(["text"])
+
+
+def test_parts_that_the_model_does_not_have():
+    model = tiny_model("gpt_neox")
+    with pytest.raises(SpeederError, match="at most 2 layers, got 'backbone:99'"):
+        select_parameters(model, Stage("s", open=["text"], train=["backbone:99"]), 0.0)
+    with pytest.raises(SpeederError, match="none of lora has weights"):
+        select_parameters(model, Stage("s", open=["text"], train=["lora"]), 0.0)
+    select_parameters(model, Stage("s", open=["text"], train=["backbone:1"]), 0.0)
+    assert not model.backbone.get_input_embeddings().weight.requires_grad

@@ -84,8 +84,12 @@ def test_modality_dropout_keeps_at_least_one(probability, seed):
     torch.manual_seed(seed)
     present = torch.rand(50, 4) > 0.5
     present[:, 0] |= ~present.any(dim=1)
-    kept = drop_modalities(present, probability)
-    assert kept.any(dim=1).all() and not (kept & ~present).any()
+    is_open = torch.tensor([True, True, False, False])
+    kept = drop_modalities(present, probability, is_open)
+    assert not (kept & ~present).any()
+    has_open = (present & is_open).any(dim=1)
+    assert (kept & is_open).any(dim=1)[has_open].all(), "never an item's last open modality"
+    assert torch.equal(kept[~has_open], present[~has_open])
 
 
 def test_item_tokens_are_kept_until_a_weight_changes():
@@ -98,6 +102,32 @@ def test_item_tokens_are_kept_until_a_weight_changes():
     torch.testing.assert_close(second, 2 * first)
     model.train()
     assert model.item_tokens()[0].requires_grad
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_kept_item_tokens_do_not_outlive_an_optimizer_step(fused):
+    """Fused optimizers change weights without telling torch's version counter."""
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    before = model.score([[1, 2, 3]])
+    model.train()
+    ids = torch.tensor([[65, 66, 67, 68]])
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.eval()
+    after = model.score([[1, 2, 3]])
+    assert (after - before).abs().max() > 1e-2
+    model._item_cache = None
+    torch.testing.assert_close(model.score([[1, 2, 3]]), after)
+
+
+def test_kept_item_tokens_do_not_cross_autocast():
+    model = tiny_model()
+    exact = model.score([[1, 2, 3]])
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.score([[1, 2, 3]])
+    assert not torch.equal(exact, rough)
+    assert torch.equal(model.score([[1, 2, 3]]), exact)
 
 
 def test_catalogues_that_do_not_fit_are_refused_and_change_nothing():

@@ -128,6 +128,78 @@ def test_peft_wraps_the_whole_model(tmp_path):
     torch.testing.assert_close(wrapped.base_model.model.score(HISTORIES), before)
 
 
+def test_peft_for_causal_language_models():
+    """PEFT's own forward passes `inputs_embeds=None` and friends along."""
+    model = tiny_model()
+    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    ids = torch.tensor([[TEXT + 1, TEXT + 2, TEXT + 3]])
+    assert wrapped(input_ids=ids, labels=ids).loss.isfinite()
+    assert wrapped.generate(input_ids=ids, max_new_tokens=2).shape == (1, 5)
+    with pytest.raises(SpeederError, match="text embedding cannot be adapted"):
+        tiny_model(lora={"r": 2, "target_modules": ["embed_tokens"]})
+    with pytest.raises(SpeederError, match=r"lora: .*rank"):
+        tiny_model(lora={"rank": 2})
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    ids = torch.tensor([[TEXT + 1, TEXT + 2, TEXT + 3, TEXT + 4]])
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_other_models_and_settings_are_refused(tmp_path):
+    save_tiny_backbone(tmp_path / "llama")
+    with pytest.raises(SpeederError, match="expected a Speeder model, got one of type 'llama'"):
+        SpeederForCausalLM.from_pretrained(tmp_path / "llama")
+    with pytest.raises(SpeederError, match="unknown setting 'droput'"):
+        tiny_model(droput=0.2)
+    with pytest.raises(SpeederError, match="unknown setting 'dtype'"):
+        tiny_model(dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="position_proxy_weight"):
+        tiny_model(position_proxy_weight=-1.0)
+    with pytest.raises(NotImplementedError, match="item ids"):
+        tiny_model().resize_token_embeddings(100)
+
+
+@pytest.mark.parametrize("family", ["granite", "lfm2"])
+def test_backbones_that_would_be_served_wrongly_are_refused(family):
+    """Granite scales its logits; LFM2's convolutions run across the borders of packed sequences."""
+    from transformers import GraniteConfig, Lfm2Config
+
+    sizes = {"vocab_size": TEXT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "pad_token_id": 0, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    if family == "granite":
+        config = GraniteConfig(**sizes, logits_scaling=8.0)
+    else:
+        config = Lfm2Config(**sizes, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    backbone = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(5.0)  # a fresh convolution hardly moves anything
+    with pytest.raises(SpeederError, match="cannot be served"):
+        SpeederForCausalLM.from_backbone(backbone, tiny_catalogue())
+
+
+def test_checkpoints_load_with_a_given_catalogue(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path, save_catalogue=False)
+    with pytest.raises(SpeederError, match="catalogue"):
+        SpeederForCausalLM.from_pretrained(tmp_path)
+    loaded = SpeederForCausalLM.from_pretrained(tmp_path, catalogue=model.catalogue)
+    torch.testing.assert_close(loaded.score(HISTORIES), model.score(HISTORIES), atol=1e-5, rtol=1e-4)
+
+
 def test_templates(tokenizer):
     prefix, suffix = template_ids(tokenizer, "w1 w2 {history} w3")
     assert tokenizer.decode(prefix) == "w1 w2" and tokenizer.decode(suffix) == "w3"
@@ -180,6 +252,7 @@ def test_recommend_checks_what_it_is_given():
     for histories, error, message in [
         ([], ValueError, "at least one history, got none"),
         ([[1], []], ValueError, "got an empty history at 1"),
+        ([1, 2, 3], ValueError, "got a single history"),
         ([[20]], ValueError, r"0\.\.19, got 20"),
         ([["nobody"]], KeyError, "nobody"),
     ]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import StaticCache
 
 from speeder.layout import cu_seqlens, item_ranks, item_slots
 from speeder.prompts import build_sequence, pack_batch, pad_batch
@@ -105,6 +106,19 @@ def test_beams_return_valid_items_in_order_of_their_likelihood(model):
             logits = model(ids, ranks=ranks, vocabulary="items").logits[0, prompt - 1 : -1]
         likelihood = logits.log_softmax(-1).gather(1, ids[0, prompt:, None]).sum() / 3
         torch.testing.assert_close(likelihood, score, atol=1e-4, rtol=1e-3)
+
+
+def test_a_static_cache_serves_padded_batches():
+    model = tiny_model()
+    batch = pad_batch(
+        [build_sequence([1, 2, 3, 4], model.config), build_sequence([5, 6], model.config)], 0, "left"
+    )
+    with torch.no_grad():
+        expected = model(**batch, use_cache=False).logits
+        cache = StaticCache(config=model.config.text_config, max_cache_len=9)
+        got = model(**batch, past_key_values=cache).logits
+    kept = batch["attention_mask"].bool()
+    torch.testing.assert_close(got[kept], expected[kept], **NEAR)
 
 
 def test_text_and_any_vocabulary(model):

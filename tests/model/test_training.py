@@ -10,11 +10,12 @@ import time
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speeder.data import PreparedData
 from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
-from speeder.evaluate import evaluate
+from speeder.evaluate import LeakError, evaluate
 from speeder.model import SpeederForCausalLM
 from speeder.prompts import pack_batch
 from speeder.recipe import recipe_from_dict
@@ -69,6 +70,38 @@ def run_speeder(place, name: str, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
+def test_a_stop_between_a_stage_and_its_row_is_made_good(place, tmp_path):
+    """`on_stage` is called again, with that very stage's model, for the stage that was finished last."""
+    data = PreparedData.load(place / "data")
+    recipe = recipe_from_dict(yaml.safe_load((place / "recipe.yaml").read_text()))
+    recipe.stages = recipe.stages[:2]
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage, model):
+        raise Stop
+
+    with pytest.raises(Stop):
+        train(recipe, data, tmp_path / "run", on_stage=stop)
+    rows = {}
+    train(
+        recipe,
+        data,
+        tmp_path / "run",
+        resume=True,
+        on_stage=lambda stage, model: rows.setdefault(stage.name, model.eval().score([[1, 2]])),
+    )
+    assert list(rows) == ["text", "+image"] and not torch.equal(rows["text"], rows["+image"])
+
+
+def test_evaluation_refuses_another_split(uninterrupted):
+    model = SpeederForCausalLM.from_pretrained(uninterrupted / "model")
+    other = synthetic_world(num_users=60, history=8, seed=3)
+    with pytest.raises(LeakError, match="SpeederForCausalLM: fitted on interactions"):
+        evaluate(model, other.split)
+
+
 def metrics(run) -> dict[str, float]:
     data = PreparedData.load(run.parent / "data")
     evaluation = evaluate(SpeederForCausalLM.from_pretrained(run / "model"), data.split, "test", resamples=1)
@@ -94,7 +127,8 @@ def test_a_run_folder_is_whole(uninterrupted):
         assert [entry["step"] for entry in logs[name] if "eval_NDCG@10" in entry]
     ramp = [entry["gate/image"] for entry in logs["+image"] if "gate/image" in entry]
     assert ramp[0] < 0.05 < ramp[-1]
-    assert list(uninterrupted.glob("stages/*/runs/*/events.out.tfevents*")), "TensorBoard logs"
+    events = EventAccumulator(str(next(uninterrupted.glob("stages/02-_image/runs/*")))).Reload()
+    assert {"train/loss", "train/gate/image", "eval/NDCG@10"} <= set(events.Tags()["scalars"])
     assert not list(uninterrupted.glob("stages/*/checkpoint-*")), "finished stages leave no checkpoints"
     assert {path.name for path in (uninterrupted / "plots").iterdir()} == {
         "training.png",
@@ -190,6 +224,8 @@ def test_the_loss_is_the_mean_over_labels_and_splits_over_accumulated_batches():
     parts = [pack_batch([windows[i]], with_labels=True) for i in (0, 1)]
     labels = int((both["labels"] >= 0).sum())
     whole = model(**both).loss
+    unmarked = both | {"labels": both["input_ids"]}  # labels at the sequences' first tokens, too
+    torch.testing.assert_close(model(**unmarked).loss, whole)
     torch.testing.assert_close(sum(model(**part, num_items_in_batch=labels).loss for part in parts), whole)
     logits = model(**both).logits[0, :-1]
     targets = both["labels"][0, 1:]

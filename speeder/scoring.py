@@ -1,0 +1,95 @@
+"""From final states to logits and losses: items by a dot product with their tokens, text by the backbone's head."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from speeder.layout import SequenceLayout
+from speeder_kernels import item_cross_entropy
+
+
+class ScoringMixin:
+    """Logits and losses of [`SpeederForCausalLM`]."""
+
+    def item_queries(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States to the vectors whose dot products with `item_vectors` are the item logits: `(N, H)` float32."""
+        queries = self.item_head(self.dropout(hidden))
+        scale = self.logit_scale.exp() / self.config.hidden_size
+        return F.rms_norm(queries.float(), queries.shape[-1:], eps=1e-6) * scale
+
+    def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
+        """`(I, K, H)` tokens to the `(I, H)` float32 vectors that items are scored by: the token itself, or the
+        RMS-normalised mean of several."""
+        if item_table.shape[1] == 1:
+            return item_table[:, 0].float()
+        return F.rms_norm(item_table.float().mean(dim=1), item_table.shape[-1:], eps=1e-6)
+
+    def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.backbone.get_output_embeddings()(hidden).float()
+        softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    def _logits(self, hidden: torch.Tensor, item_table: torch.Tensor | None, vocabulary: str) -> torch.Tensor:
+        """`(B, S, H)` to `(B, S, V + I)` float32."""
+        shape = hidden.shape[:-1]
+        if vocabulary == "items":
+            text = hidden.new_full((*shape, self.config.text_vocab_size), -torch.inf, dtype=torch.float32)
+        else:
+            text = self._text_logits(hidden)
+        if self.config.num_items == 0:
+            return text
+        if vocabulary == "text":
+            items = text.new_full((*shape, self.config.num_items), -torch.inf)
+        else:
+            items = self.item_queries(hidden) @ self.item_vectors(item_table).T
+        return torch.cat([text, items], dim=-1)
+
+    def _loss(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        layout: SequenceLayout,
+        item_table: torch.Tensor | None,
+        packed: bool,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task."""
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels: expected {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
+        states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        text = self.config.text_vocab_size
+        asked = targets >= 0
+        if packed:  # a sequence's first token is not asked of the sequence before it
+            asked = asked.index_fill(0, layout.cu_seqlens_q[1:-1].long() - 1, False)
+        is_item, is_text = asked & (targets >= text), asked & (targets < text)
+        here = asked.sum()
+        count = (
+            here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=hidden.device)
+        )
+        count = count.clamp(min=1)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        if is_item.any():
+            queries = self.item_queries(states[is_item])
+            vectors = self.item_vectors(item_table)
+            total = total + item_cross_entropy(queries, vectors, targets[is_item] - text, scale=1.0).sum()
+        if is_text.any():
+            total = total + F.cross_entropy(
+                self._text_logits(states[is_text]), targets[is_text], reduction="sum"
+            )
+        loss = total / count
+        if self.training and self.config.position_proxy_weight > 0:
+            share = here / count  # 1 but for accumulated gradients
+            loss = loss + share * self.config.position_proxy_weight * self._proxy_loss(hidden, layout)
+        return loss
+
+    def _proxy_loss(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        flat = hidden.flatten(0, 1)
+        if layout.query_index is not None and len(flat) != len(layout.rank_q):
+            flat = flat[layout.query_index]
+        lengths = layout.cu_seqlens_q.diff().long()
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=flat.device), lengths)
+        at_item = layout.rank_q >= 0
+        if not at_item.any():
+            return flat.new_zeros((), dtype=torch.float32)
+        return self.spae.proxy_loss(flat[at_item], layout.rank_q[at_item], sequence[at_item])
