@@ -93,8 +93,12 @@ class SpeederConfig(PretrainedConfig):
             ("max_distance", 1),
             ("num_distance_buckets", 2),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+        for name in ("modality_dropout", "dropout", "position_proxy_weight", "initial_logit_scale"):
+            if not isinstance(getattr(self, name), int | float):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
         for name in ("modality_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
