@@ -63,11 +63,11 @@ lengths = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=lengths,
-    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (14, 2)]),
-    size=st.sampled_from([1, 3, 8, 32, 65, 80]),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (6, 2)]),
+    size=st.sampled_from([1, 3, 8, 65]),
     buckets=st.tuples(st.sampled_from([None, 1, 5]), st.sampled_from([None, 1, 4])),
     causal=st.booleans(),
     dtype=st.sampled_from(DTYPES),

@@ -177,7 +177,7 @@ def test_every_instruction_set(isa):
     if ISAS.index(isa) > ISAS.index(_host.instruction_set()):
         pytest.skip(f"this processor has no {isa}")
     code = (
-        "import torch; from speeder_kernels import _host; from tests.kernels.test_spae_attention_cpu import *\n"
+        "from speeder_kernels import _host\nfrom tests.kernels.test_spae_attention_cpu import *\n"
         f"assert _host.instruction_set() == {isa!r}\n"
         "for n, dtype in enumerate(DTYPES):\n"
         "    for size, kind, causal in ((64, 'history', True), (80, 'mixed', False), (3, 'random', True)):\n"
