@@ -37,8 +37,8 @@ class Backward {
   void run() {
     if (call_.grad_q != nullptr) zero(at_.grad_q, queries_ * group_ * width_);
     const int64_t block = key_block(args_);
+    one_block_ = keys_ <= block;
     for (int64_t first = 0; first < keys_; first += block) {
-      one_block_ = keys_ <= block;
       key_block_pass(first, smaller(block, keys_ - first));
     }
     if (call_.grad_q == nullptr) return;
@@ -75,7 +75,7 @@ class Backward {
     bias_.prepare(args_.rank_k + k0_ + first, count);
     if (call_.grad_k != nullptr) zero(at_.grad_k, count * width_);
     if (call_.grad_v != nullptr) zero(at_.grad_v, count * width_);
-    if (absolute_ != nullptr) zero(at_.absolute_sums, group_ * key_block(args_));
+    if (absolute_ != nullptr) zero(at_.absolute_sums, group_ * ld);
 
     // The first query that sees this block, and equal blocks of queries from there.
     const int64_t from = args_.causal ? larger(0, first - reach_ + 1) : 0;
@@ -86,7 +86,7 @@ class Backward {
       query_block_pass(first, count, ld, i, from + (queries_ - from) * (b + 1) / blocks - i);
     }
 
-    if (absolute_ != nullptr) bias_.add_absolute(count, at_.absolute_sums, absolute_);
+    if (absolute_ != nullptr) bias_.add_absolute(count, at_.absolute_sums, ld, absolute_);
     for (int64_t j = 0; j < count; ++j) {
       const int64_t out = ((k0_ + first + j) * args_.kv_heads + kv_head_) * args_.size;
       // Queries were packed times scale and log2(e): the first belongs here, the second does not.
@@ -107,9 +107,7 @@ class Backward {
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = seen(first_query + (r + tile - 1) / group_, first, count);
-      if (most == 0) {
-        continue;
-      }
+      if (most == 0) continue;
       const int64_t vecs = round_up(most, kWidth) / kWidth;
       float* weights = at_.weights + r * ld;
       float* grads = at_.grad_scores + r * ld;
@@ -119,10 +117,23 @@ class Backward {
         product<false>(tile, vecs, args_.size, at_.grad + r * width_, width_, at_.v_turned, ld,
                        grads, ld, false);
       }
-      for (int64_t n = 0; n < tile; ++n) {
-        const int64_t i = first_query + (r + n) / group_, g = (r + n) % group_;
-        score_row(weights + n * ld, grads + n * ld, seen(i, first, count), ld / kWidth, g,
-                  args_.rank_q[q0_ + i], at_.lse[r + n], at_.delta[r + n]);
+      int64_t i = first_query + r / group_, g = r % group_;
+      for (int64_t n = 0; n < tile; ++n, ++g) {
+        if (g == group_) {
+          g = 0;
+          ++i;
+        }
+        const int64_t rank = args_.rank_q[q0_ + i], keys = seen(i, first, count);
+        float *p = weights + n * ld, *dp = grads + n * ld, *by_key = at_.absolute_sums + g * ld;
+        const float lse = at_.lse[r + n], delta = at_.delta[r + n];
+        if (rank >= 0 && bias_.any()) {
+          const ItemRow row{KeyBias::Row(bias_, g, rank),
+                            relative_ ? relative_ + g * relative_stride(args_) : nullptr,
+                            absolute_ ? by_key : nullptr};
+          score_row(p, dp, keys, ld / kWidth, row, lse, delta);
+        } else {
+          score_row(p, dp, keys, ld / kWidth, TextRow{}, lse, delta);
+        }
       }
       if (call_.grad_q != nullptr) {
         product<false>(tile, size_vecs_, most, grads, ld, at_.k, width_,
@@ -174,42 +185,56 @@ class Backward {
     return sum(total);
   }
 
+  // A query that is an item: its bias, and where the bias's gradients go (null: nowhere).
+  struct ItemRow {
+    KeyBias::Row row;
+    float* relative;  // the head's sums in a turned table
+    float* absolute;  // the head's sums by key
+    Vec bias(int64_t v) const { return row(v); }
+    void add_gradient(int64_t v, Vec grad) const {
+      if (relative != nullptr) row.add_gradient(v, grad, relative);
+      if (absolute != nullptr) store(absolute + v * kWidth, load(absolute + v * kWidth) + grad);
+    }
+  };
+
+  struct TextRow {
+    Vec bias(int64_t) const { return Vec{}; }
+    void add_gradient(int64_t, Vec) const {}
+  };
+
   // One row: scores become weights p, and the weights' gradient dp becomes the scores' gradient
   // p * (dp - sum of p dp). Where the row has one block of keys the sum is taken here; else it is
   // `delta`, out . grad, which is the same but for out's rounding. Zero past the keys seen.
-  void score_row(float* weights, float* grads, int64_t seen, int64_t vecs, int64_t g, int64_t rank,
+  template <typename Row>
+  void score_row(float* weights, float* grads, int64_t seen, int64_t vecs, const Row& row,
                  float lse, float delta) {
-    const bool biased = rank >= 0 && bias_.any();
-    const int64_t used = round_up(seen, kWidth) / kWidth;
+    const int64_t whole = seen / kWidth, used = (seen + kWidth - 1) / kWidth;
     Vec total = {};
-    for (int64_t v = 0; v < used; ++v) {
-      Vec score = load(weights + v * kWidth);
-      if (biased) score += bias_(v, g, rank);
-      Vec weight = exp2(score - lse);
-      if ((v + 1) * kWidth > seen) {
-        const Ints left = lanes() < static_cast<int32_t>(seen - v * kWidth);
-        weight = left ? weight : Vec{};
-        if (need_scores_) {
-          store(grads + v * kWidth, left ? load(grads + v * kWidth) : Vec{});
-        }
-      }
+    for (int64_t v = 0; v < whole; ++v) {
+      const Vec weight = exp2(load(weights + v * kWidth) + row.bias(v) - lse);
       store(weights + v * kWidth, weight);
-      if (one_block_ && need_scores_) total += weight * load(grads + v * kWidth);
+      if (one_block_) total += weight * load(grads + v * kWidth);
     }
-    // A tile of keys may reach into the vector after the last that is seen.
+    if (used > whole) {
+      const Ints left = lanes() < static_cast<int32_t>(seen - whole * kWidth);
+      const Vec score = load(weights + whole * kWidth) + row.bias(whole) - lse;
+      const Vec weight = left ? exp2(score) : Vec{};
+      const Vec grad = left ? load(grads + whole * kWidth) : Vec{};
+      store(weights + whole * kWidth, weight);
+      store(grads + whole * kWidth, grad);
+      total += weight * grad;
+    }
+    // A tile of keys may reach past the last that is seen.
     for (int64_t v = used; v < vecs && v < used + 2; ++v) {
       store(weights + v * kWidth, Vec{});
       store(grads + v * kWidth, Vec{});
     }
     if (!need_scores_) return;
     if (one_block_) delta = sum(total);
-    const bool relative = biased && relative_ != nullptr, absolute = biased && absolute_ != nullptr;
-    float* by_key = at_.absolute_sums + g * key_block(args_);
     for (int64_t v = 0; v < used; ++v) {
       const Vec grad = load(weights + v * kWidth) * (load(grads + v * kWidth) - delta);
       store(grads + v * kWidth, grad);
-      if (relative) bias_.add_relative(v, g, rank, grad, relative_);
-      if (absolute) store(by_key + v * kWidth, load(by_key + v * kWidth) + grad);
+      row.add_gradient(v, grad);
     }
   }
 

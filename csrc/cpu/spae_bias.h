@@ -53,80 +53,101 @@ class KeyBias {
     }
   }
 
-  // The bias of vector `v` of the block's keys for a query of rank `rank` >= 0 and head `g` of the
-  // group.
-  Vec operator()(int64_t v, int64_t g, int64_t rank) const {
-    if (!has_items_[v]) return Vec{};
-    Vec bias = {};
-    if (absolute_table_ != nullptr) bias = load(absolute_ + g * ld_ + v * kWidth);
-    if (relative_table_ == nullptr) return bias;
-    const float* table = relative_table_ + g * stride_;
-    if (rises_[v]) return bias + masked(v, load(table + start(v, rank)));
-    float values[kWidth];
-    for (int64_t i = 0; i < kWidth; ++i) values[i] = table[column(v * kWidth + i, rank)];
-    return bias + masked(v, load(values));
-  }
-
-  // Adds the scores' gradient to the relative table's sums, for the same v, g and rank.
-  // `sums` is the group's part of a table in the layout of BiasTables.
-  void add_relative(int64_t v, int64_t g, int64_t rank, Vec grad, float* sums) const {
-    if (!has_items_[v]) return;
-    float* row = sums + g * stride_;
-    if (rises_[v]) {
-      float* at = row + start(v, rank);
-      store(at, load(at) + masked(v, grad));
-      return;
+  // The bias that one query of rank `rank` >= 0 and head `g` of the group adds to its scores.
+  class Row {
+   public:
+    Row(const KeyBias& bias, int64_t g, int64_t rank)
+        : bias_(bias), rank_(rank), origin_(kMaxWidth + bias.buckets_ - 1 - rank) {
+      if (bias.relative_table_) relative_ = bias.relative_table_ + g * bias.stride_;
+      if (bias.absolute_table_) absolute_ = bias.absolute_ + g * bias.ld_;
     }
-    for (int64_t i = 0; i < kWidth; ++i) {
-      if (ranks_[v * kWidth + i] >= 0) row[column(v * kWidth + i, rank)] += grad[i];
-    }
-  }
 
-  // Adds sums over the queries, `by_key` (group, key block), to the absolute table's sums.
-  void add_absolute(int64_t count, const float* by_key, float* sums) const {
+    // For vector `v` of the block's keys.
+    Vec operator()(int64_t v) const {
+      const Kind kind = bias_.kinds_[v];
+      if (kind == Kind::kNone) return Vec{};
+      const Vec absolute = absolute_ ? load(absolute_ + v * kWidth) : Vec{};
+      if (relative_ == nullptr) return absolute;
+      if (kind == Kind::kRising) return absolute + bias_.masked(v, load(relative_ + start(v)));
+      float values[kWidth];
+      for (int64_t i = 0; i < kWidth; ++i) values[i] = relative_[bias_.column(v, i, rank_)];
+      return absolute + bias_.masked(v, load(values));
+    }
+
+    // Adds the scores' gradient to the relative table's sums; `sums` is the group's part of a table
+    // in the layout of BiasTables.
+    void add_gradient(int64_t v, Vec grad, float* sums) const {
+      const Kind kind = bias_.kinds_[v];
+      if (kind == Kind::kNone) return;
+      if (kind == Kind::kRising) {
+        float* at = sums + start(v);
+        store(at, load(at) + bias_.masked(v, grad));
+        return;
+      }
+      for (int64_t i = 0; i < kWidth; ++i) {
+        if (bias_.ranks_[v * kWidth + i] >= 0) sums[bias_.column(v, i, rank_)] += grad[i];
+      }
+    }
+
+   private:
+    // Where the first lane reads in a turned row; what lies outside reads the outer buckets.
+    int64_t start(int64_t v) const {
+      return clamp(origin_ + bias_.bases_[v], 0, kMaxWidth + bias_.buckets_);
+    }
+
+    const KeyBias& bias_;
+    const int64_t rank_, origin_;
+    const float* relative_ = nullptr;
+    const float* absolute_ = nullptr;
+  };
+
+  // Adds sums over the queries, `by_key` (group, ld), to the absolute table's sums.
+  void add_absolute(int64_t count, const float* by_key, int64_t ld, float* sums) const {
     for (int64_t g = 0; g < group_; ++g) {
       for (int64_t j = 0; j < count; ++j) {
         if (ranks_[j] < 0) continue;
-        sums[g * positions_ + smaller(ranks_[j], positions_ - 1)] += by_key[g * ld_ + j];
+        sums[g * positions_ + smaller(ranks_[j], positions_ - 1)] += by_key[g * ld + j];
       }
     }
   }
 
  private:
+  // What the ranks of a vector of keys are: no items, ranks that rise one by one, or anything.
+  enum class Kind : int8_t { kNone, kRising, kAny };
+
   void classify(int64_t v) {
-    bool seen = false, rises = true;
-    int64_t base = 0;
+    Kind kind = Kind::kNone;
     for (int64_t i = 0; i < kWidth; ++i) {
       const int64_t rank = ranks_[v * kWidth + i];
+      items_[v * kWidth + i] = rank < 0 ? 0 : -1;
       if (rank < 0) continue;
-      if (!seen) base = rank - i;
-      rises = rises && rank - i == base;
-      seen = true;
+      if (kind == Kind::kNone) {
+        kind = Kind::kRising;
+        bases_[v] = rank - i;
+      } else if (rank - i != bases_[v]) {
+        kind = Kind::kAny;
+      }
     }
-    has_items_[v] = seen;
-    rises_[v] = rises;
-    bases_[v] = base;
+    kinds_[v] = kind;
   }
 
-  Vec masked(int64_t v, Vec x) const { return load_ints(ranks_ + v * kWidth) < 0 ? Vec{} : x; }
-
-  // Where vector v's first lane reads in a turned row; what lies outside reads the outer buckets.
-  int64_t start(int64_t v, int64_t rank) const {
-    return clamp(kMaxWidth + buckets_ - 1 - (rank - bases_[v]), 0, kMaxWidth + buckets_);
+  Vec masked(int64_t v, Vec x) const {
+    return bitcast<Vec>(bitcast<Ints>(x) & load_ints(items_ + v * kWidth));
   }
 
-  int64_t column(int64_t j, int64_t rank) const {
-    return kMaxWidth + buckets_ - 1 - clamp(rank - ranks_[j], 0, buckets_ - 1);
+  // Where lane i of vector v reads in a turned row.
+  int64_t column(int64_t v, int64_t i, int64_t rank) const {
+    return kMaxWidth + buckets_ - 1 - clamp(rank - ranks_[v * kWidth + i], 0, buckets_ - 1);
   }
 
   const int64_t group_, buckets_, positions_, stride_, ld_;
   const float* relative_table_ = nullptr;  // the group's rows
   const float* absolute_table_ = nullptr;
   float* absolute_;
-  int32_t ranks_[kMaxKeys];  // -1 past the end
-  int64_t bases_[kMaxKeys / kWidth];
-  bool has_items_[kMaxKeys / kWidth];
-  bool rises_[kMaxKeys / kWidth];
+  int32_t ranks_[kMaxKeys];           // -1 past the end
+  int32_t items_[kMaxKeys];           // -1 (all bits) for an item, 0 for none
+  int64_t bases_[kMaxKeys / kWidth];  // rank less lane, where kRising
+  Kind kinds_[kMaxKeys / kWidth];
 };
 
 }  // namespace

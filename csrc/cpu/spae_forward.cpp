@@ -12,26 +12,27 @@ namespace {
 
 // Turns one row of scores into weights 2^(score - top) over its first `seen` keys, and zero up to
 // `vecs` vectors. `top` and `total` are the row's largest score and sum of weights over the blocks
-// so far; returns what the row's earlier sums are to be multiplied with.
-inline float soften(float* scores, int64_t seen, int64_t vecs, const KeyBias& bias, int64_t g,
-                    int64_t rank, float* top, float* total) {
-  const bool biased = rank >= 0 && bias.any();
-  const int64_t used = round_up(seen, kWidth) / kWidth;
+// so far; returns what the row's earlier sums are to be multiplied with. `bias(v)` is added.
+template <typename Bias>
+inline float soften(float* scores, int64_t seen, int64_t vecs, const Bias& bias, float* top,
+                    float* total) {
+  const int64_t whole = seen / kWidth;
   Vec most = splat(-kInfinity);
-  for (int64_t v = 0; v < used; ++v) {
-    Vec score = load(scores + v * kWidth);
-    if (biased) score += bias(v, g, rank);
-    if ((v + 1) * kWidth > seen) {
-      const Ints left = lanes() < static_cast<int32_t>(seen - v * kWidth);
-      score = left ? score : splat(-kInfinity);
-    }
+  for (int64_t v = 0; v < whole; ++v) {
+    const Vec score = load(scores + v * kWidth) + bias(v);
     store(scores + v * kWidth, score);
     most = largest(score, most);
   }
+  const int64_t used = (seen + kWidth - 1) / kWidth;
+  if (used > whole) {
+    const Ints left = lanes() < static_cast<int32_t>(seen - whole * kWidth);
+    const Vec score = left ? load(scores + whole * kWidth) + bias(whole) : splat(-kInfinity);
+    store(scores + whole * kWidth, score);
+    most = largest(score, most);
+  }
   const float now = largest(most), before = *top;
-  *top = now > before ? now : before;
-  const float shift =
-      *top == -kInfinity ? 0.0f : *top;  // all scores -inf: weights of zero, not NaN
+  const float now_top = now > before ? now : before;
+  const float shift = now_top == -kInfinity ? 0.0f : now_top;  // all are -inf: weights 0, not NaN
   Vec weights = {};
   for (int64_t v = 0; v < used; ++v) {
     const Vec weight = exp2(load(scores + v * kWidth) - shift);
@@ -39,10 +40,15 @@ inline float soften(float* scores, int64_t seen, int64_t vecs, const KeyBias& bi
     weights += weight;
   }
   for (int64_t v = used; v < vecs; ++v) store(scores + v * kWidth, Vec{});
-  const float keep = before == *top ? 1.0f : exp2(splat(before - shift))[0];
+  const float keep = before == now_top ? 1.0f : exp2(splat(before - shift))[0];
+  *top = now_top;
   *total = *total * keep + sum(weights);
   return keep;
 }
+
+struct NoBias {
+  Vec operator()(int64_t) const { return Vec{}; }
+};
 
 template <typename T>
 void forward(const AttentionForward& call, const BiasTables& tables, const ForwardTask& task,
@@ -90,11 +96,18 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
       float* out = at.out + r * width;
       product<false>(tile, vecs, args.size, at.q + r * width, width, at.k, ld, at.scores, ld,
                      false);
-      for (int64_t n = 0; n < tile; ++n) {
-        const int64_t i = (r + n) / group, g = (r + n) % group;
+      int64_t i = r / group, g = r % group;
+      for (int64_t n = 0; n < tile; ++n, ++g) {
+        if (g == group) {
+          g = 0;
+          ++i;
+        }
         const int64_t seen = clamp(reach + step * i - first, 0, count);
-        const float keep = soften(at.scores + n * ld, seen, vecs, bias, g, args.rank_q[q0 + i],
-                                  at.top + r + n, at.total + r + n);
+        const int64_t rank = args.rank_q[q0 + i];
+        float *scores = at.scores + n * ld, *top = at.top + r + n, *total = at.total + r + n;
+        const float keep = rank >= 0 && bias.any()
+                               ? soften(scores, seen, vecs, KeyBias::Row(bias, g, rank), top, total)
+                               : soften(scores, seen, vecs, NoBias{}, top, total);
         if (first == 0 || keep == 1.0f) continue;
         for (int64_t d = 0; d < width; d += kWidth) {
           store(out + n * width + d, load(out + n * width + d) * keep);

@@ -39,10 +39,15 @@ inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit 
 
 inline Vec splat(float x) { return x - Vec{}; }
 
+// 0, 1, 2, ...; written out, because GCC folds no vector that a loop fills.
 inline Ints lanes() {
-  Ints out;
-  for (int i = 0; i < kWidth; ++i) out[i] = i;
-  return out;
+#if defined(__AVX512F__)
+  return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+  return Ints{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return Ints{0, 1, 2, 3};
+#endif
 }
 
 // A vector reinterpreted; both have the same size.
@@ -122,9 +127,7 @@ template <typename Combine>
 inline float reduce(Vec x, Combine combine) {
 #pragma GCC unroll 4
   for (int step = kWidth / 2; step > 0; step /= 2) {
-    Ints other;
-    for (int i = 0; i < kWidth; ++i) other[i] = i ^ step;
-    x = combine(x, __builtin_shuffle(x, other));
+    x = combine(x, __builtin_shuffle(x, lanes() ^ step));
   }
   return x[0];
 }
@@ -137,8 +140,8 @@ inline float largest(Vec x) {
   return reduce(x, [](Vec a, Vec b) { return largest(a, b); });
 }
 
-// 2^x for x <= 127: zero below 2^-126, NaN for NaN. 2^x = 2^n * 2^f with n whole and |f| <= 1/2;
-// 2^f by a polynomial (Chebyshev interpolation of (2^f - 1) / f, relative error 5e-9).
+// 2^x for x <= 127: zero far below 2^-126, NaN for NaN. 2^x = 2^n * 2^f with n whole and |f| <=
+// 1/2; 2^f by a polynomial (Chebyshev interpolation of (2^f - 1) / f, relative error 5e-9).
 inline Vec exp2(Vec x) {
   const float shift =
       12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
@@ -153,19 +156,22 @@ inline Vec exp2(Vec x) {
   poly = poly * f + 2.402265076e-1f;
   poly = poly * f + 6.931471880e-1f;
   poly = poly * f + 1.0f;
+#if defined(__AVX512F__)
+  return bitcast<Vec>(
+      _mm512_maskz_scalef_ps(0xFFFF, bitcast<__m512>(poly), bitcast<__m512>(x - f)));
+#else
   const Vec power = bitcast<Vec>((bitcast<Bits>(shifted) << 23) + (127u << 23));
   return x < lowest ? Vec{} : poly * power;
+#endif
 }
 
 // Transposes a square of kWidth vectors in place: halves, quarters, ... change places.
 inline void transpose(Vec* rows) {
 #pragma GCC unroll 4
   for (int step = kWidth / 2; step > 0; step /= 2) {
-    Ints low, high;
-    for (int e = 0; e < kWidth; ++e) {
-      low[e] = e & step ? e - step + kWidth : e;
-      high[e] = e & step ? e + kWidth : e + step;
-    }
+    const Ints moved = (lanes() & step) != 0;
+    const Ints low = moved ? lanes() - step + kWidth : lanes();
+    const Ints high = moved ? lanes() + kWidth : lanes() + step;
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
       if (i & step) continue;
