@@ -193,7 +193,8 @@ void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
   parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch(ForwardScratch(call.args, nullptr).floats);
     for (size_t n = starts[begin]; n < starts[end]; ++n) {
-      kernel(call, prepared.tables, plan.tasks[n], scratch.get());
+      const ForwardTask* next = n + 1 < starts[end] ? &plan.tasks[n + 1] : nullptr;
+      kernel(call, prepared.tables, plan.tasks[n], next, scratch.get());
     }
   });
 }
@@ -217,7 +218,8 @@ void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t
     for (int64_t part = begin; part < end; ++part) {
       const BiasSums sums{relative.part(part), absolute.part(part)};
       for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
-        kernel(call, prepared.tables, plan.tasks[n], sums, scratch.get());
+        const BackwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
+        kernel(call, prepared.tables, plan.tasks[n], next, sums, scratch.get());
       }
     }
   });

@@ -2,6 +2,7 @@
 // the queries that see them. Scores are computed again from the saved log-sum-exp, a block of keys
 // times a block of queries at a time. Built once for each instruction set.
 #include "cpu/spae_bias.h"
+#include "cpu/spae_prefetch.h"
 #include "cpu/spae_tasks.h"
 #include "cpu/tile_product.h"
 
@@ -13,7 +14,7 @@ template <typename T>
 class Backward {
  public:
   Backward(const AttentionBackward& call, const BiasTables& tables, const BackwardTask& task,
-           const BiasSums& sums, float* scratch)
+           const BackwardTask* next, const BiasSums& sums, float* scratch)
       : call_(call),
         args_(call.args),
         at_(call.args, 0, scratch),
@@ -32,6 +33,7 @@ class Backward {
     if (sums.relative != nullptr) relative_ = sums.relative + head_ * relative_stride(args_);
     if (sums.absolute != nullptr) absolute_ = sums.absolute + head_ * args_.positions;
     need_scores_ = call.grad_q || call.grad_k || relative_ || absolute_;
+    if (next != nullptr) prepare_prefetch(*next);
   }
 
   void run() {
@@ -50,6 +52,23 @@ class Backward {
   }
 
  private:
+  void prepare_prefetch(const BackwardTask& next) {
+    const int64_t q = args_.cu_q[next.sequence], queries = args_.cu_q[next.sequence + 1] - q;
+    const int64_t k = args_.cu_k[next.sequence], keys = args_.cu_k[next.sequence + 1] - k;
+    const int64_t head = next.kv_head * group_, size = args_.size;
+    const TokenView grad_q{call_.grad_q, args_.heads * size, size};
+    prefetch_.add<T>(args_.q, q, queries, head, group_, size);
+    prefetch_.add<T>(call_.grad, q, queries, head, group_, size);
+    prefetch_.add<T>(grad_q, q, queries, head, group_, size);
+    prefetch_.add<T>(args_.k, k, keys, next.kv_head, 1, size);
+    prefetch_.add<T>(args_.v, k, keys, next.kv_head, 1, size);
+    void* const grads[2] = {call_.grad_k, call_.grad_v};
+    for (void* grad : grads) {
+      const TokenView view{grad, args_.kv_heads * size, size};
+      prefetch_.add<T>(view, k, keys, next.kv_head, 1, size);
+    }
+  }
+
   static void zero(float* p, int64_t count) { __builtin_memset(p, 0, count * sizeof(float)); }
 
   static const T* row(const TokenView& view, int64_t token, int64_t head) {
@@ -108,6 +127,7 @@ class Backward {
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = seen(first_query + (r + tile - 1) / group_, first, count);
       if (most == 0) continue;
+      if (first + count == keys_) prefetch_.advance((tile + group_ - 1) / group_);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
       float* weights = at_.weights + r * ld;
       float* grads = at_.grad_scores + r * ld;
@@ -241,6 +261,7 @@ class Backward {
   const AttentionBackward& call_;
   const AttentionArgs& args_;
   const BackwardScratch at_;
+  Prefetch prefetch_;
   KeyBias bias_;
   const int64_t group_, head_, kv_head_, width_, size_vecs_, q0_, k0_, queries_, keys_;
   const int64_t step_, reach_;  // query i sees reach + step * i keys
@@ -252,8 +273,8 @@ class Backward {
 
 template <typename T>
 void backward(const AttentionBackward& call, const BiasTables& tables, const BackwardTask& task,
-              const BiasSums& sums, float* scratch) {
-  Backward<T>(call, tables, task, sums, scratch).run();
+              const BackwardTask* next, const BiasSums& sums, float* scratch) {
+  Backward<T>(call, tables, task, next, sums, scratch).run();
 }
 
 }  // namespace

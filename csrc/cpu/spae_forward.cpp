@@ -1,6 +1,7 @@
 // The forward pass of spae_attention: one task is a block of queries of one sequence, for the heads
 // that share one key head. Built once for each instruction set.
 #include "cpu/spae_bias.h"
+#include "cpu/spae_prefetch.h"
 #include "cpu/spae_tasks.h"
 #include "cpu/tile_product.h"
 
@@ -51,8 +52,24 @@ struct NoBias {
 };
 
 template <typename T>
+Prefetch prefetch_of(const AttentionForward& call, const ForwardTask* task) {
+  Prefetch prefetch;
+  if (task == nullptr) return prefetch;
+  const AttentionArgs& args = call.args;
+  const int64_t q = args.cu_q[task->sequence] + task->first, k = args.cu_k[task->sequence];
+  const int64_t keys = args.cu_k[task->sequence + 1] - k;
+  const int64_t group = args.heads / args.kv_heads, head = task->kv_head * group;
+  const TokenView out{call.out, args.heads * args.size, args.size};
+  prefetch.add<T>(args.q, q, task->count, head, group, args.size);
+  prefetch.add<T>(out, q, task->count, head, group, args.size);
+  prefetch.add<T>(args.k, k, keys, task->kv_head, 1, args.size);
+  prefetch.add<T>(args.v, k, keys, task->kv_head, 1, args.size);
+  return prefetch;
+}
+
+template <typename T>
 void forward(const AttentionForward& call, const BiasTables& tables, const ForwardTask& task,
-             float* scratch) {
+             const ForwardTask* next, float* scratch) {
   const AttentionArgs& args = call.args;
   const ForwardScratch at(args, scratch);
   const int64_t group = args.heads / args.kv_heads, head = task.kv_head * group;
@@ -80,6 +97,7 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
   KeyBias bias(args, tables, task.kv_head, at.absolute);
   const T* k = static_cast<const T*>(args.k.data) + task.kv_head * args.k.head_stride;
   const T* v = static_cast<const T*>(args.v.data) + task.kv_head * args.v.head_stride;
+  Prefetch prefetch = prefetch_of<T>(call, next);
   const int64_t block = key_block(args);
   for (int64_t first = 0; first < end; first += block) {
     const int64_t count = smaller(block, end - first), ld = padded(count);
@@ -92,6 +110,7 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = smaller(count, reach + step * ((r + tile - 1) / group) - first);
       if (most <= 0) continue;
+      if (first + block >= end) prefetch.advance((tile + group - 1) / group);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
       float* out = at.out + r * width;
       product<false>(tile, vecs, args.size, at.q + r * width, width, at.k, ld, at.scores, ld,

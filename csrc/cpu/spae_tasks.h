@@ -34,10 +34,13 @@ struct BiasSums {
   float* absolute;
 };
 
+// Run one task. `next` is what this thread runs afterwards, or null: its tensors are fetched into
+// the cache meanwhile, because a short sequence is computed as quickly as it is read.
 using ForwardKernel = void (*)(const AttentionForward& call, const BiasTables& tables,
-                               const ForwardTask& task, float* scratch);
+                               const ForwardTask& task, const ForwardTask* next, float* scratch);
 using BackwardKernel = void (*)(const AttentionBackward& call, const BiasTables& tables,
-                                const BackwardTask& task, const BiasSums& sums, float* scratch);
+                                const BackwardTask& task, const BackwardTask* next,
+                                const BiasSums& sums, float* scratch);
 
 namespace portable {
 extern const ForwardKernel kForward[3];  // indexed by DType
