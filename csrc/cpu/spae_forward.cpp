@@ -1,6 +1,7 @@
 // The forward pass of spae_attention: one task is a block of queries of one sequence, for the heads
 // that share one key head. Built once for each instruction set.
 #include "cpu/spae_bias.h"
+#include "cpu/spae_few_rows.h"
 #include "cpu/spae_prefetch.h"
 #include "cpu/spae_tasks.h"
 #include "cpu/tile_product.h"
@@ -97,24 +98,33 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
   KeyBias bias(args, tables, task.kv_head, at.absolute);
   const T* k = static_cast<const T*>(args.k.data) + task.kv_head * args.k.head_stride;
   const T* v = static_cast<const T*>(args.v.data) + task.kv_head * args.v.head_stride;
+  // So few rows that a key is used hardly more often than packing would touch it.
+  const bool direct = rows <= kTileRows && args.size % kWidth == 0;
   Prefetch prefetch = prefetch_of<T>(call, next);
   const int64_t block = key_block(args);
   for (int64_t first = 0; first < end; first += block) {
     const int64_t count = smaller(block, end - first), ld = padded(count);
-    pack_transposed(k + (k0 + first) * args.k.token_stride, args.k.token_stride, count, args.size,
-                    at.k, ld);
-    pack_rows(v + (k0 + first) * args.v.token_stride, args.v.token_stride, count, args.size, 1.0f,
-              at.v, width);
+    const T* block_k = k + (k0 + first) * args.k.token_stride;
+    const T* block_v = v + (k0 + first) * args.v.token_stride;
+    if (!direct) {
+      pack_transposed(block_k, args.k.token_stride, count, args.size, at.k, ld);
+      pack_rows(block_v, args.v.token_stride, count, args.size, 1.0f, at.v, width);
+    }
     bias.prepare(args.rank_k + k0 + first, count);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = smaller(count, reach + step * ((r + tile - 1) / group) - first);
       if (most <= 0) continue;
-      if (first + block >= end) prefetch.advance((tile + group - 1) / group);
+      if (!direct && first + block >= end) prefetch.advance((tile + group - 1) / group);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
       float* out = at.out + r * width;
-      product<false>(tile, vecs, args.size, at.q + r * width, width, at.k, ld, at.scores, ld,
-                     false);
+      if (direct) {
+        direct_scores_of<T>(rows)(at.q, width, block_k, args.k.token_stride, block_v,
+                                  args.v.token_stride, most, end - first, args.size, at.scores, ld);
+      } else {
+        product<false>(tile, vecs, args.size, at.q + r * width, width, at.k, ld, at.scores, ld,
+                       false);
+      }
       int64_t i = r / group, g = r % group;
       for (int64_t n = 0; n < tile; ++n, ++g) {
         if (g == group) {
@@ -132,7 +142,12 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
           store(out + n * width + d, load(out + n * width + d) * keep);
         }
       }
-      product<false>(tile, value_vecs, most, at.scores, ld, at.v, width, out, width, first > 0);
+      if (direct) {
+        product<false>(tile, value_vecs, most, at.scores, ld, block_v, args.v.token_stride, out,
+                       width, first > 0);
+      } else {
+        product<false>(tile, value_vecs, most, at.scores, ld, at.v, width, out, width, first > 0);
+      }
     }
   }
 

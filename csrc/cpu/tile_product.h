@@ -14,8 +14,8 @@ constexpr int kTileVecs = kWidth == 16 ? 4 : 2;
 
 // c (kRows x kVecs vectors) = or += a (kRows x depth) b (depth x kVecs vectors). Where kTransposed,
 // a lies as (depth x kRows).
-template <int kRows, int kVecs, bool kTransposed>
-void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+template <int kRows, int kVecs, bool kTransposed, typename T>
+void tile(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, float* c,
           int64_t ldc, bool add) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 6
@@ -41,40 +41,42 @@ void tile(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ld
   }
 }
 
-using Tile = void (*)(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb,
-                      float* c, int64_t ldc, bool add);
+template <typename T>
+using Tile = void (*)(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, float* c,
+                      int64_t ldc, bool add);
 
-template <int kVecs, bool kTransposed>
-constexpr Tile tile_of(int64_t rows) {
-  constexpr Tile by_rows[kTileRows] = {tile<1, kVecs, kTransposed>, tile<2, kVecs, kTransposed>,
-                                       tile<3, kVecs, kTransposed>, tile<4, kVecs, kTransposed>,
-                                       tile<5, kVecs, kTransposed>, tile<6, kVecs, kTransposed>};
-  return by_rows[rows - 1];
+template <int kVecs, bool kTransposed, typename T>
+inline Tile<T> tile_of(int64_t rows) {
+  static constexpr Tile<T> kByRows[kTileRows] = {
+      tile<1, kVecs, kTransposed, T>, tile<2, kVecs, kTransposed, T>,
+      tile<3, kVecs, kTransposed, T>, tile<4, kVecs, kTransposed, T>,
+      tile<5, kVecs, kTransposed, T>, tile<6, kVecs, kTransposed, T>};
+  return kByRows[rows - 1];
 }
 
-template <bool kTransposed>
-inline Tile find_tile(int64_t rows, int64_t vecs) {
+template <bool kTransposed, typename T>
+inline Tile<T> find_tile(int64_t rows, int64_t vecs) {
   switch (vecs) {
     case 1:
-      return tile_of<1, kTransposed>(rows);
+      return tile_of<1, kTransposed, T>(rows);
     case 2:
-      return tile_of<2, kTransposed>(rows);
+      return tile_of<2, kTransposed, T>(rows);
 #if defined(__AVX512F__)
     case 3:
-      return tile_of<3, kTransposed>(rows);
+      return tile_of<3, kTransposed, T>(rows);
     case 4:
-      return tile_of<4, kTransposed>(rows);
+      return tile_of<4, kTransposed, T>(rows);
 #endif
   }
   __builtin_unreachable();
 }
 
 // As tile(), for 1 .. kTileRows rows and any number of vectors.
-template <bool kTransposed>
+template <bool kTransposed, typename T>
 inline void product(int64_t rows, int64_t vecs, int64_t depth, const float* a, int64_t lda,
-                    const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+                    const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   for (int64_t v = 0; v < vecs; v += kTileVecs) {
-    const Tile tile = find_tile<kTransposed>(rows, smaller(kTileVecs, vecs - v));
+    const Tile<T> tile = find_tile<kTransposed, T>(rows, smaller(kTileVecs, vecs - v));
     tile(depth, a, lda, b + v * kWidth, ldb, c + v * kWidth, ldc, add);
   }
 }

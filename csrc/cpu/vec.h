@@ -165,21 +165,43 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
+// From a and b, the halves of every 2 * step lanes: all the lower ones (a's, then b's), or all the
+// upper ones.
+inline Vec lower_halves(Vec a, Vec b, int step) {
+  const Ints moved = (lanes() & step) != 0;
+  return __builtin_shuffle(a, b, moved ? lanes() - step + kWidth : lanes());
+}
+
+inline Vec upper_halves(Vec a, Vec b, int step) {
+  const Ints moved = (lanes() & step) != 0;
+  return __builtin_shuffle(a, b, moved ? lanes() + kWidth : lanes() + step);
+}
+
 // Transposes a square of kWidth vectors in place: halves, quarters, ... change places.
 inline void transpose(Vec* rows) {
 #pragma GCC unroll 4
   for (int step = kWidth / 2; step > 0; step /= 2) {
-    const Ints moved = (lanes() & step) != 0;
-    const Ints low = moved ? lanes() - step + kWidth : lanes();
-    const Ints high = moved ? lanes() + kWidth : lanes() + step;
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) {
       if (i & step) continue;
       const Vec a = rows[i], b = rows[i + step];
-      rows[i] = __builtin_shuffle(a, b, low);
-      rows[i + step] = __builtin_shuffle(a, b, high);
+      rows[i] = lower_halves(a, b, step);
+      rows[i + step] = upper_halves(a, b, step);
     }
   }
+}
+
+// Lane i: the sum of rows[i]. The rows are used up.
+inline Vec sums_of(Vec* rows) {
+#pragma GCC unroll 4
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) {
+      const Vec a = rows[i], b = rows[i + step];
+      rows[i] = lower_halves(a, b, step) + upper_halves(a, b, step);
+    }
+  }
+  return rows[0];
 }
 
 }  // namespace
