@@ -6,10 +6,9 @@
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/spae_tasks.h"
+#include "cpu/spae_plan.h"
 
 namespace speeder {
 namespace {
@@ -72,83 +71,6 @@ struct PreparedTables {
   const BiasTables tables;
 };
 
-// Tasks in order and what each costs, dealt in pieces of nearly equal cost: a fixed dealing, so
-// that sums are the same from run to run.
-template <typename Task>
-struct Plan {
-  std::vector<Task> tasks;
-  std::vector<double> costs;
-
-  void add(const Task& task, double cost) {
-    tasks.push_back(task);
-    costs.push_back(cost);
-  }
-
-  // Where each of `parts` pieces begins, and the end.
-  std::vector<size_t> deal(int64_t parts) const {
-    double total = 0, so_far = 0;
-    for (double cost : costs) total += cost;
-    std::vector<size_t> starts = {0};
-    for (size_t n = 0; n < tasks.size(); ++n) {
-      while (static_cast<int64_t>(starts.size()) < parts &&
-             so_far + costs[n] / 2 > total * static_cast<double>(starts.size()) / parts) {
-        starts.push_back(n);
-      }
-      so_far += costs[n];
-    }
-    starts.resize(parts + 1, tasks.size());
-    return starts;
-  }
-};
-
-// What `rows` query rows and `keys` keys cost, of which `pairs` pairs are computed: packing a row
-// is worth some pairs.
-double cost_of(double rows, double keys, double pairs) { return pairs + 8 * rows + 16 * keys; }
-
-// Pairs of queries first .. first + count - 1 of a sequence and the keys they see.
-double seen_pairs(const AttentionArgs& args, int64_t queries, int64_t keys, int64_t first,
-                  int64_t count) {
-  if (!args.causal) return static_cast<double>(count) * keys;
-  double pairs = 0;
-  for (int64_t i = first; i < first + count; ++i) {
-    pairs += std::clamp<int64_t>(keys - queries + i + 1, 0, keys);
-  }
-  return pairs;
-}
-
-Plan<ForwardTask> plan_forward(const AttentionArgs& args) {
-  Plan<ForwardTask> plan;
-  const double group = args.heads / args.kv_heads;
-  for (int64_t s = 0; s < args.sequences; ++s) {
-    const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
-    const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
-    const int64_t most = query_block(kForwardRows, args);
-    const int64_t blocks = (queries + most - 1) / most;
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int64_t first = queries * b / blocks, count = queries * (b + 1) / blocks - first;
-      const double pairs = seen_pairs(args, queries, keys, first, count);
-      for (int64_t h = 0; h < args.kv_heads; ++h) {
-        plan.add({s, h, first, count}, cost_of(count * group, keys, pairs * group));
-      }
-    }
-  }
-  return plan;
-}
-
-Plan<BackwardTask> plan_backward(const AttentionArgs& args) {
-  Plan<BackwardTask> plan;
-  const double group = args.heads / args.kv_heads;
-  for (int64_t s = 0; s < args.sequences; ++s) {
-    const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
-    const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
-    const double pairs = seen_pairs(args, queries, keys, 0, queries);
-    for (int64_t h = 0; h < args.kv_heads; ++h) {
-      plan.add({s, h}, cost_of(queries * group, keys, pairs * group));
-    }
-  }
-  return plan;
-}
-
 // Every part's sums of one table, and their total in the order of the parts.
 class TableSums {
  public:
@@ -181,6 +103,36 @@ void write_relative(const AttentionArgs& args, const float* sums, float* out) {
   }
 }
 
+// The sum of what several tasks have given to one sequence's gradient of q, in their order.
+template <typename T>
+void write_shared(const AttentionBackward& call, const SharedGradient& gradient) {
+  const AttentionArgs& args = call.args;
+  const int64_t group = args.heads / args.kv_heads, width = padded(args.size);
+  const int64_t first = args.cu_q[gradient.sequence];
+  for (int64_t at = 0; at < gradient.floats; at += width) {
+    const int64_t token = first + at / width / group;
+    const int64_t head = gradient.kv_head * group + at / width % group;
+    T* out = static_cast<T*>(call.grad_q) + (token * args.heads + head) * args.size;
+    for (int64_t d = 0; d < args.size; ++d) {
+      float total = 0.0f;
+      for (int64_t n = 0; n < gradient.tasks; ++n)
+        total += gradient.sums[n * gradient.floats + at + d];
+      out[d] = from_float<T>(total * args.scale);
+    }
+  }
+}
+
+void write_shared(const AttentionBackward& call, const SharedGradient& gradient, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return write_shared<float>(call, gradient);
+    case DType::kBFloat16:
+      return write_shared<BFloat16>(call, gradient);
+    case DType::kFloat16:
+      return write_shared<Half>(call, gradient);
+  }
+}
+
 }  // namespace
 
 void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
@@ -204,7 +156,9 @@ void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t
   const AttentionArgs& args = call.args;
   const auto kernel = kernels().backward[static_cast<int>(dtype)];
   const PreparedTables prepared(args);
-  const auto plan = plan_backward(args);
+  BackwardPlan plan = plan_backward(args, threads);
+  const Buffer shared(call.grad_q ? plan.shared_floats : 0);
+  if (call.grad_q) plan.place(shared.get());
   const int64_t parts = std::min<int64_t>(threads, plan.tasks.size());
   const auto starts = plan.deal(parts);
   int64_t longest = 0;
@@ -223,6 +177,11 @@ void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t
       }
     }
   });
+  if (call.grad_q) {
+    parallel_for(plan.shared.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) write_shared(call, plan.shared[n], dtype);
+    });
+  }
   if (call.grad_relative) write_relative(args, relative.total(), call.grad_relative);
   if (call.grad_absolute) {
     std::copy_n(absolute.total(), args.heads * args.positions, call.grad_absolute);

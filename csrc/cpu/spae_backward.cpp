@@ -1,5 +1,5 @@
-// The backward pass of spae_attention: one task is all keys of one sequence and one key head, and
-// the queries that see them. Scores are computed again from the saved log-sum-exp, a block of keys
+// The backward pass of spae_attention: one task is keys of one sequence and one key head, and the
+// queries that see them. Scores are computed again from the saved log-sum-exp, a block of keys
 // times a block of queries at a time. Built once for each instruction set.
 #include "cpu/spae_bias.h"
 #include "cpu/spae_prefetch.h"
@@ -28,6 +28,9 @@ class Backward {
         k0_(args_.cu_k[task.sequence]),
         queries_(args_.cu_q[task.sequence + 1] - q0_),
         keys_(args_.cu_k[task.sequence + 1] - k0_),
+        first_(task.first),
+        end_(task.first + task.count),
+        grad_q_(task.shared_grad_q ? task.shared_grad_q : at_.grad_q),
         step_(args_.causal ? 1 : 0),
         reach_(args_.causal ? keys_ - queries_ + 1 : keys_) {
     if (sums.relative != nullptr) relative_ = sums.relative + head_ * relative_stride(args_);
@@ -37,13 +40,13 @@ class Backward {
   }
 
   void run() {
-    if (call_.grad_q != nullptr) zero(at_.grad_q, queries_ * group_ * width_);
+    if (call_.grad_q != nullptr) zero(grad_q_, queries_ * group_ * width_);
     const int64_t block = key_block(args_);
     one_block_ = keys_ <= block;
-    for (int64_t first = 0; first < keys_; first += block) {
-      key_block_pass(first, smaller(block, keys_ - first));
+    for (int64_t first = first_; first < end_; first += block) {
+      key_block_pass(first, smaller(block, end_ - first));
     }
-    if (call_.grad_q == nullptr) return;
+    if (call_.grad_q == nullptr || grad_q_ != at_.grad_q) return;
     for (int64_t r = 0; r < queries_ * group_; ++r) {
       const int64_t row = (q0_ + r / group_) * args_.heads + head_ + r % group_;
       store_row(static_cast<T*>(call_.grad_q) + row * args_.size, at_.grad_q + r * width_,
@@ -54,7 +57,7 @@ class Backward {
  private:
   void prepare_prefetch(const BackwardTask& next) {
     const int64_t q = args_.cu_q[next.sequence], queries = args_.cu_q[next.sequence + 1] - q;
-    const int64_t k = args_.cu_k[next.sequence], keys = args_.cu_k[next.sequence + 1] - k;
+    const int64_t k = args_.cu_k[next.sequence] + next.first, keys = next.count;
     const int64_t head = next.kv_head * group_, size = args_.size;
     const TokenView grad_q{call_.grad_q, args_.heads * size, size};
     prefetch_.add<T>(args_.q, q, queries, head, group_, size);
@@ -127,7 +130,7 @@ class Backward {
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = seen(first_query + (r + tile - 1) / group_, first, count);
       if (most == 0) continue;
-      if (first + count == keys_) prefetch_.advance((tile + group_ - 1) / group_);
+      if (first + count == end_) prefetch_.advance((tile + group_ - 1) / group_);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
       float* weights = at_.weights + r * ld;
       float* grads = at_.grad_scores + r * ld;
@@ -157,7 +160,7 @@ class Backward {
       }
       if (call_.grad_q != nullptr) {
         product<false>(tile, size_vecs_, most, grads, ld, at_.k, width_,
-                       at_.grad_q + (first_query * group_ + r) * width_, width_, true);
+                       grad_q_ + (first_query * group_ + r) * width_, width_, true);
       }
     }
     for (int64_t j = 0; j < count; j += kTileRows) {
@@ -264,6 +267,8 @@ class Backward {
   Prefetch prefetch_;
   KeyBias bias_;
   const int64_t group_, head_, kv_head_, width_, size_vecs_, q0_, k0_, queries_, keys_;
+  const int64_t first_, end_;   // of the task's keys
+  float* const grad_q_;         // (queries, group, width): sums
   const int64_t step_, reach_;  // query i sees reach + step * i keys
   float* relative_ = nullptr;   // the group's rows of this thread's sums
   float* absolute_ = nullptr;

@@ -22,9 +22,12 @@ struct ForwardTask {
   int64_t sequence, kv_head, first, count;
 };
 
-// All keys of one sequence and one key head, and the queries that see them.
+// Keys first .. first + count - 1 of one sequence and one key head, and the queries that see them.
 struct BackwardTask {
-  int64_t sequence, kv_head;
+  int64_t sequence, kv_head, first, count;
+  // Where the queries' gradient is summed, (queries, group, padded size), if several tasks share
+  // the sequence's keys; null where this one has them all, and writes the gradient itself.
+  float* shared_grad_q;
 };
 
 // One thread's sums of the bias tables' gradients, in the layouts of BiasTables; null where not

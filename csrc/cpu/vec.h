@@ -66,9 +66,14 @@ inline Vec load(const float* p) {
 }
 
 inline Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)  // GCC would convert two halves of it
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bitcast<Vec>(bitcast<Bits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, half)) << 16);
+#else
   Shorts half;
   __builtin_memcpy(&half, p, sizeof(half));
   return bitcast<Vec>(__builtin_convertvector(half, Bits) << 16);
+#endif
 }
 
 inline Vec load(const Half* p) {
@@ -91,7 +96,11 @@ inline void store(BFloat16* p, Vec x) {
   const Bits bits = bitcast<Bits>(x);
   const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Bits out = x == x ? rounded : ((bits >> 16) | 0x40u);
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtepi32_epi16(0xFFFF, bitcast<__m512i>(out));
+#else
   const Shorts half = __builtin_convertvector(out, Shorts);
+#endif
   __builtin_memcpy(p, &half, sizeof(half));
 }
 

@@ -109,9 +109,30 @@ def test_long_sequences(dtype, causal, lengths):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_query_against_a_long_cache(dtype):
-    args = make([1, 1, 1], [900, 1, 37], 9, 3, 64, (32, 64), dtype)
-    check(set_ranks(args, "history"), dtype, True)
+@pytest.mark.parametrize("heads", [(1, 1), (9, 3), (4, 1), (8, 1)], ids=str)
+def test_few_queries_against_a_long_cache(dtype, heads):
+    """One or two new tokens: scored without packing the keys, up to a tile of rows."""
+    for seed, size in enumerate((64, 20, 128)):
+        args = make([1, 2, 1, 1], [900, 300, 1, 37], *heads, size, (32, 64), dtype, seed)
+        check(set_ranks(args, "history"), dtype, True)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, and sets it back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_long_sequence_is_shared_among_threads(threads, dtype, causal):
+    """Its keys go to several tasks, whose gradients of the queries are added up."""
+    lengths_q, lengths_k = [3, 900, 0, 7], [3, 900, 5, 0]
+    args = set_ranks(make(lengths_q, lengths_k, 4, 2, 32, (50, 400), dtype), "mixed")
+    threads(8)
+    check(args, dtype, causal)
 
 
 def test_large_scores():
@@ -133,21 +154,17 @@ def test_infinite_bias_hides_a_pair():
     assert out[0].eq(0).all() and out[1:].ne(0).all()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_bit_identical_from_run_to_run(threads):
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_bit_identical_from_run_to_run(threads, count):
     """Ragged lengths, both tables, ranks that collide in a bucket: the sums have many terms."""
     torch.use_deterministic_algorithms(False)
-    lengths = [50, 1, 0, 17, 300, 40, 33, 9]
+    lengths = [50, 1, 0, 17, 600, 40, 33, 9]
     args, inputs = leaves(set_ranks(make(lengths, lengths, 9, 3, 64, (6, 5)), "mixed"))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        runs = []
-        for _ in range(4):
-            out = spae_attention(**args, backend="cpu")
-            runs.append([out, *naive.gradients(out, inputs)])
-    finally:
-        torch.set_num_threads(before)
+    threads(count)
+    runs = []
+    for _ in range(4):
+        out = spae_attention(**args, backend="cpu")
+        runs.append([out, *naive.gradients(out, inputs)])
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
