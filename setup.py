@@ -36,6 +36,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
+# The sources compiled once for each, and whether a product and a sum may become one instruction: where it
+# is off, every instruction set gives the same bits.
+ISA_SOURCES = {"pack_tokens_rows": "off", "spae_forward": "fast", "spae_backward": "fast"}
+
 
 @dataclass(frozen=True)
 class Cuda:
@@ -214,10 +218,12 @@ class BuildExt(build_ext):
 
         ninja = Ninja(build_dir, cxx, self.cuda)
         isa = ninja.compile("cpu/isa.cpp", host)
-        cpu = [isa, ninja.compile("cpu/pack_tokens.cpp", host), ninja.compile("ops.cpp", torch_flags)]
+        cpu = [isa, ninja.compile("ops.cpp", torch_flags)]
+        cpu += [ninja.compile(f"cpu/{name}.cpp", host) for name in ("pack_tokens", "spae_attention")]
         for name, flags in ISAS.items():
-            variant = [*host, "-ffp-contract=off", f"-DSPEEDER_ISA={name}", *flags]
-            cpu.append(ninja.compile("cpu/pack_tokens_rows.cpp", variant, f".{name}"))
+            for source, contract in ISA_SOURCES.items():
+                variant = [*host, f"-ffp-contract={contract}", f"-DSPEEDER_ISA={name}", *flags]
+                cpu.append(ninja.compile(f"cpu/{source}.cpp", variant, f".{name}"))
         ninja.add("link", self.output("_ops"), cpu, torch_libraries)
 
         module = [isa, ninja.compile("packing.cpp", host), ninja.compile("host.cpp", pybind)]

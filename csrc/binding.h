@@ -28,11 +28,13 @@ inline DType dtype_of(const Tensor& tensor) {
   }
 }
 
-inline const int64_t* indices(const Tensor& tensor, int64_t count) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 &&
-                      tensor.size(0) == count && tensor.is_contiguous(),
-                  "expected contiguous int64 indices of the right length");
-  return tensor.const_data_ptr<int64_t>();
+template <typename T = int64_t>
+const T* indices(const Tensor& tensor, int64_t count) {
+  constexpr ScalarType type = sizeof(T) == 4 ? ScalarType::Int : ScalarType::Long;
+  STD_TORCH_CHECK(tensor.scalar_type() == type && tensor.dim() == 1 && tensor.size(0) == count &&
+                      tensor.is_contiguous(),
+                  "expected contiguous indices of the right length and integer type");
+  return tensor.const_data_ptr<T>();
 }
 
 inline const void* table(const Tensor& tensor, int64_t hidden, DType dtype) {

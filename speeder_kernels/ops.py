@@ -47,6 +47,22 @@ def _needed(x: Tensor, shape: tuple, need: bool) -> Tensor:
 
 # --- spae_attention -----------------------------------------------------------------------------------------
 
+_SPAE_ARGS = (
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
+    "Tensor? absolute_bias, float softmax_scale, bool causal"
+)
+# What _ops.so implements. `needs` is a bit for each of q, k, v, relative_bias and absolute_bias.
+_LIBRARY.define(f"spae_attention_kernel(Tensor q, Tensor k, Tensor v, {_SPAE_ARGS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"spae_attention_backward_kernel(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SPAE_ARGS}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The kernels take any strides but in the last dimension."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
 
 @_define(
     "spae_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
@@ -59,6 +75,13 @@ def _spae_attention(
     if validate.reads_values(q):
         validate.check_cu_seqlens_values("cu_seqlens_q", cu_q, q.shape[0], "max_seqlen_q", max_q)
         validate.check_cu_seqlens_values("cu_seqlens_k", cu_k, k.shape[0], "max_seqlen_k", max_k)
+    if backend != "reference":
+        dense = (_dense_rows(x) for x in (q, k, v))
+        small = (
+            None if x is None else x.contiguous()
+            for x in (cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
+        )
+        return _OPS.spae_attention_kernel(*dense, *small, scale, causal)
     return reference_attention.spae_attention(
         q, k, v, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal
     )
@@ -73,13 +96,17 @@ def _(
 
 
 @_define(
-    "spae_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, "
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
-    "Tensor? absolute_bias, float softmax_scale, bool causal, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"spae_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_SPAE_ARGS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def _spae_attention_backward(*args):
-    return reference_attention.spae_attention_backward(*args[:-1])
+def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
+    *small, scale, causal, needs, backend = rest
+    if backend == "reference":
+        return reference_attention.spae_attention_backward(grad, q, k, v, lse, *small, scale, causal, needs)
+    dense = (_dense_rows(x) for x in (grad, q, k, v))
+    small = (None if x is None else x.contiguous() for x in small)
+    bits = sum(need << n for n, need in enumerate(needs))
+    return _OPS.spae_attention_backward_kernel(*dense, out, lse, *small, scale, causal, bits)
 
 
 @_fake("spae_attention_backward")
@@ -88,6 +115,7 @@ def _(
     q,
     k,
     v,
+    out,
     lse,
     cu_q,
     cu_k,
@@ -110,8 +138,8 @@ def _(
 
 def _spae_setup(ctx, inputs, output):
     q, k, v, cu_q, cu_k, _, _, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend = inputs
-    _, lse = output
-    ctx.save_for_backward(q, k, v, lse, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
     ctx.mark_non_differentiable(lse)
     ctx.constants = (scale, causal, backend)
 

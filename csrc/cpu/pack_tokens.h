@@ -9,8 +9,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
+#include "cpu/parallel.h"
 #include "dtype.h"
 
 namespace speeder {
@@ -35,11 +35,6 @@ struct SumArgs {
   int64_t rows;
   int64_t hidden;
 };
-
-// Runs body(begin, end) over pieces of [0, count), `grain` or more at a time, on the caller's
-// threads.
-using Body = std::function<void(int64_t begin, int64_t end)>;
-using ParallelFor = std::function<void(int64_t count, int64_t grain, const Body& body)>;
 
 void pack_tokens(const PackArgs& args, DType dtype, const ParallelFor& parallel_for);
 void sum_rows(const SumArgs& args, DType dtype, const ParallelFor& parallel_for);

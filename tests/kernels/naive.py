@@ -146,4 +146,8 @@ def gradients(outputs, inputs, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(out.shape, generator=generator).to(torch.bfloat16) for out in outputs]
     upstream = [draw.to(out.dtype) for draw, out in zip(drawn, outputs, strict=True)]
+    live = [(out, up) for out, up in zip(outputs, upstream, strict=True) if out.requires_grad]
+    if not live:  # every row of the batch is masked, say
+        return [torch.zeros_like(x) for x in inputs]
+    outputs, upstream = zip(*live, strict=True)
     return list(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True, materialize_grads=True))

@@ -11,6 +11,7 @@ from speeder_kernels import reference_attention, spae_attention
 from tests.kernels import naive
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("reference", "cpu")
 
 
 def make(
@@ -61,24 +62,25 @@ lengths = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7)), min_size=1, 
 )
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30, deadline=None)
 @given(
     lengths=lengths,
-    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3)]),
-    size=st.sampled_from([1, 3, 8]),
+    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 3), (6, 2)]),
+    size=st.sampled_from([1, 3, 8, 65]),
     buckets=st.tuples(st.sampled_from([None, 1, 5]), st.sampled_from([None, 1, 4])),
     causal=st.booleans(),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
 )
-def test_matches_the_loop(lengths, heads, size, buckets, causal, dtype, seed):
+def test_matches_the_loop(backend, lengths, heads, size, buckets, causal, dtype, seed):
     """Output and every gradient, against float64 and against PyTorch in the same dtype."""
     lengths_q, lengths_k = zip(*lengths, strict=True)
     args = make(lengths_q, lengths_k, *heads, size, buckets, dtype, seed)
     ours, our_leaves = leaves(args)
     exact, exact_leaves = leaves(args, torch.float64)
     same, same_leaves = leaves(args)
-    out, out_exact = spae_attention(**ours, causal=causal), run_naive(exact, causal)
+    out, out_exact = spae_attention(**ours, causal=causal, backend=backend), run_naive(exact, causal)
     out_torch = naive.torch_attention(*(same[name] for name in NAMES), causal)
     grads, grads_exact, grads_torch = (
         naive.gradients(o, x)
@@ -104,31 +106,34 @@ def test_gradcheck(causal):
     assert torch.autograd.gradcheck(run, inputs)
 
 
-def test_rows_that_see_no_key_are_zero_and_take_no_gradient():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_no_key_are_zero_and_take_no_gradient(backend):
     args, _ = leaves(make([4, 2], [2, 0]))
-    out = spae_attention(**args)
+    out = spae_attention(**args, backend=backend)
     assert out[[0, 1, 4, 5]].eq(0).all() and out[[2, 3]].ne(0).all()
     grad_q, grad_k, grad_v = torch.autograd.grad(out.sum(), (args["q"], args["k"], args["v"]))
     assert grad_q[[0, 1, 4, 5]].eq(0).all()
     assert all(torch.isfinite(grad).all() for grad in (grad_q, grad_k, grad_v))
 
 
-def test_a_sequence_does_not_see_its_neighbours():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_does_not_see_its_neighbours(backend):
     """Each sequence alone gives what it gives in the batch, and NaN in one leaves the others alone."""
-    args = make([3, 5], [4, 5])
+    args = {**make([3, 5], [4, 5]), "backend": backend}
     together = spae_attention(**args)
     alone = {**args, "q": args["q"][:3], "rank_q": args["rank_q"][:3], "max_seqlen_q": 3, "max_seqlen_k": 4}
     alone |= {name: args[name][:4] for name in ("k", "v", "rank_k")}
     alone |= {"cu_seqlens_q": args["cu_seqlens_q"][:2], "cu_seqlens_k": args["cu_seqlens_k"][:2]}
     torch.testing.assert_close(spae_attention(**alone), together[:3])
     args["v"][5] = float("nan")
-    assert torch.isfinite(spae_attention(**args)[:3]).all()
+    out = spae_attention(**args)
+    assert torch.isfinite(out[:3]).all() and out[-1].isnan().any()
 
 
 @pytest.mark.parametrize("budget", [1, 40, 200])
 def test_blocks_change_nothing(monkeypatch, budget):
     """Cutting the batch into more and smaller blocks gives the same output and gradients."""
-    args, inputs = leaves(make([9, 1, 0, 6], [9, 3, 1, 4]))
+    args, inputs = leaves({**make([9, 1, 0, 6], [9, 3, 1, 4]), "backend": "reference"})
     out = spae_attention(**args)
     grads = naive.gradients(out, inputs)
     monkeypatch.setattr(reference_attention, "SCORES_PER_BLOCK", budget)
@@ -138,10 +143,12 @@ def test_blocks_change_nothing(monkeypatch, budget):
         torch.testing.assert_close(a, b)
 
 
-def test_strided_inputs():
-    """Slices of a fused projection, as a model makes them."""
-    args = make([4, 3], [4, 3], heads=2, kv_heads=2, size=8)
-    fused = torch.randn(7, 3, 2, 16)[..., ::2]
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("step", [1, 2])
+def test_strided_inputs(backend, step):
+    """Slices of a fused projection, as a model makes them; with a step in the last dimension too."""
+    args = {**make([4, 3], [4, 3], heads=2, kv_heads=2, size=8), "backend": backend}
+    fused = torch.randn(7, 3, 2, 8 * step)[..., ::step]
     strided = {**args, "q": fused[:, 0], "k": fused[:, 1], "v": fused[:, 2]}
     dense = {**strided, **{name: strided[name].contiguous() for name in "qkv"}}
     assert not strided["q"].is_contiguous()
@@ -157,9 +164,10 @@ def test_softmax_scale_and_int64_indices():
     torch.testing.assert_close(spae_attention(**args, softmax_scale=0.7), run_naive(args, True, 0.7))
 
 
-def test_gradients_are_bit_identical():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_bit_identical(backend):
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help
-    args, inputs = leaves(make([60] * 8, [60] * 8, dtype=torch.bfloat16))
+    args, inputs = leaves({**make([60] * 8, [60] * 8, dtype=torch.bfloat16), "backend": backend})
     runs = [naive.gradients(spae_attention(**args), inputs) for _ in range(4)]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
@@ -172,7 +180,7 @@ def test_frozen_bias_costs_no_gradient(monkeypatch):
     monkeypatch.setattr(
         reference_attention, "_sum_by_column", lambda *args: calls.append(1) or original(*args)
     )
-    args, _ = leaves(make([4], [4]))
+    args, _ = leaves({**make([4], [4]), "backend": "reference"})
     frozen = {
         **args,
         "relative_bias": args["relative_bias"].detach(),
@@ -191,14 +199,16 @@ def test_autocast_changes_nothing():
     assert torch.equal(inside, spae_attention(**args))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("buckets", [(5, 3), (None, None), (4, None)])
-def test_opcheck(buckets):
+def test_opcheck(backend, buckets):
     args, _ = leaves(make([3, 2], [3, 4], buckets=buckets))
-    torch.library.opcheck(torch.ops.speeder.spae_attention.default, (*args.values(), 0.5, True, "reference"))
+    torch.library.opcheck(torch.ops.speeder.spae_attention.default, (*args.values(), 0.5, True, backend))
 
 
-def test_compile():
-    args, inputs = leaves(make([3, 2], [3, 4]))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile(backend):
+    args, inputs = leaves({**make([3, 2], [3, 4]), "backend": backend})
     compiled = torch.compile(spae_attention, backend="aot_eager", fullgraph=True)
     out, eager = compiled(**args), spae_attention(**args)
     assert torch.equal(out, eager)
@@ -293,9 +303,9 @@ BAD = {
     ),
     "backend": ({"backend": "tpu"}, ValueError, r"backend: expected None or one of cuda, .* got 'tpu'"),
     "backend_op": (
-        {"backend": "cpu"},
+        {"backend": "cuda"},
         ValueError,
-        r"'cpu' cannot run spae_attention here: .*; available: reference",
+        r"'cuda' cannot run spae_attention here: .*; available: cpu, reference",
     ),
 }
 

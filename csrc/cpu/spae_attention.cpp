@@ -1,0 +1,191 @@
+// spae_attention on a CPU: cuts the work into tasks, deals them to the threads, prepares the bias
+// tables and adds up their gradients. The loops over tokens are in spae_forward.cpp and
+// spae_backward.cpp.
+#include "cpu/spae_attention.h"
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "cpu/isa.h"
+#include "cpu/spae_plan.h"
+
+namespace speeder {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+struct Kernels {
+  const ForwardKernel* forward;
+  const BackwardKernel* backward;
+};
+
+Kernels kernels() {
+#if defined(__x86_64__)
+  switch (instruction_set()) {
+    case Isa::kAvx512Bf16:
+    case Isa::kAvx512:
+      return {avx512::kForward, avx512::kBackward};
+    case Isa::kAvx2:
+      return {avx2::kForward, avx2::kBackward};
+    case Isa::kPortable:
+      break;
+  }
+#endif
+  return {portable::kForward, portable::kBackward};
+}
+
+// Floats at an address that suits every vector.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : data_(static_cast<float*>(::operator new(floats * sizeof(float), kAlignment))) {}
+  float* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Delete {
+    void operator()(float* p) const { ::operator delete(p, kAlignment); }
+  };
+  std::unique_ptr<float, Delete> data_;
+};
+
+// The prepared tables and the memory they are in.
+struct PreparedTables {
+  explicit PreparedTables(const AttentionArgs& args)
+      : relative(args.relative ? args.heads * relative_stride(args) : 0),
+        absolute(args.absolute ? args.heads * args.positions : 0),
+        tables{args.relative ? relative.get() : nullptr, args.absolute ? absolute.get() : nullptr} {
+    const int64_t stride = relative_stride(args), last = args.buckets - 1;
+    for (int64_t h = 0; args.relative && h < args.heads; ++h) {
+      for (int64_t c = 0; c < stride; ++c) {
+        const int64_t distance = std::clamp<int64_t>(kMaxWidth + last - c, 0, last);
+        relative.get()[h * stride + c] = args.relative[h * args.buckets + distance] * kLog2E;
+      }
+    }
+    for (int64_t n = 0; args.absolute && n < args.heads * args.positions; ++n) {
+      absolute.get()[n] = args.absolute[n] * kLog2E;
+    }
+  }
+  const Buffer relative, absolute;
+  const BiasTables tables;
+};
+
+// Every part's sums of one table, and their total in the order of the parts.
+class TableSums {
+ public:
+  TableSums(bool wanted, int64_t parts, int64_t floats)
+      : parts_(parts), floats_(wanted ? floats : 0), sums_(parts * floats_) {
+    std::fill_n(sums_.get(), parts_ * floats_, 0.0f);
+  }
+  float* part(int64_t n) const { return floats_ ? sums_.get() + n * floats_ : nullptr; }
+  const float* total() const {
+    for (int64_t n = 1; n < parts_; ++n) {
+      for (int64_t c = 0; c < floats_; ++c) sums_.get()[c] += sums_.get()[n * floats_ + c];
+    }
+    return sums_.get();
+  }
+
+ private:
+  const int64_t parts_, floats_;
+  const Buffer sums_;
+};
+
+// The turned table's sums back into (heads, buckets).
+void write_relative(const AttentionArgs& args, const float* sums, float* out) {
+  const int64_t stride = relative_stride(args), last = args.buckets - 1;
+  std::fill_n(out, args.heads * args.buckets, 0.0f);
+  for (int64_t h = 0; h < args.heads; ++h) {
+    for (int64_t c = 0; c < stride; ++c) {
+      const int64_t distance = std::clamp<int64_t>(kMaxWidth + last - c, 0, last);
+      out[h * args.buckets + distance] += sums[h * stride + c];
+    }
+  }
+}
+
+// The sum of what several tasks have given to one sequence's gradient of q, in their order.
+template <typename T>
+void write_shared(const AttentionBackward& call, const SharedGradient& gradient) {
+  const AttentionArgs& args = call.args;
+  const int64_t group = args.heads / args.kv_heads, width = padded(args.size);
+  const int64_t first = args.cu_q[gradient.sequence];
+  for (int64_t at = 0; at < gradient.floats; at += width) {
+    const int64_t token = first + at / width / group;
+    const int64_t head = gradient.kv_head * group + at / width % group;
+    T* out = static_cast<T*>(call.grad_q) + (token * args.heads + head) * args.size;
+    for (int64_t d = 0; d < args.size; ++d) {
+      float total = 0.0f;
+      for (int64_t n = 0; n < gradient.tasks; ++n)
+        total += gradient.sums[n * gradient.floats + at + d];
+      out[d] = from_float<T>(total * args.scale);
+    }
+  }
+}
+
+void write_shared(const AttentionBackward& call, const SharedGradient& gradient, DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return write_shared<float>(call, gradient);
+    case DType::kBFloat16:
+      return write_shared<BFloat16>(call, gradient);
+    case DType::kFloat16:
+      return write_shared<Half>(call, gradient);
+  }
+}
+
+}  // namespace
+
+void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
+                    const ParallelFor& parallel_for) {
+  const auto kernel = kernels().forward[static_cast<int>(dtype)];
+  const PreparedTables prepared(call.args);
+  const auto plan = plan_forward(call.args);
+  const int64_t parts = std::min<int64_t>(threads, plan.tasks.size());
+  const auto starts = plan.deal(parts);
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch(ForwardScratch(call.args, nullptr).floats);
+    for (size_t n = starts[begin]; n < starts[end]; ++n) {
+      const ForwardTask* next = n + 1 < starts[end] ? &plan.tasks[n + 1] : nullptr;
+      kernel(call, prepared.tables, plan.tasks[n], next, scratch.get());
+    }
+  });
+}
+
+void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t threads,
+                             const ParallelFor& parallel_for) {
+  const AttentionArgs& args = call.args;
+  const auto kernel = kernels().backward[static_cast<int>(dtype)];
+  const PreparedTables prepared(args);
+  BackwardPlan plan = plan_backward(args, threads);
+  const Buffer shared(call.grad_q ? plan.shared_floats : 0);
+  if (call.grad_q) plan.place(shared.get());
+  const int64_t parts = std::min<int64_t>(threads, plan.tasks.size());
+  const auto starts = plan.deal(parts);
+  int64_t longest = 0;
+  for (int64_t s = 0; s < args.sequences; ++s) {
+    longest = std::max<int64_t>(longest, args.cu_q[s + 1] - args.cu_q[s]);
+  }
+  const TableSums relative(call.grad_relative, parts, args.heads * relative_stride(args));
+  const TableSums absolute(call.grad_absolute, parts, args.heads * args.positions);
+  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
+    const Buffer scratch(BackwardScratch(args, longest, nullptr).floats);
+    for (int64_t part = begin; part < end; ++part) {
+      const BiasSums sums{relative.part(part), absolute.part(part)};
+      for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
+        const BackwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
+        kernel(call, prepared.tables, plan.tasks[n], next, sums, scratch.get());
+      }
+    }
+  });
+  if (call.grad_q) {
+    parallel_for(plan.shared.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) write_shared(call, plan.shared[n], dtype);
+    });
+  }
+  if (call.grad_relative) write_relative(args, relative.total(), call.grad_relative);
+  if (call.grad_absolute) {
+    std::copy_n(absolute.total(), args.heads * args.positions, call.grad_absolute);
+  }
+}
+
+}  // namespace speeder

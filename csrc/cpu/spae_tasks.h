@@ -1,0 +1,168 @@
+// What passes between spae_attention.cpp, which cuts the work into tasks, and the loops that are
+// built once for each instruction set: tasks, prepared bias tables, and the layout of scratch
+// memory. Everything has internal linkage or is declared only, as in vec.h.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/spae_attention.h"
+
+namespace speeder {
+
+// Tables in units of log2, made once a call; null where there is no such bias.
+struct BiasTables {
+  // (heads, relative_stride): turned round, so that keys of rising rank read rising addresses, with
+  // the outer buckets repeated, so that a vector that sticks out reads clamped distances.
+  const float* relative;
+  const float* absolute;  // (heads, positions)
+};
+
+// Queries first .. first + count - 1 of one sequence, for the heads that share one key head.
+struct ForwardTask {
+  int64_t sequence, kv_head, first, count;
+};
+
+// Keys first .. first + count - 1 of one sequence and one key head, and the queries that see them.
+struct BackwardTask {
+  int64_t sequence, kv_head, first, count;
+  // Where the queries' gradient is summed, (queries, group, padded size), if several tasks share
+  // the sequence's keys; null where this one has them all, and writes the gradient itself.
+  float* shared_grad_q;
+};
+
+// One thread's sums of the bias tables' gradients, in the layouts of BiasTables; null where not
+// asked for.
+struct BiasSums {
+  float* relative;
+  float* absolute;
+};
+
+// Run one task. `next` is what this thread runs afterwards, or null: its tensors are fetched into
+// the cache meanwhile, because a short sequence is computed as quickly as it is read.
+using ForwardKernel = void (*)(const AttentionForward& call, const BiasTables& tables,
+                               const ForwardTask& task, const ForwardTask* next, float* scratch);
+using BackwardKernel = void (*)(const AttentionBackward& call, const BiasTables& tables,
+                                const BackwardTask& task, const BackwardTask* next,
+                                const BiasSums& sums, float* scratch);
+
+namespace portable {
+extern const ForwardKernel kForward[3];  // indexed by DType
+extern const BackwardKernel kBackward[3];
+}  // namespace portable
+namespace avx2 {
+extern const ForwardKernel kForward[3];
+extern const BackwardKernel kBackward[3];
+}  // namespace avx2
+namespace avx512 {
+extern const ForwardKernel kForward[3];
+extern const BackwardKernel kBackward[3];
+}  // namespace avx512
+
+namespace {
+
+constexpr int64_t kMaxWidth = 16;  // floats in the widest vector; scratch is laid out in its units
+constexpr int64_t kMaxKeys = 256;  // in a block of keys
+constexpr int64_t kForwardRows = 192;   // query rows (positions x heads of a group) of one task
+constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
+
+inline int64_t padded(int64_t n) { return (n + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
+
+// Keys of a block: fewer where heads are large, so that a packed block stays in the second cache.
+inline int64_t key_block(const AttentionArgs& args) {
+  const int64_t keys = 16384 / padded(args.size) / 64 * 64;
+  return keys > kMaxKeys ? kMaxKeys : keys < 64 ? 64 : keys;
+}
+
+// Query positions of a block of about `rows` rows.
+inline int64_t query_block(int64_t rows, const AttentionArgs& args) {
+  const int64_t group = args.heads / args.kv_heads;
+  return group >= rows ? 1 : rows / group;
+}
+
+inline int64_t relative_stride(const AttentionArgs& args) { return args.buckets + 2 * kMaxWidth; }
+
+// Hands out pieces of one allocation; with a null base it only measures.
+class Scratch {
+ public:
+  explicit Scratch(float* base) : base_(base) {}
+  float* take(int64_t floats) {
+    const int64_t at = used_;
+    used_ += padded(floats);
+    return base_ == nullptr ? nullptr : base_ + at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+struct ForwardScratch {
+  ForwardScratch(const AttentionArgs& args, float* base) {
+    Scratch scratch(base);
+    const int64_t width = padded(args.size), keys = key_block(args);
+    const int64_t group = args.heads / args.kv_heads;
+    const int64_t rows = query_block(kForwardRows, args) * group;
+    q = scratch.take(rows * width);
+    out = scratch.take(rows * width);
+    top = scratch.take(rows);
+    total = scratch.take(rows);
+    k = scratch.take(width * keys);
+    v = scratch.take(keys * width);
+    scores = scratch.take(8 * keys);
+    absolute = scratch.take(group * keys);
+    floats = scratch.used();
+  }
+  float* q;         // (rows, width)
+  float* out;       // (rows, width): weights times values, not yet divided
+  float* top;       // (rows,): largest score so far
+  float* total;     // (rows,): sum of weights so far
+  float* k;         // (width, keys)
+  float* v;         // (keys, width)
+  float* scores;    // (tile rows, keys)
+  float* absolute;  // (group, keys)
+  int64_t floats;
+};
+
+struct BackwardScratch {
+  // `queries`: of the longest sequence.
+  BackwardScratch(const AttentionArgs& args, int64_t queries, float* base) {
+    Scratch scratch(base);
+    const int64_t width = padded(args.size), keys = key_block(args);
+    const int64_t group = args.heads / args.kv_heads;
+    const int64_t rows = query_block(kBackwardRows, args) * group;
+    q = scratch.take(rows * width);
+    grad = scratch.take(rows * width);
+    lse = scratch.take(rows);
+    delta = scratch.take(rows);
+    k = scratch.take(keys * width);
+    k_turned = scratch.take(width * keys);
+    v_turned = scratch.take(width * keys);
+    weights = scratch.take(rows * keys);
+    grad_scores = scratch.take(rows * keys);
+    grad_k = scratch.take(keys * width);
+    grad_v = scratch.take(keys * width);
+    absolute = scratch.take(group * keys);
+    absolute_sums = scratch.take(group * keys);
+    grad_q = scratch.take(queries * group * width);
+    floats = scratch.used();
+  }
+  float* q;              // (rows, width)
+  float* grad;           // (rows, width)
+  float* lse;            // (rows,): in units of log2
+  float* delta;          // (rows,): out . grad
+  float* k;              // (keys, width)
+  float* k_turned;       // (width, keys)
+  float* v_turned;       // (width, keys)
+  float* weights;        // (rows, keys)
+  float* grad_scores;    // (rows, keys)
+  float* grad_k;         // (keys, width)
+  float* grad_v;         // (keys, width)
+  float* absolute;       // (group, keys)
+  float* absolute_sums;  // (group, keys)
+  float* grad_q;         // (queries of the sequence, group, width)
+  int64_t floats;
+};
+
+}  // namespace
+}  // namespace speeder

@@ -1,0 +1,218 @@
+// Vectors of floats in GCC's vector extension, as wide as the instruction set at hand: loads and
+// stores that convert, selection, sums, a transpose and 2^x. Included only by files that setup.py
+// builds once for each instruction set (SPEEDER_ISA); everything has internal linkage, so that the
+// linker cannot mix the copies up.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+namespace speeder {
+namespace SPEEDER_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t Shorts __attribute__((vector_size(kWidth * 2)));
+
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return smaller(larger(x, low), high); }
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+// 0, 1, 2, ...; written out, because GCC folds no vector that a loop fills.
+inline Ints lanes() {
+#if defined(__AVX512F__)
+  return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif defined(__AVX2__)
+  return Ints{0, 1, 2, 3, 4, 5, 6, 7};
+#else
+  return Ints{0, 1, 2, 3};
+#endif
+}
+
+// A vector reinterpreted; both have the same size.
+template <typename To, typename From>
+inline To bitcast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "bitcast keeps the size");
+  To out;
+  __builtin_memcpy(&out, &x, sizeof(out));
+  return out;
+}
+
+inline Vec load(const float* p) {
+  Vec out;
+  __builtin_memcpy(&out, p, sizeof(out));
+  return out;
+}
+
+inline Vec load(const BFloat16* p) {
+#if defined(__AVX512F__)  // GCC would convert two halves of it
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return bitcast<Vec>(bitcast<Bits>(_mm512_maskz_cvtepu16_epi32(0xFFFF, half)) << 16);
+#else
+  Shorts half;
+  __builtin_memcpy(&half, p, sizeof(half));
+  return bitcast<Vec>(__builtin_convertvector(half, Bits) << 16);
+#endif
+}
+
+inline Vec load(const Half* p) {
+#if defined(__AVX512F__)
+  return bitcast<Vec>(
+      _mm512_maskz_cvtph_ps(0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return bitcast<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec out;
+  for (int i = 0; i < kWidth; ++i) out[i] = to_float(p[i]);
+  return out;
+#endif
+}
+
+inline void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
+
+// Round to nearest, ties to even; a NaN stays a quiet NaN.
+inline void store(BFloat16* p, Vec x) {
+  const Bits bits = bitcast<Bits>(x);
+  const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const Bits out = x == x ? rounded : ((bits >> 16) | 0x40u);
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtepi32_epi16(0xFFFF, bitcast<__m512i>(out));
+#else
+  const Shorts half = __builtin_convertvector(out, Shorts);
+#endif
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+inline void store(Half* p, Vec x) {
+#if defined(__AVX512F__)
+  const __m256i half = _mm512_maskz_cvtps_ph(0xFFFF, bitcast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half);
+#elif defined(__F16C__)
+  const __m128i half = _mm256_cvtps_ph(bitcast<__m256>(x), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
+#else
+  for (int i = 0; i < kWidth; ++i) p[i] = from_float<Half>(x[i]);
+#endif
+}
+
+// The first `count` lanes; the others are zero, and are not read.
+template <typename T>
+inline Vec load_part(const T* p, int64_t count) {
+  Vec out = {};
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(p[i]);
+  return out;
+}
+
+template <typename T>
+inline void store_part(T* p, Vec x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
+}
+
+inline Vec largest(Vec a, Vec b) { return a > b ? a : b; }
+
+// All lanes into one by `combine`, halves onto each other: a fixed order.
+template <typename Combine>
+inline float reduce(Vec x, Combine combine) {
+#pragma GCC unroll 4
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+    x = combine(x, __builtin_shuffle(x, lanes() ^ step));
+  }
+  return x[0];
+}
+
+inline float sum(Vec x) {
+  return reduce(x, [](Vec a, Vec b) { return a + b; });
+}
+
+inline float largest(Vec x) {
+  return reduce(x, [](Vec a, Vec b) { return largest(a, b); });
+}
+
+// 2^x for x <= 127: zero far below 2^-126, NaN for NaN. 2^x = 2^n * 2^f with n whole and |f| <=
+// 1/2; 2^f by a polynomial (Chebyshev interpolation of (2^f - 1) / f, relative error 5e-9).
+inline Vec exp2(Vec x) {
+  const float shift =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+  const Vec lowest = splat(-126.0f);
+  const Vec clamped = x < lowest ? lowest : x;
+  const Vec shifted = clamped + shift;
+  const Vec f = clamped - (shifted - shift);
+  Vec poly = splat(1.545316294e-4f);
+  poly = poly * f + 1.339086336e-3f;
+  poly = poly * f + 9.618082557e-3f;
+  poly = poly * f + 5.550357114e-2f;
+  poly = poly * f + 2.402265076e-1f;
+  poly = poly * f + 6.931471880e-1f;
+  poly = poly * f + 1.0f;
+#if defined(__AVX512F__)
+  return bitcast<Vec>(
+      _mm512_maskz_scalef_ps(0xFFFF, bitcast<__m512>(poly), bitcast<__m512>(x - f)));
+#else
+  const Vec power = bitcast<Vec>((bitcast<Bits>(shifted) << 23) + (127u << 23));
+  return x < lowest ? Vec{} : poly * power;
+#endif
+}
+
+// From a and b, the halves of every 2 * step lanes: all the lower ones (a's, then b's), or all the
+// upper ones.
+inline Vec lower_halves(Vec a, Vec b, int step) {
+  const Ints moved = (lanes() & step) != 0;
+  return __builtin_shuffle(a, b, moved ? lanes() - step + kWidth : lanes());
+}
+
+inline Vec upper_halves(Vec a, Vec b, int step) {
+  const Ints moved = (lanes() & step) != 0;
+  return __builtin_shuffle(a, b, moved ? lanes() + kWidth : lanes() + step);
+}
+
+// Transposes a square of kWidth vectors in place: halves, quarters, ... change places.
+inline void transpose(Vec* rows) {
+#pragma GCC unroll 4
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) {
+      if (i & step) continue;
+      const Vec a = rows[i], b = rows[i + step];
+      rows[i] = lower_halves(a, b, step);
+      rows[i + step] = upper_halves(a, b, step);
+    }
+  }
+}
+
+// Lane i: the sum of rows[i]. The rows are used up.
+inline Vec sums_of(Vec* rows) {
+#pragma GCC unroll 4
+  for (int step = kWidth / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) {
+      const Vec a = rows[i], b = rows[i + step];
+      rows[i] = lower_halves(a, b, step) + upper_halves(a, b, step);
+    }
+  }
+  return rows[0];
+}
+
+}  // namespace
+}  // namespace SPEEDER_ISA
+}  // namespace speeder
