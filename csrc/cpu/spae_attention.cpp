@@ -4,6 +4,7 @@
 #include "cpu/spae_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
 
@@ -70,6 +71,18 @@ struct PreparedTables {
   const Buffer relative, absolute;
   const BiasTables tables;
 };
+
+// Runs body(part, scratch) for every part. A thread takes the next part when it is done with one,
+// so a thread that is held up holds up nobody; what a part sums does not depend on who runs it.
+template <typename Run>
+void run_parts(int64_t parts, int64_t threads, int64_t scratch_floats,
+               const ParallelFor& parallel_for, const Run& body) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min(parts, threads), 1, [&](int64_t, int64_t) {
+    const Buffer scratch(scratch_floats);
+    for (int64_t part = next++; part < parts; part = next++) body(part, scratch.get());
+  });
+}
 
 // Every part's sums of one table, and their total in the order of the parts.
 class TableSums {
@@ -140,13 +153,13 @@ void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
   const auto kernel = kernels().forward[static_cast<int>(dtype)];
   const PreparedTables prepared(call.args);
   const auto plan = plan_forward(call.args);
-  const int64_t parts = std::min<int64_t>(threads, plan.tasks.size());
+  const int64_t parts = plan.parts(threads);
   const auto starts = plan.deal(parts);
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(ForwardScratch(call.args, nullptr).floats);
-    for (size_t n = starts[begin]; n < starts[end]; ++n) {
-      const ForwardTask* next = n + 1 < starts[end] ? &plan.tasks[n + 1] : nullptr;
-      kernel(call, prepared.tables, plan.tasks[n], next, scratch.get());
+  const int64_t scratch_floats = ForwardScratch(call.args, nullptr).floats;
+  run_parts(parts, threads, scratch_floats, parallel_for, [&](int64_t part, float* scratch) {
+    for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
+      const ForwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
+      kernel(call, prepared.tables, plan.tasks[n], next, scratch);
     }
   });
 }
@@ -159,22 +172,20 @@ void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t
   BackwardPlan plan = plan_backward(args, threads);
   const Buffer shared(call.grad_q ? plan.shared_floats : 0);
   if (call.grad_q) plan.place(shared.get());
-  const int64_t parts = std::min<int64_t>(threads, plan.tasks.size());
+  const int64_t parts = plan.parts(threads);
   const auto starts = plan.deal(parts);
+  const TableSums relative(call.grad_relative, parts, args.heads * relative_stride(args));
+  const TableSums absolute(call.grad_absolute, parts, args.heads * args.positions);
   int64_t longest = 0;
   for (int64_t s = 0; s < args.sequences; ++s) {
     longest = std::max<int64_t>(longest, args.cu_q[s + 1] - args.cu_q[s]);
   }
-  const TableSums relative(call.grad_relative, parts, args.heads * relative_stride(args));
-  const TableSums absolute(call.grad_absolute, parts, args.heads * args.positions);
-  parallel_for(parts, 1, [&](int64_t begin, int64_t end) {
-    const Buffer scratch(BackwardScratch(args, longest, nullptr).floats);
-    for (int64_t part = begin; part < end; ++part) {
-      const BiasSums sums{relative.part(part), absolute.part(part)};
-      for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
-        const BackwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
-        kernel(call, prepared.tables, plan.tasks[n], next, sums, scratch.get());
-      }
+  const int64_t scratch_floats = BackwardScratch(args, longest, nullptr).floats;
+  run_parts(parts, threads, scratch_floats, parallel_for, [&](int64_t part, float* scratch) {
+    const BiasSums sums{relative.part(part), absolute.part(part)};
+    for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
+      const BackwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
+      kernel(call, prepared.tables, plan.tasks[n], next, sums, scratch);
     }
   });
   if (call.grad_q) {

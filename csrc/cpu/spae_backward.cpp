@@ -40,7 +40,7 @@ class Backward {
   }
 
   void run() {
-    if (call_.grad_q != nullptr) zero(grad_q_, queries_ * group_ * width_);
+    if (call_.grad_q != nullptr && first_ == end_) zero(grad_q_, queries_ * group_ * width_);
     const int64_t block = key_block(args_);
     one_block_ = keys_ <= block;
     for (int64_t first = first_; first < end_; first += block) {
@@ -95,14 +95,19 @@ class Backward {
       pack_transposed(v, args_.v.token_stride, count, args_.size, at_.v_turned, ld);
     }
     bias_.prepare(args_.rank_k + k0_ + first, count);
-    if (call_.grad_k != nullptr) zero(at_.grad_k, count * width_);
-    if (call_.grad_v != nullptr) zero(at_.grad_v, count * width_);
     if (absolute_ != nullptr) zero(at_.absolute_sums, group_ * ld);
 
     // The first query that sees this block, and equal blocks of queries from there.
-    const int64_t from = args_.causal ? larger(0, first - reach_ + 1) : 0;
+    const int64_t from = args_.causal ? clamp(first - reach_ + 1, 0, queries_) : 0;
     const int64_t most = query_block(kBackwardRows, args_);
     const int64_t blocks = (queries_ - from + most - 1) / most;
+    // The task's first products set the queries' gradient, but for queries that see none of it. The
+    // only block of queries sets the keys' gradients: its last query sees all of them.
+    add_q_ = first > first_;
+    add_k_ = blocks != 1;
+    if (call_.grad_q != nullptr && !add_q_) zero(grad_q_, from * group_ * width_);
+    if (call_.grad_k != nullptr && add_k_) zero(at_.grad_k, count * width_);
+    if (call_.grad_v != nullptr && add_k_) zero(at_.grad_v, count * width_);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t i = from + (queries_ - from) * b / blocks;
       query_block_pass(first, count, ld, i, from + (queries_ - from) * (b + 1) / blocks - i);
@@ -160,7 +165,7 @@ class Backward {
       }
       if (call_.grad_q != nullptr) {
         product<false>(tile, size_vecs_, most, grads, ld, at_.k, width_,
-                       grad_q_ + (first_query * group_ + r) * width_, width_, true);
+                       grad_q_ + (first_query * group_ + r) * width_, width_, add_q_);
       }
     }
     for (int64_t j = 0; j < count; j += kTileRows) {
@@ -172,11 +177,11 @@ class Backward {
       if (depth == 0) break;
       if (call_.grad_v != nullptr) {
         product<true>(tile, size_vecs_, depth, at_.weights + skip * ld + j, ld,
-                      at_.grad + skip * width_, width_, at_.grad_v + j * width_, width_, true);
+                      at_.grad + skip * width_, width_, at_.grad_v + j * width_, width_, add_k_);
       }
       if (call_.grad_k != nullptr) {
         product<true>(tile, size_vecs_, depth, at_.grad_scores + skip * ld + j, ld,
-                      at_.q + skip * width_, width_, at_.grad_k + j * width_, width_, true);
+                      at_.q + skip * width_, width_, at_.grad_k + j * width_, width_, add_k_);
       }
     }
   }
@@ -274,6 +279,7 @@ class Backward {
   float* absolute_ = nullptr;
   bool need_scores_ = false;
   bool one_block_ = false;
+  bool add_q_ = false, add_k_ = false;  // whether products add to the gradients or set them
 };
 
 template <typename T>

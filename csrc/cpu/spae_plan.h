@@ -23,6 +23,13 @@ struct Plan {
     costs.push_back(cost);
   }
 
+  // How many pieces to deal: some for each thread, so that threads of unequal speed end together.
+  int64_t parts(int64_t threads) const {
+    constexpr int64_t kPartsPerThread = 4;
+    const int64_t most = tasks.size();
+    return std::min(most, threads == 1 ? 1 : threads * kPartsPerThread);
+  }
+
   // Where each of `parts` pieces begins, and the end.
   std::vector<size_t> deal(int64_t parts) const {
     double total = 0, so_far = 0;
