@@ -47,7 +47,7 @@ class RecommenderMixin:
 
     @torch.no_grad()
     def user_states(
-        self, histories: Sequence[Sequence[int | str]], batch_size: int = 256
+        self, histories: Sequence[Sequence[int | str]], batch_size: int = 64
     ) -> Iterator[torch.Tensor]:
         """Run histories through the backbone, packed, a batch at a time.
 
@@ -64,7 +64,7 @@ class RecommenderMixin:
                 yield self.item_queries(self.last_states(**batch))
 
     @torch.no_grad()
-    def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 256) -> torch.Tensor:
+    def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 64) -> torch.Tensor:
         """Score the whole catalogue as each history's next item.
 
         Args:
@@ -87,7 +87,7 @@ class RecommenderMixin:
         histories: Sequence[Sequence[int | str]],
         k: int = 10,
         exclude_seen: bool = True,
-        batch_size: int = 256,
+        batch_size: int = 64,
         progress: bool = False,
     ) -> list[list[Recommendation]]:
         """The `k` best next items of each history, best first. One forward pass, no decoding, always valid items.

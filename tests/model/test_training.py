@@ -23,7 +23,7 @@ from speeder.training import TrainingSequences, stage_logs, train
 from tests.model.worlds import save_tiny_backbone, tiny_model
 
 RECIPE = {
-    "precision": "fp32",
+    "precision": "bf16",
     "batch_users": 16,
     "checkpoint_steps": 4,
     "log_steps": 2,
