@@ -116,9 +116,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
         """
         if self.training or torch.is_grad_enabled():
-            self._item_cache = (
-                None  # weights are about to change; fused optimizers do so without a new version
-            )
+            # weights are about to change, and fused optimizers change them without a new version
+            self._item_cache = None
             return self.mrc()
         tensors = [*self.mrc.parameters(), *self.mrc.buffers()]
         if any(tensor.is_inference() for tensor in tensors):  # these keep no version
@@ -131,8 +130,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return self._item_cache[1:]
 
     def train(self, mode: bool = True) -> SpeederForCausalLM:
-        """As every module's; item tokens kept from before are forgotten."""
-        self._item_cache = None
+        """As every module's; item tokens kept from the other mode are forgotten."""
+        if mode != self.training:
+            self._item_cache = None
         return super().train(mode)
 
     # ---- forward ------------------------------------------------------------------------------------------

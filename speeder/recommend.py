@@ -38,12 +38,14 @@ class RecommenderMixin:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode inside, the mode as it was afterwards."""
-        training = self.training
+        if not self.training:
+            yield
+            return
         self.eval()
         try:
             yield
         finally:
-            self.train(training)
+            self.train()
 
     @torch.no_grad()
     def user_states(

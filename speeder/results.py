@@ -139,7 +139,10 @@ def run_data(run: Path) -> PreparedData:
     """
     if not (run / "recipe.json").exists():
         raise SpeederError(f"{run}: expected a run folder, which knows its data, found no recipe.json")
-    data = PreparedData.load(read_json(run / "recipe.json")["data"])
+    folder = read_json(run / "recipe.json").get("data")
+    if folder is None:
+        raise SpeederError(f"{run}: was trained without saying where its data lie (train's data_folder)")
+    data = PreparedData.load(folder)
     check_features(data)
     return data
 

@@ -146,12 +146,11 @@ def train(
     model = _load_model(run, state, recipe, data, tokenizer)
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue)
     # only now, with nothing left that a mistake could stop, is the folder a run
-    write_json(
-        run / "recipe.json", _identity(recipe, data) | {"data": str(Path(data_folder or "").resolve())}
-    )
-    if (
-        on_stage is not None and state["finished"]
-    ):  # a stop may have come between the stage's end and this call
+    where = data_folder or (read_json(run / "recipe.json").get("data") if resume else None)
+    place = {"data": str(Path(where).resolve()) if where else None}
+    write_json(run / "recipe.json", _identity(recipe, data) | place)
+    if on_stage is not None and state["finished"]:
+        # the stop may have come between the stage's end and this call
         on_stage(recipe.stages[len(state["finished"]) - 1], model)
     opened: set[str] = set()
     for number, stage in enumerate(recipe.stages):

@@ -104,6 +104,20 @@ def test_item_tokens_are_kept_until_a_weight_changes():
     assert model.item_tokens()[0].requires_grad
 
 
+def test_the_catalogue_is_compressed_once_for_many_requests(monkeypatch):
+    model, calls = tiny_model(), []
+    forward = model.mrc.forward
+    monkeypatch.setattr(model.mrc, "forward", lambda *rows: calls.append(1) or forward(*rows))
+    for history in ([1, 2], [3], [4, 5, 6]):
+        model.recommend([history], k=3)
+        model.score([history])
+    model.gates()
+    assert len(calls) == 1
+    model.train()
+    model.recommend([[1]], k=3)
+    assert model.training and len(calls) > 1, "in training, weights move between requests"
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_kept_item_tokens_do_not_outlive_an_optimizer_step(fused):
     """Fused optimizers change weights without telling torch's version counter."""
