@@ -94,16 +94,19 @@ def from_backbone(
 
 # What from_backbone works out itself.
 DERIVED = {"text_config", "num_items", "num_warm_items", "modalities", "embedding_rms", "training_hash"}
-PROBE = ((3, 5), 9)  # lengths of two short texts, and the first token id
+PROBE_LENGTHS = (3, 5)  # of the two short texts that a backbone is held to
+
+
+def probe_ids(backbone: PreTrainedModel) -> torch.Tensor:
+    """The two short texts end to end: `(T,)` ids, all different and past the usual special tokens."""
+    return torch.arange(9, 9 + sum(PROBE_LENGTHS), device=backbone.device) % backbone.config.vocab_size
 
 
 @torch.no_grad()
 def probe_logits(backbone: PreTrainedModel) -> torch.Tensor:
     """A backbone's own logits for two short texts, read one by one: `(T, V)` float32."""
     backbone.eval()
-    lengths, first = PROBE
-    ids = torch.arange(first, first + sum(lengths), device=backbone.device) % backbone.config.vocab_size
-    texts = ids.split(lengths)
+    texts = probe_ids(backbone).split(PROBE_LENGTHS)
     return torch.cat([backbone(input_ids=text[None], use_cache=False).logits[0].float() for text in texts])
 
 
@@ -114,9 +117,8 @@ def check_probe(model, backbone: PreTrainedModel, expected: torch.Tensor) -> Non
     Raises:
         SpeederError: the logits differ, by what the dtype does not explain.
     """
-    lengths, first = PROBE
-    ids = torch.arange(first, first + sum(lengths), device=backbone.device) % backbone.config.vocab_size
-    packed = cu_seqlens(torch.tensor(lengths, device=ids.device))
+    ids = probe_ids(backbone)
+    packed = cu_seqlens(torch.tensor(PROBE_LENGTHS, device=ids.device))
     model.eval()
     try:
         got = model(ids[None], cu_seqlens=packed, vocabulary="text").logits[0, :, : expected.shape[1]]

@@ -102,6 +102,10 @@ class MRC(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         self.num_items = len(catalogue)
 
+    def presence(self) -> dict[str, torch.Tensor]:
+        """Which items have each modality: name -> `(I,)` bool on the CPU."""
+        return dict(zip(self.names, self.present.cpu().unbind(dim=1), strict=True))
+
     def forward(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Compress items.
 

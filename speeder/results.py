@@ -92,14 +92,14 @@ def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> Non
         start = end
     plot_training(curves, out / "plots" / "training.png")
     plot_gates(gates, out / "plots" / "gates.png", spans)
-    present = dict(zip(model.config.gate_names, model.mrc.present.cpu().unbind(dim=1), strict=True))
+    present = model.mrc.presence()
     weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}
     plot_gate_distribution(weights, out / "plots" / "gate_distribution.png")
 
 
 def gate_table(model: SpeederForCausalLM) -> str:
     """Mean gate weight of each modality over all items, and over the items that have it, as a Markdown table."""
-    present = dict(zip(model.config.gate_names, model.mrc.present.cpu().unbind(dim=1), strict=True))
+    present = model.mrc.presence()
     lines = [
         "| modality | items that have it | mean gate, all items | mean gate, items that have it |",
         "|---|---|---|---|",
