@@ -35,10 +35,13 @@ ISAS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
 # is off, every instruction set gives the same bits.
 ISA_SOURCES = {"pack_tokens_rows": "off", "spae_forward": "fast", "spae_backward": "fast"}
+# Those that have a variant of their own for bfloat16 dot products; the others' AVX-512 code serves there too.
+DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward")
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ class BuildExt(build_ext):
         cpu += [ninja.compile(f"cpu/{name}.cpp", host) for name in ("pack_tokens", "spae_attention")]
         for name, flags in ISAS.items():
             for source, contract in ISA_SOURCES.items():
+                if name == "avx512_bf16" and source not in DOT_PRODUCT_SOURCES:
+                    continue
                 variant = [*host, f"-ffp-contract={contract}", f"-DSPEEDER_ISA={name}", *flags]
                 cpu.append(ninja.compile(f"cpu/{source}.cpp", variant, f".{name}"))
         ninja.add("link", self.output("_ops"), cpu, torch_libraries)

@@ -21,10 +21,12 @@ struct Kernels {
   const BackwardKernel* backward;
 };
 
-Kernels kernels() {
+Kernels kernels(DType dtype) {
 #if defined(__x86_64__)
   switch (instruction_set()) {
     case Isa::kAvx512Bf16:
+      if (dtype == DType::kBFloat16) return {avx512_bf16::kForward, avx512_bf16::kBackward};
+      [[fallthrough]];
     case Isa::kAvx512:
       return {avx512::kForward, avx512::kBackward};
     case Isa::kAvx2:
@@ -55,7 +57,7 @@ class Buffer {
 struct PreparedTables {
   explicit PreparedTables(const AttentionArgs& args)
       : relative(args.relative ? args.heads * relative_stride(args) : 0),
-        absolute(args.absolute ? args.heads * args.positions : 0),
+        absolute(args.absolute ? args.heads * absolute_stride(args) : 0),
         tables{args.relative ? relative.get() : nullptr, args.absolute ? absolute.get() : nullptr} {
     const int64_t stride = relative_stride(args), last = args.buckets - 1;
     for (int64_t h = 0; args.relative && h < args.heads; ++h) {
@@ -64,8 +66,12 @@ struct PreparedTables {
         relative.get()[h * stride + c] = args.relative[h * args.buckets + distance] * kLog2E;
       }
     }
-    for (int64_t n = 0; args.absolute && n < args.heads * args.positions; ++n) {
-      absolute.get()[n] = args.absolute[n] * kLog2E;
+    const int64_t width = absolute_stride(args);
+    for (int64_t h = 0; args.absolute && h < args.heads; ++h) {
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t rank = std::clamp<int64_t>(c - kMaxWidth, 0, args.positions - 1);
+        absolute.get()[h * width + c] = args.absolute[h * args.positions + rank] * kLog2E;
+      }
     }
   }
   const Buffer relative, absolute;
@@ -150,7 +156,7 @@ void write_shared(const AttentionBackward& call, const SharedGradient& gradient,
 
 void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
                     const ParallelFor& parallel_for) {
-  const auto kernel = kernels().forward[static_cast<int>(dtype)];
+  const auto kernel = kernels(dtype).forward[static_cast<int>(dtype)];
   const PreparedTables prepared(call.args);
   const auto plan = plan_forward(call.args);
   const int64_t parts = plan.parts(threads);
@@ -167,7 +173,7 @@ void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
 void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t threads,
                              const ParallelFor& parallel_for) {
   const AttentionArgs& args = call.args;
-  const auto kernel = kernels().backward[static_cast<int>(dtype)];
+  const auto kernel = kernels(dtype).backward[static_cast<int>(dtype)];
   const PreparedTables prepared(args);
   BackwardPlan plan = plan_backward(args, threads);
   const Buffer shared(call.grad_q ? plan.shared_floats : 0);

@@ -4,26 +4,101 @@
 #include "cpu/spae_bias.h"
 #include "cpu/spae_prefetch.h"
 #include "cpu/spae_tasks.h"
-#include "cpu/tile_product.h"
+#include "cpu/tile_packing.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
+// How a block's weights and score gradients are kept for the products that sum over queries: as the
+// register tiles read them. Floats stay where the first products put them, ...
+struct FloatScores {
+  FloatScores(const BackwardScratch& at, int64_t ld) : at_(at), ld_(ld) {}
+  float* tile_weights(int64_t r) const { return at_.weights + r * ld_; }
+  float* tile_grads(int64_t r) const { return at_.grad_scores + r * ld_; }
+  void keep(int64_t, int64_t, int64_t) const {}
+  const float* weights() const { return at_.weights; }
+  const float* grads() const { return at_.grad_scores; }
+  const float* grad_rows(int64_t r) const { return tile_grads(r); }
+  const float* queries() const { return at_.q; }
+  const float* query_grads() const { return at_.grad; }
+  void turn_queries(int64_t, int64_t, int64_t) const {}
+
+ private:
+  const BackwardScratch& at_;
+  const int64_t ld_;
+};
+
+#if defined(__AVX512BF16__)
+// ... bfloat16 in pairs: of two rows for sums over queries, of two keys for sums over keys.
+struct PairScores {
+  PairScores(const BackwardScratch& at, int64_t ld) : at_(at), ld_(ld) {}
+  float* tile_weights(int64_t) const { return at_.tile_weights; }
+  float* tile_grads(int64_t) const { return at_.tile_grads; }
+  void keep(int64_t r, int64_t tile, int64_t vecs) const {
+    for (int64_t n = 0; n < tile; n += 2) {
+      Pair* weights = reinterpret_cast<Pair*>(at_.weights) + (r + n) / 2 * ld_;
+      Pair* grads = reinterpret_cast<Pair*>(at_.grad_scores) + (r + n) / 2 * ld_;
+      interleave_rows(at_.tile_weights + n * ld_, n + 1 < tile, vecs, weights);
+      interleave_rows(at_.tile_grads + n * ld_, n + 1 < tile, vecs, grads);
+    }
+    for (int64_t n = 0; n < tile; ++n) {
+      BFloat16* to = reinterpret_cast<BFloat16*>(at_.grad_rows) + n * ld_;
+      for (int64_t v = 0; v < vecs; ++v) {
+        store(to + v * kWidth, load(at_.tile_grads + n * ld_ + v * kWidth));
+      }
+    }
+  }
+  const Pair* weights() const { return reinterpret_cast<const Pair*>(at_.weights); }
+  const Pair* grads() const { return reinterpret_cast<const Pair*>(at_.grad_scores); }
+  const Pair* grad_rows(int64_t) const { return reinterpret_cast<const Pair*>(at_.grad_rows); }
+  const Pair* queries() const { return reinterpret_cast<const Pair*>(at_.q_depth); }
+  const Pair* query_grads() const { return reinterpret_cast<const Pair*>(at_.grad_depth); }
+  void turn_queries(int64_t rows, int64_t size, int64_t width) const {
+    pack_depth(reinterpret_cast<const BFloat16*>(at_.q), width, rows, size,
+               reinterpret_cast<Pair*>(at_.q_depth), width);
+    pack_depth(reinterpret_cast<const BFloat16*>(at_.grad), width, rows, size,
+               reinterpret_cast<Pair*>(at_.grad_depth), width);
+  }
+
+ private:
+  void interleave_rows(const float* rows, bool both, int64_t vecs, Pair* out) const {
+    for (int64_t v = 0; v < vecs; ++v) {
+      const float* at = rows + v * kWidth;
+      store_lanes(out + v * kWidth, interleave(load(at), both ? load(at + ld_) : Vec{}));
+    }
+  }
+
+  const BackwardScratch& at_;
+  const int64_t ld_;
+};
+
+template <typename T>
+using Scores = PairScores;
+#else
+template <typename T>
+using Scores = FloatScores;
+#endif
+
 template <typename T>
 class Backward {
+  using P = Packed<T>;
+
  public:
   Backward(const AttentionBackward& call, const BiasTables& tables, const BackwardTask& task,
            const BackwardTask* next, const BiasSums& sums, float* scratch)
       : call_(call),
         args_(call.args),
         at_(call.args, 0, scratch),
-        bias_(call.args, tables, task.kv_head, at_.absolute),
+        bias_(call.args, tables),
         group_(args_.heads / args_.kv_heads),
         head_(task.kv_head * group_),
         kv_head_(task.kv_head),
         width_(padded(args_.size)),
+        q_ld_(width_ / kInLane<P>),
+        depth_(lanes_of<P>(args_.size)),
         size_vecs_(round_up(args_.size, kWidth) / kWidth),
+        factor_(args_.scale * kLog2E),
         q0_(args_.cu_q[task.sequence]),
         k0_(args_.cu_k[task.sequence]),
         queries_(args_.cu_q[task.sequence + 1] - q0_),
@@ -87,12 +162,12 @@ class Backward {
     const int64_t ld = padded(count);
     const T* k = row(args_.k, k0_ + first, kv_head_);
     const T* v = row(args_.v, k0_ + first, kv_head_);
-    pack_transposed(k, args_.k.token_stride, count, args_.size, at_.k_turned, ld);
+    pack_columns(k, args_.k.token_stride, count, args_.size, packed(at_.k_turned), ld);
     if (call_.grad_q != nullptr) {
-      pack_rows(k, args_.k.token_stride, count, args_.size, 1.0f, at_.k, width_);
+      pack_depth(k, args_.k.token_stride, count, args_.size, packed(at_.k), width_);
     }
     if (need_scores_) {
-      pack_transposed(v, args_.v.token_stride, count, args_.size, at_.v_turned, ld);
+      pack_columns(v, args_.v.token_stride, count, args_.size, packed(at_.v_turned), ld);
     }
     bias_.prepare(args_.rank_k + k0_ + first, count);
     if (absolute_ != nullptr) zero(at_.absolute_sums, group_ * ld);
@@ -113,12 +188,14 @@ class Backward {
       query_block_pass(first, count, ld, i, from + (queries_ - from) * (b + 1) / blocks - i);
     }
 
-    if (absolute_ != nullptr) bias_.add_absolute(count, at_.absolute_sums, ld, absolute_);
+    for (int64_t g = 0; absolute_ != nullptr && g < group_; ++g) {
+      bias_.add_absolute(count, at_.absolute_sums + g * ld, absolute_ + g * args_.positions);
+    }
     for (int64_t j = 0; j < count; ++j) {
       const int64_t out = ((k0_ + first + j) * args_.kv_heads + kv_head_) * args_.size;
-      // Queries were packed times scale and log2(e): the first belongs here, the second does not.
       if (call_.grad_k != nullptr) {
-        store_row(static_cast<T*>(call_.grad_k) + out, at_.grad_k + j * width_, args_.size, kLn2);
+        store_row(static_cast<T*>(call_.grad_k) + out, at_.grad_k + j * width_, args_.size,
+                  args_.scale);
       }
       if (call_.grad_v != nullptr) {
         store_row(static_cast<T*>(call_.grad_v) + out, at_.grad_v + j * width_, args_.size, 1.0f);
@@ -129,21 +206,25 @@ class Backward {
   // Queries first_query .. + queries - 1 against the packed block of keys.
   void query_block_pass(int64_t first, int64_t count, int64_t ld, int64_t first_query,
                         int64_t queries) {
-    pack_queries(first_query, queries);
+    const Scores<T> scores(at_, ld);
     const int64_t rows = queries * group_;
+    pack_queries(first_query, queries);
+    scores.turn_queries(rows, args_.size, width_);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = seen(first_query + (r + tile - 1) / group_, first, count);
       if (most == 0) continue;
       if (first + count == end_) prefetch_.advance((tile + group_ - 1) / group_);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
-      float* weights = at_.weights + r * ld;
-      float* grads = at_.grad_scores + r * ld;
-      product<false>(tile, vecs, args_.size, at_.q + r * width_, width_, at_.k_turned, ld, weights,
-                     ld, false);
+      // The products over queries take six keys at a time, which may reach past the last one seen.
+      const int64_t filled = smaller(vecs + 2, ld / kWidth);
+      float* weights = scores.tile_weights(r);
+      float* grads = scores.tile_grads(r);
+      product<false>(tile, vecs, depth_, packed(at_.q) + r * q_ld_, q_ld_, packed(at_.k_turned), ld,
+                     weights, ld, false);
       if (need_scores_) {
-        product<false>(tile, vecs, args_.size, at_.grad + r * width_, width_, at_.v_turned, ld,
-                       grads, ld, false);
+        product<false>(tile, vecs, depth_, packed(at_.grad) + r * q_ld_, q_ld_,
+                       packed(at_.v_turned), ld, grads, ld, false);
       }
       int64_t i = first_query + r / group_, g = r % group_;
       for (int64_t n = 0; n < tile; ++n, ++g) {
@@ -155,61 +236,70 @@ class Backward {
         float *p = weights + n * ld, *dp = grads + n * ld, *by_key = at_.absolute_sums + g * ld;
         const float lse = at_.lse[r + n], delta = at_.delta[r + n];
         if (rank >= 0 && bias_.any()) {
-          const ItemRow row{KeyBias::Row(bias_, g, rank),
+          const ItemRow row{KeyBias::Row(bias_, head_ + g, rank),
                             relative_ ? relative_ + g * relative_stride(args_) : nullptr,
                             absolute_ ? by_key : nullptr};
-          score_row(p, dp, keys, ld / kWidth, row, lse, delta);
+          score_row(p, dp, keys, filled, row, lse, delta);
         } else {
-          score_row(p, dp, keys, ld / kWidth, TextRow{}, lse, delta);
+          score_row(p, dp, keys, filled, TextRow{}, lse, delta);
         }
       }
+      scores.keep(r, tile, filled);
       if (call_.grad_q != nullptr) {
-        product<false>(tile, size_vecs_, most, grads, ld, at_.k, width_,
-                       grad_q_ + (first_query * group_ + r) * width_, width_, add_q_);
+        product<false>(tile, size_vecs_, lanes_of<P>(most), scores.grad_rows(r), ld / kInLane<P>,
+                       packed(at_.k), width_, grad_q_ + (first_query * group_ + r) * width_, width_,
+                       add_q_);
       }
     }
     for (int64_t j = 0; j < count; j += kTileRows) {
       const int64_t tile = smaller(kTileRows, count - j);
-      // Rows from the first query that sees key j.
-      const int64_t skip =
+      // Rows from the first query that sees key j; a pair of rows may begin with one that does not.
+      const int64_t unseen =
           args_.causal ? clamp(first + j - reach_ + 1 - first_query, 0, queries) * group_ : 0;
-      const int64_t depth = rows - skip;
-      if (depth == 0) break;
+      if (unseen == rows) break;
+      const int64_t skip = unseen / kInLane<P>, depth = lanes_of<P>(rows) - skip;
       if (call_.grad_v != nullptr) {
-        product<true>(tile, size_vecs_, depth, at_.weights + skip * ld + j, ld,
-                      at_.grad + skip * width_, width_, at_.grad_v + j * width_, width_, add_k_);
+        product<true>(tile, size_vecs_, depth, scores.weights() + skip * ld + j, ld,
+                      scores.query_grads() + skip * width_, width_, at_.grad_v + j * width_, width_,
+                      add_k_);
       }
       if (call_.grad_k != nullptr) {
-        product<true>(tile, size_vecs_, depth, at_.grad_scores + skip * ld + j, ld,
-                      at_.q + skip * width_, width_, at_.grad_k + j * width_, width_, add_k_);
+        product<true>(tile, size_vecs_, depth, scores.grads() + skip * ld + j, ld,
+                      scores.queries() + skip * width_, width_, at_.grad_k + j * width_, width_,
+                      add_k_);
       }
     }
   }
 
+  static P* packed(float* memory) { return reinterpret_cast<P*>(memory); }
+
   void pack_queries(int64_t first_query, int64_t queries) {
     for (int64_t i = 0; i < queries; ++i) {
       const int64_t token = q0_ + first_query + i;
-      float* grad = at_.grad + i * group_ * width_;
+      P* grad = packed(at_.grad) + i * group_ * q_ld_;
       pack_rows(row(args_.q, token, head_), args_.q.head_stride, group_, args_.size,
-                args_.scale * kLog2E, at_.q + i * group_ * width_, width_);
-      pack_rows(row(call_.grad, token, head_), call_.grad.head_stride, group_, args_.size, 1.0f,
-                grad, width_);
+                packed(at_.q) + i * group_ * q_ld_, q_ld_);
+      pack_rows(row(call_.grad, token, head_), call_.grad.head_stride, group_, args_.size, grad,
+                q_ld_);
       for (int64_t g = 0; g < group_; ++g) {
         const int64_t at = token * args_.heads + head_ + g;
         at_.lse[i * group_ + g] = call_.lse[at] * kLog2E;
         if (!one_block_ && need_scores_) {
           const T* out = static_cast<const T*>(call_.out) + at * args_.size;
-          at_.delta[i * group_ + g] = dot(out, grad + g * width_);
+          at_.delta[i * group_ + g] = dot(out, row(call_.grad, token, head_ + g));
         }
       }
     }
   }
 
-  float dot(const T* a, const float* b) const {
+  float dot(const T* a, const T* b) const {
     const int64_t whole = args_.size / kWidth * kWidth;
     Vec total = {};
     for (int64_t d = 0; d < whole; d += kWidth) total += load(a + d) * load(b + d);
-    if (whole < args_.size) total += load_part(a + whole, args_.size - whole) * load(b + whole);
+    if (whole < args_.size) {
+      const int64_t left = args_.size - whole;
+      total += load_part(a + whole, left) * load_part(b + whole, left);
+    }
     return sum(total);
   }
 
@@ -234,26 +324,25 @@ class Backward {
   // p * (dp - sum of p dp). Where the row has one block of keys the sum is taken here; else it is
   // `delta`, out . grad, which is the same but for out's rounding. Zero past the keys seen.
   template <typename Row>
-  void score_row(float* weights, float* grads, int64_t seen, int64_t vecs, const Row& row,
+  void score_row(float* weights, float* grads, int64_t seen, int64_t filled, const Row& row,
                  float lse, float delta) {
     const int64_t whole = seen / kWidth, used = (seen + kWidth - 1) / kWidth;
     Vec total = {};
     for (int64_t v = 0; v < whole; ++v) {
-      const Vec weight = exp2(load(weights + v * kWidth) + row.bias(v) - lse);
+      const Vec weight = exp2(load(weights + v * kWidth) * factor_ + row.bias(v) - lse);
       store(weights + v * kWidth, weight);
       if (one_block_) total += weight * load(grads + v * kWidth);
     }
     if (used > whole) {
       const Ints left = lanes() < static_cast<int32_t>(seen - whole * kWidth);
-      const Vec score = load(weights + whole * kWidth) + row.bias(whole) - lse;
+      const Vec score = load(weights + whole * kWidth) * factor_ + row.bias(whole) - lse;
       const Vec weight = left ? exp2(score) : Vec{};
       const Vec grad = left ? load(grads + whole * kWidth) : Vec{};
       store(weights + whole * kWidth, weight);
       store(grads + whole * kWidth, grad);
       total += weight * grad;
     }
-    // A tile of keys may reach past the last that is seen.
-    for (int64_t v = used; v < vecs && v < used + 2; ++v) {
+    for (int64_t v = used; v < filled; ++v) {
       store(weights + v * kWidth, Vec{});
       store(grads + v * kWidth, Vec{});
     }
@@ -271,7 +360,11 @@ class Backward {
   const BackwardScratch at_;
   Prefetch prefetch_;
   KeyBias bias_;
-  const int64_t group_, head_, kv_head_, width_, size_vecs_, q0_, k0_, queries_, keys_;
+  const int64_t group_, head_, kv_head_;
+  const int64_t width_, q_ld_;  // of a packed row: in elements, in lanes
+  const int64_t depth_, size_vecs_;
+  const float factor_;  // what a product of q and k is multiplied with, in units of log2
+  const int64_t q0_, k0_, queries_, keys_;
   const int64_t first_, end_;   // of the task's keys
   float* const grad_q_;         // (queries, group, width): sums
   const int64_t step_, reach_;  // query i sees reach + step * i keys
@@ -290,7 +383,11 @@ void backward(const AttentionBackward& call, const BiasTables& tables, const Bac
 
 }  // namespace
 
+#if defined(__AVX512BF16__)
+const BackwardKernel kBackward[3] = {nullptr, backward<BFloat16>, nullptr};
+#else
 const BackwardKernel kBackward[3] = {backward<float>, backward<BFloat16>, backward<Half>};
+#endif
 
 }  // namespace SPEEDER_ISA
 }  // namespace speeder

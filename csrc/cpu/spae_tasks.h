@@ -14,7 +14,8 @@ struct BiasTables {
   // (heads, relative_stride): turned round, so that keys of rising rank read rising addresses, with
   // the outer buckets repeated, so that a vector that sticks out reads clamped distances.
   const float* relative;
-  const float* absolute;  // (heads, positions)
+  // (heads, absolute_stride): after kMaxWidth entries that are never used, with the last repeated.
+  const float* absolute;
 };
 
 // Queries first .. first + count - 1 of one sequence, for the heads that share one key head.
@@ -30,11 +31,10 @@ struct BackwardTask {
   float* shared_grad_q;
 };
 
-// One thread's sums of the bias tables' gradients, in the layouts of BiasTables; null where not
-// asked for.
+// One part's sums of the bias tables' gradients; null where not asked for.
 struct BiasSums {
-  float* relative;
-  float* absolute;
+  float* relative;  // (heads, relative_stride), as in BiasTables
+  float* absolute;  // (heads, positions)
 };
 
 // Run one task. `next` is what this thread runs afterwards, or null: its tensors are fetched into
@@ -57,6 +57,10 @@ namespace avx512 {
 extern const ForwardKernel kForward[3];
 extern const BackwardKernel kBackward[3];
 }  // namespace avx512
+namespace avx512_bf16 {
+extern const ForwardKernel kForward[3];  // for bfloat16 alone
+extern const BackwardKernel kBackward[3];
+}  // namespace avx512_bf16
 
 namespace {
 
@@ -80,6 +84,9 @@ inline int64_t query_block(int64_t rows, const AttentionArgs& args) {
 }
 
 inline int64_t relative_stride(const AttentionArgs& args) { return args.buckets + 2 * kMaxWidth; }
+inline int64_t absolute_stride(const AttentionArgs& args) {
+  return args.positions + 2 * kMaxWidth;
+}
 
 // Hands out pieces of one allocation; with a null base it only measures.
 class Scratch {
@@ -106,21 +113,21 @@ struct ForwardScratch {
     q = scratch.take(rows * width);
     out = scratch.take(rows * width);
     top = scratch.take(rows);
-    total = scratch.take(rows);
+    total = scratch.take(rows * kMaxWidth);
     k = scratch.take(width * keys);
     v = scratch.take(keys * width);
     scores = scratch.take(8 * keys);
-    absolute = scratch.take(group * keys);
+    weights = scratch.take(8 * keys);
     floats = scratch.used();
   }
-  float* q;         // (rows, width)
-  float* out;       // (rows, width): weights times values, not yet divided
-  float* top;       // (rows,): largest score so far
-  float* total;     // (rows,): sum of weights so far
-  float* k;         // (width, keys)
-  float* v;         // (keys, width)
-  float* scores;    // (tile rows, keys)
-  float* absolute;  // (group, keys)
+  float* q;        // (rows, width)
+  float* out;      // (rows, width): weights times values, not yet divided
+  float* top;      // (rows,): largest score so far
+  float* total;    // (rows, kMaxWidth): sums of weights so far, by lane
+  float* k;        // (width, keys)
+  float* v;        // (keys, width)
+  float* scores;   // (tile rows, keys)
+  float* weights;  // (tile rows, keys)
   int64_t floats;
 };
 
@@ -132,7 +139,9 @@ struct BackwardScratch {
     const int64_t group = args.heads / args.kv_heads;
     const int64_t rows = query_block(kBackwardRows, args) * group;
     q = scratch.take(rows * width);
+    q_depth = scratch.take((rows + 1) / 2 * width);
     grad = scratch.take(rows * width);
+    grad_depth = scratch.take((rows + 1) / 2 * width);
     lse = scratch.take(rows);
     delta = scratch.take(rows);
     k = scratch.take(keys * width);
@@ -140,15 +149,19 @@ struct BackwardScratch {
     v_turned = scratch.take(width * keys);
     weights = scratch.take(rows * keys);
     grad_scores = scratch.take(rows * keys);
+    tile_weights = scratch.take(8 * keys);
+    tile_grads = scratch.take(8 * keys);
+    grad_rows = scratch.take(8 * keys);
     grad_k = scratch.take(keys * width);
     grad_v = scratch.take(keys * width);
-    absolute = scratch.take(group * keys);
     absolute_sums = scratch.take(group * keys);
     grad_q = scratch.take(queries * group * width);
     floats = scratch.used();
   }
   float* q;              // (rows, width)
+  float* q_depth;        // (rows / 2, width): pairs of rows
   float* grad;           // (rows, width)
+  float* grad_depth;     // (rows / 2, width): pairs of rows
   float* lse;            // (rows,): in units of log2
   float* delta;          // (rows,): out . grad
   float* k;              // (keys, width)
@@ -156,9 +169,11 @@ struct BackwardScratch {
   float* v_turned;       // (width, keys)
   float* weights;        // (rows, keys)
   float* grad_scores;    // (rows, keys)
+  float* tile_weights;   // (tile rows, keys)
+  float* tile_grads;     // (tile rows, keys)
+  float* grad_rows;      // (tile rows, keys): pairs of keys
   float* grad_k;         // (keys, width)
   float* grad_v;         // (keys, width)
-  float* absolute;       // (group, keys)
   float* absolute_sums;  // (group, keys)
   float* grad_q;         // (queries of the sequence, group, width)
   int64_t floats;

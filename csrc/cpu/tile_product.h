@@ -1,5 +1,7 @@
-// Products of small float matrices that lie in a cache, by register tiles: kTileRows rows times
-// kTileVecs vectors are summed in registers. Included once for each instruction set, like vec.h.
+// Products of small matrices that lie in a cache, by register tiles: kTileRows rows times kTileVecs
+// vectors are summed in registers, in float32. The depth of a product is counted in lanes of 32
+// bits: one float each, or where the processor multiplies them (AVX-512-BF16), two bfloat16.
+// Included once for each instruction set, like vec.h.
 #pragma once
 
 #include "cpu/vec.h"
@@ -12,11 +14,63 @@ namespace {
 constexpr int kTileRows = 6;
 constexpr int kTileVecs = kWidth == 16 ? 4 : 2;
 
+// Two neighbours along the depth of a product, in one lane.
+struct Pair {
+  BFloat16 first, second;
+};
+
+// How elements of type T lie in a packed operand, and how many share a lane.
+#if defined(__AVX512BF16__)
+template <typename T>
+struct PackedAs {
+  using Type = float;
+};
+template <>
+struct PackedAs<BFloat16> {
+  using Type = Pair;
+};
+template <typename T>
+using Packed = typename PackedAs<T>::Type;
+#else
+template <typename T>
+using Packed = float;
+#endif
+template <typename P>
+constexpr int64_t kInLane = 1;
+template <>
+constexpr int64_t kInLane<Pair> = 2;
+
+// Lanes for `count` elements along the depth.
+template <typename P>
+inline int64_t lanes_of(int64_t count) {
+  return (count + kInLane<P> - 1) / kInLane<P>;
+}
+
+inline Ints load(const Pair* p) {
+  Ints out;
+  __builtin_memcpy(&out, p, sizeof(out));
+  return out;
+}
+
+inline Ints splat(Pair x) { return bitcast<int32_t>(x) - Ints{}; }
+
+inline Vec multiply_add(Vec a, Vec b, Vec sum) { return sum + a * b; }
+
+inline Vec multiply_add(Ints a, Ints b, Vec sum) {
+#if defined(__AVX512BF16__)
+  return bitcast<Vec>(
+      _mm512_dpbf16_ps(bitcast<__m512>(sum), bitcast<__m512bh>(a), bitcast<__m512bh>(b)));
+#else
+  (void)a, (void)b;
+  return sum;  // never called: Packed<T> is float
+#endif
+}
+
 // c (kRows x kVecs vectors) = or += a (kRows x depth) b (depth x kVecs vectors). Where kTransposed,
 // a lies as (depth x kRows).
-template <int kRows, int kVecs, bool kTransposed, typename T>
-void tile(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, float* c,
-          int64_t ldc, bool add) {
+template <int kRows, int kVecs, bool kTransposed, typename A, typename B>
+void tile(int64_t depth, const A* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc,
+          bool add) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -24,14 +78,14 @@ void tile(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, f
     for (int v = 0; v < kVecs; ++v) sums[r][v] = add ? load(c + r * ldc + v * kWidth) : Vec{};
   }
   for (int64_t d = 0; d < depth; ++d) {
-    Vec row[kVecs];
+    decltype(load(b)) row[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) row[v] = load(b + d * ldb + v * kWidth);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const Vec factor = splat(kTransposed ? a[d * lda + r] : a[r * lda + d]);
+      const auto factor = splat(kTransposed ? a[d * lda + r] : a[r * lda + d]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVecs; ++v) sums[r][v] += factor * row[v];
+      for (int v = 0; v < kVecs; ++v) sums[r][v] = multiply_add(factor, row[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 6
@@ -41,85 +95,43 @@ void tile(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, f
   }
 }
 
-template <typename T>
-using Tile = void (*)(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, float* c,
+template <typename A, typename B>
+using Tile = void (*)(int64_t depth, const A* a, int64_t lda, const B* b, int64_t ldb, float* c,
                       int64_t ldc, bool add);
 
-template <int kVecs, bool kTransposed, typename T>
-inline Tile<T> tile_of(int64_t rows) {
-  static constexpr Tile<T> kByRows[kTileRows] = {
-      tile<1, kVecs, kTransposed, T>, tile<2, kVecs, kTransposed, T>,
-      tile<3, kVecs, kTransposed, T>, tile<4, kVecs, kTransposed, T>,
-      tile<5, kVecs, kTransposed, T>, tile<6, kVecs, kTransposed, T>};
+template <int kVecs, bool kTransposed, typename A, typename B>
+inline Tile<A, B> tile_of(int64_t rows) {
+  static constexpr Tile<A, B> kByRows[kTileRows] = {
+      tile<1, kVecs, kTransposed, A, B>, tile<2, kVecs, kTransposed, A, B>,
+      tile<3, kVecs, kTransposed, A, B>, tile<4, kVecs, kTransposed, A, B>,
+      tile<5, kVecs, kTransposed, A, B>, tile<6, kVecs, kTransposed, A, B>};
   return kByRows[rows - 1];
 }
 
-template <bool kTransposed, typename T>
-inline Tile<T> find_tile(int64_t rows, int64_t vecs) {
+template <bool kTransposed, typename A, typename B>
+inline Tile<A, B> find_tile(int64_t rows, int64_t vecs) {
   switch (vecs) {
     case 1:
-      return tile_of<1, kTransposed, T>(rows);
+      return tile_of<1, kTransposed, A, B>(rows);
     case 2:
-      return tile_of<2, kTransposed, T>(rows);
+      return tile_of<2, kTransposed, A, B>(rows);
 #if defined(__AVX512F__)
     case 3:
-      return tile_of<3, kTransposed, T>(rows);
+      return tile_of<3, kTransposed, A, B>(rows);
     case 4:
-      return tile_of<4, kTransposed, T>(rows);
+      return tile_of<4, kTransposed, A, B>(rows);
 #endif
   }
   __builtin_unreachable();
 }
 
 // As tile(), for 1 .. kTileRows rows and any number of vectors.
-template <bool kTransposed, typename T>
-inline void product(int64_t rows, int64_t vecs, int64_t depth, const float* a, int64_t lda,
-                    const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+template <bool kTransposed, typename A, typename B>
+inline void product(int64_t rows, int64_t vecs, int64_t depth, const A* a, int64_t lda, const B* b,
+                    int64_t ldb, float* c, int64_t ldc, bool add) {
   for (int64_t v = 0; v < vecs; v += kTileVecs) {
-    const Tile<T> tile = find_tile<kTransposed, T>(rows, smaller(kTileVecs, vecs - v));
+    const Tile<A, B> tile = find_tile<kTransposed, A, B>(rows, smaller(kTileVecs, vecs - v));
     tile(depth, a, lda, b + v * kWidth, ldb, c + v * kWidth, ldc, add);
-  }
-}
-
-// rows x size elements, `stride` apart, times `factor` into out (rows x ld); zero up to ld.
-template <typename T>
-inline void pack_rows(const T* in, int64_t stride, int64_t rows, int64_t size, float factor,
-                      float* out, int64_t ld) {
-  const int64_t whole = size / kWidth * kWidth;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* from = in + r * stride;
-    float* to = out + r * ld;
-    for (int64_t d = 0; d < whole; d += kWidth) store(to + d, load(from + d) * factor);
-    if (whole < size) store(to + whole, load_part(from + whole, size - whole) * factor);
-  }
-}
-
-// rows x size elements, `stride` apart, into out (size rounded up x ld) with rows and columns
-// exchanged; zero up to ld, which is `rows` rounded up to whole vectors.
-template <typename T>
-inline void pack_transposed(const T* in, int64_t stride, int64_t rows, int64_t size, float* out,
-                            int64_t ld) {
-  Vec square[kWidth];
-  for (int64_t r = 0; r < rows; r += kWidth) {
-    for (int64_t d = 0; d < size; d += kWidth) {
-      const T* from = in + r * stride + d;
-      if (r + kWidth <= rows && d + kWidth <= size) {
-        for (int i = 0; i < kWidth; ++i) square[i] = load(from + i * stride);
-      } else {
-        const int64_t columns = smaller(kWidth, size - d);
-        for (int i = 0; i < kWidth; ++i) {
-          if (r + i >= rows) {
-            square[i] = Vec{};
-          } else if (columns == kWidth) {
-            square[i] = load(from + i * stride);
-          } else {
-            square[i] = load_part(from + i * stride, columns);
-          }
-        }
-      }
-      transpose(square);
-      for (int i = 0; i < kWidth; ++i) store(out + (d + i) * ld + r, square[i]);
-    }
   }
 }
 

@@ -91,8 +91,12 @@ inline Vec load(const Half* p) {
 
 inline void store(float* p, Vec x) { __builtin_memcpy(p, &x, sizeof(x)); }
 
-// Round to nearest, ties to even; a NaN stays a quiet NaN.
+// Round to nearest, ties to even; a NaN stays a quiet NaN. (AVX-512-BF16 gives 0 for numbers below
+// 2^-126.)
 inline void store(BFloat16* p, Vec x) {
+#if defined(__AVX512BF16__)
+  const auto half = _mm512_cvtneps_pbh(bitcast<__m512>(x));
+#else
   const Bits bits = bitcast<Bits>(x);
   const Bits rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const Bits out = x == x ? rounded : ((bits >> 16) | 0x40u);
@@ -100,6 +104,7 @@ inline void store(BFloat16* p, Vec x) {
   const __m256i half = _mm512_maskz_cvtepi32_epi16(0xFFFF, bitcast<__m512i>(out));
 #else
   const Shorts half = __builtin_convertvector(out, Shorts);
+#endif
 #endif
   __builtin_memcpy(p, &half, sizeof(half));
 }
@@ -155,7 +160,7 @@ inline Vec exp2(Vec x) {
   const float shift =
       12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
   const Vec lowest = splat(-126.0f);
-  const Vec clamped = x < lowest ? lowest : x;
+  const Vec clamped = lowest > x ? lowest : x;  // in this order one instruction, and keeps a NaN
   const Vec shifted = clamped + shift;
   const Vec f = clamped - (shifted - shift);
   Vec poly = splat(1.545316294e-4f);
