@@ -56,24 +56,27 @@ class Buffer {
 // The prepared tables and the memory they are in.
 struct PreparedTables {
   explicit PreparedTables(const AttentionArgs& args)
-      : relative(args.relative ? args.heads * relative_stride(args) : 0),
-        absolute(args.absolute ? args.heads * absolute_stride(args) : 0),
-        tables{args.relative ? relative.get() : nullptr, args.absolute ? absolute.get() : nullptr} {
-    const int64_t stride = relative_stride(args), last = args.buckets - 1;
-    for (int64_t h = 0; args.relative && h < args.heads; ++h) {
+      : relative(args.heads * relative_stride(args)),
+        absolute(args.heads * absolute_stride(args)),
+        tables{relative.get(), absolute.get()} {
+    if (args.relative == nullptr && args.absolute == nullptr) return;
+    const int64_t last = buckets_of(args) - 1;
+    fill(args.relative, args.heads, buckets_of(args), relative_stride(args), relative.get(),
+         [&](int64_t c) { return std::clamp<int64_t>(kMaxWidth + last - c, 0, last); });
+    fill(args.absolute, args.heads, positions_of(args), absolute_stride(args), absolute.get(),
+         [&](int64_t c) { return std::clamp<int64_t>(c - kMaxWidth, 0, positions_of(args) - 1); });
+  }
+
+  template <typename Entry>
+  static void fill(const float* table, int64_t heads, int64_t entries, int64_t stride, float* out,
+                   const Entry& entry) {
+    for (int64_t h = 0; h < heads; ++h) {
       for (int64_t c = 0; c < stride; ++c) {
-        const int64_t distance = std::clamp<int64_t>(kMaxWidth + last - c, 0, last);
-        relative.get()[h * stride + c] = args.relative[h * args.buckets + distance] * kLog2E;
-      }
-    }
-    const int64_t width = absolute_stride(args);
-    for (int64_t h = 0; args.absolute && h < args.heads; ++h) {
-      for (int64_t c = 0; c < width; ++c) {
-        const int64_t rank = std::clamp<int64_t>(c - kMaxWidth, 0, args.positions - 1);
-        absolute.get()[h * width + c] = args.absolute[h * args.positions + rank] * kLog2E;
+        out[h * stride + c] = table ? table[h * entries + entry(c)] * kLog2E : 0.0f;
       }
     }
   }
+
   const Buffer relative, absolute;
   const BiasTables tables;
 };

@@ -235,13 +235,14 @@ class Backward {
         const int64_t rank = args_.rank_q[q0_ + i], keys = seen(i, first, count);
         float *p = weights + n * ld, *dp = grads + n * ld, *by_key = at_.absolute_sums + g * ld;
         const float lse = at_.lse[r + n], delta = at_.delta[r + n];
-        if (rank >= 0 && bias_.any()) {
-          const ItemRow row{KeyBias::Row(bias_, head_ + g, rank),
-                            relative_ ? relative_ + g * relative_stride(args_) : nullptr,
-                            absolute_ ? by_key : nullptr};
-          score_row(p, dp, keys, filled, row, lse, delta);
-        } else {
+        if (rank < 0 || !bias_.any()) {
           score_row(p, dp, keys, filled, TextRow{}, lse, delta);
+        } else if (bias_.ranks() == Ranks::kConsecutive) {
+          score_row(p, dp, keys, filled, item_row<Ranks::kConsecutive>(g, rank, by_key), lse, delta);
+        } else if (bias_.ranks() == Ranks::kRising) {
+          score_row(p, dp, keys, filled, item_row<Ranks::kRising>(g, rank, by_key), lse, delta);
+        } else {
+          score_row(p, dp, keys, filled, item_row<Ranks::kAny>(g, rank, by_key), lse, delta);
         }
       }
       scores.keep(r, tile, filled);
@@ -304,8 +305,9 @@ class Backward {
   }
 
   // A query that is an item: its bias, and where the bias's gradients go (null: nowhere).
+  template <Ranks kRanks>
   struct ItemRow {
-    KeyBias::Row row;
+    KeyBias::Row<kRanks> row;
     float* relative;  // the head's sums in a turned table
     float* absolute;  // the head's sums by key
     Vec bias(int64_t v) const { return row(v); }
@@ -314,6 +316,12 @@ class Backward {
       if (absolute != nullptr) store(absolute + v * kWidth, load(absolute + v * kWidth) + grad);
     }
   };
+
+  template <Ranks kRanks>
+  ItemRow<kRanks> item_row(int64_t g, int64_t rank, float* by_key) const {
+    float* relative = relative_ ? relative_ + g * relative_stride(args_) : nullptr;
+    return {KeyBias::Row<kRanks>(bias_, head_ + g, rank), relative, absolute_ ? by_key : nullptr};
+  }
 
   struct TextRow {
     Vec bias(int64_t) const { return Vec{}; }

@@ -90,9 +90,7 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
         const int64_t seen = clamp(reach + step * i - first, 0, count);
         const int64_t rank = args.rank_q[q0 + i];
         float* scores = at.scores + n * ld;
-        largest[n] = rank >= 0 && bias.any()
-                         ? bias_scores(scores, seen, vecs, factor, KeyBias::Row(bias, head + g, rank))
-                         : bias_scores(scores, seen, vecs, factor, NoBias{});
+        largest[n] = bias_scores(scores, seen, vecs, factor, bias, head + g, rank);
       }
       float keep[kTileRows];
       soften(at.scores, ld, tile, vecs, largest, {at.top + r, at.total + r * kWidth}, weights,

@@ -38,6 +38,22 @@ inline Vec bias_scores(float* scores, int64_t seen, int64_t vecs, float factor, 
   return most;
 }
 
+// The same for a query of rank `rank`, -1 where it is no item.
+inline Vec bias_scores(float* scores, int64_t seen, int64_t vecs, float factor, const KeyBias& bias,
+                       int64_t head, int64_t rank) {
+  if (rank < 0 || !bias.any()) return bias_scores(scores, seen, vecs, factor, NoBias{});
+  const auto with = [&](const auto& row) { return bias_scores(scores, seen, vecs, factor, row); };
+  switch (bias.ranks()) {
+    case Ranks::kConsecutive:
+      return with(KeyBias::Row<Ranks::kConsecutive>(bias, head, rank));
+    case Ranks::kRising:
+      return with(KeyBias::Row<Ranks::kRising>(bias, head, rank));
+    case Ranks::kAny:
+      break;
+  }
+  return with(KeyBias::Row<Ranks::kAny>(bias, head, rank));
+}
+
 inline void store_weights(float* out, int64_t v, Vec x) { store(out + v * kWidth, x); }
 inline void store_weights(Pair* out, int64_t v, Vec x) {
   store(reinterpret_cast<BFloat16*>(out) + v * kWidth, x);

@@ -9,7 +9,7 @@
 
 namespace speeder {
 
-// Tables in units of log2, made once a call; null where there is no such bias.
+// Tables in units of log2, made once a call where there is any bias; a missing one is zero.
 struct BiasTables {
   // (heads, relative_stride): turned round, so that keys of rising rank read rising addresses, with
   // the outer buckets repeated, so that a vector that sticks out reads clamped distances.
@@ -66,7 +66,7 @@ namespace {
 
 constexpr int64_t kMaxWidth = 16;  // floats in the widest vector; scratch is laid out in its units
 constexpr int64_t kMaxKeys = 256;  // in a block of keys
-constexpr int64_t kForwardRows = 192;   // query rows (positions x heads of a group) of one task
+constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a group) of one task
 constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
 
 inline int64_t padded(int64_t n) { return (n + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
@@ -83,9 +83,16 @@ inline int64_t query_block(int64_t rows, const AttentionArgs& args) {
   return group >= rows ? 1 : rows / group;
 }
 
-inline int64_t relative_stride(const AttentionArgs& args) { return args.buckets + 2 * kMaxWidth; }
+// Entries of the prepared tables: a missing one has a single zero.
+inline int64_t buckets_of(const AttentionArgs& args) { return args.relative ? args.buckets : 1; }
+inline int64_t positions_of(const AttentionArgs& args) {
+  return args.absolute ? args.positions : 1;
+}
+inline int64_t relative_stride(const AttentionArgs& args) {
+  return buckets_of(args) + 2 * kMaxWidth;
+}
 inline int64_t absolute_stride(const AttentionArgs& args) {
-  return args.positions + 2 * kMaxWidth;
+  return positions_of(args) + 2 * kMaxWidth;
 }
 
 // Hands out pieces of one allocation; with a null base it only measures.
