@@ -39,7 +39,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
 # is off, every instruction set gives the same bits.
-ISA_SOURCES = {"pack_tokens_rows": "off", "spae_forward": "fast", "spae_backward": "fast"}
+ISA_SOURCES = {
+    "pack_tokens_rows": "off",
+    "spae_forward": "fast",
+    "spae_decode": "fast",
+    "spae_backward": "fast",
+}
 # Those that have a variant of their own for bfloat16 dot products; the others' AVX-512 code serves there too.
 DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward")
 

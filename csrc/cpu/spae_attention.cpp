@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/spae_plan.h"
@@ -18,6 +20,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 struct Kernels {
   const ForwardKernel* forward;
+  const DecodeKernel* decode;
   const BackwardKernel* backward;
 };
 
@@ -25,17 +28,18 @@ Kernels kernels(DType dtype) {
 #if defined(__x86_64__)
   switch (instruction_set()) {
     case Isa::kAvx512Bf16:
-      if (dtype == DType::kBFloat16) return {avx512_bf16::kForward, avx512_bf16::kBackward};
+      if (dtype == DType::kBFloat16)
+        return {avx512_bf16::kForward, avx512::kDecode, avx512_bf16::kBackward};
       [[fallthrough]];
     case Isa::kAvx512:
-      return {avx512::kForward, avx512::kBackward};
+      return {avx512::kForward, avx512::kDecode, avx512::kBackward};
     case Isa::kAvx2:
-      return {avx2::kForward, avx2::kBackward};
+      return {avx2::kForward, avx2::kDecode, avx2::kBackward};
     case Isa::kPortable:
       break;
   }
 #endif
-  return {portable::kForward, portable::kBackward};
+  return {portable::kForward, portable::kDecode, portable::kBackward};
 }
 
 // Floats at an address that suits every vector.
@@ -125,6 +129,50 @@ void write_relative(const AttentionArgs& args, const float* sums, float* out) {
   }
 }
 
+// One row of a sequence that several decode tasks share, from what each has summed over its keys.
+template <typename T>
+void write_decoded(const AttentionForward& call, const DecodeTask* tasks, int64_t count,
+                   int64_t from, int64_t row) {
+  const int64_t size = call.args.size;
+  float top = -HUGE_VALF, total = 0.0f;
+  for (int64_t n = 0; n < count; ++n) top = std::max(top, tasks[n].top[from]);
+  std::vector<float> sums(size), scales(count);
+  for (int64_t n = 0; n < count; ++n) {
+    // Where no task has seen a key, the tops are -inf; NaN scores leave a NaN total.
+    scales[n] = tasks[n].top[from] == top ? 1.0f : std::exp2(tasks[n].top[from] - top);
+    total += scales[n] * tasks[n].total[from];
+    for (int64_t d = 0; d < size; ++d) sums[d] += scales[n] * tasks[n].sums[from * size + d];
+  }
+  T* out = static_cast<T*>(call.out) + row * size;
+  for (int64_t d = 0; d < size; ++d) out[d] = from_float<T>(total == 0.0f ? 0.0f : sums[d] / total);
+  call.lse[row] = total == 0.0f ? HUGE_VALF : (top + std::log2(total)) / kLog2E;
+}
+
+template <typename T>
+void write_decoded(const AttentionForward& call, const DecodeTask* tasks, int64_t count) {
+  const AttentionArgs& args = call.args;
+  const int64_t group = args.heads / args.kv_heads, first = args.cu_q[tasks->sequence];
+  const int64_t queries = args.cu_q[tasks->sequence + 1] - first;
+  for (int64_t h = 0; h < args.kv_heads; ++h) {
+    for (int64_t r = 0; r < queries * group; ++r) {
+      const int64_t row = (first + r / group) * args.heads + h * group + r % group;
+      write_decoded<T>(call, tasks, count, h * queries * group + r, row);
+    }
+  }
+}
+
+void write_decoded(const AttentionForward& call, DType dtype, const DecodeTask* tasks,
+                   int64_t count) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return write_decoded<float>(call, tasks, count);
+    case DType::kBFloat16:
+      return write_decoded<BFloat16>(call, tasks, count);
+    case DType::kFloat16:
+      return write_decoded<Half>(call, tasks, count);
+  }
+}
+
 // The sum of what several tasks have given to one sequence's gradient of q, in their order.
 template <typename T>
 void write_shared(const AttentionBackward& call, const SharedGradient& gradient) {
@@ -159,18 +207,28 @@ void write_shared(const AttentionBackward& call, const SharedGradient& gradient,
 
 void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
                     const ParallelFor& parallel_for) {
-  const auto kernel = kernels(dtype).forward[static_cast<int>(dtype)];
+  const Kernels kernel = kernels(dtype);
   const PreparedTables prepared(call.args);
   const auto plan = plan_forward(call.args);
   const int64_t parts = plan.parts(threads);
   const auto starts = plan.deal(parts);
   const int64_t scratch_floats = ForwardScratch(call.args, nullptr).floats;
+  const auto forward = kernel.forward[static_cast<int>(dtype)];
   run_parts(parts, threads, scratch_floats, parallel_for, [&](int64_t part, float* scratch) {
     for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
       const ForwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
-      kernel(call, prepared.tables, plan.tasks[n], next, scratch);
+      forward(call, prepared.tables, plan.tasks[n], next, scratch);
     }
   });
+
+  const DecodePlan few(call.args, threads);
+  const auto decode = kernel.decode[static_cast<int>(dtype)];
+  run_parts(
+      few.tasks.size(), threads, DecodeScratch(call.args, nullptr).floats, parallel_for,
+      [&](int64_t n, float* scratch) { decode(call, prepared.tables, few.tasks[n], scratch); });
+  for (const DecodePlan::Shared& range : few.shared) {
+    write_decoded(call, dtype, &few.tasks[range.first], range.count);
+  }
 }
 
 void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t threads,

@@ -238,7 +238,8 @@ class Backward {
         if (rank < 0 || !bias_.any()) {
           score_row(p, dp, keys, filled, TextRow{}, lse, delta);
         } else if (bias_.ranks() == Ranks::kConsecutive) {
-          score_row(p, dp, keys, filled, item_row<Ranks::kConsecutive>(g, rank, by_key), lse, delta);
+          score_row(p, dp, keys, filled, item_row<Ranks::kConsecutive>(g, rank, by_key), lse,
+                    delta);
         } else if (bias_.ranks() == Ranks::kRising) {
           score_row(p, dp, keys, filled, item_row<Ranks::kRising>(g, rank, by_key), lse, delta);
         } else {

@@ -71,6 +71,7 @@ inline Plan<ForwardTask> plan_forward(const AttentionArgs& args) {
   for (int64_t s = 0; s < args.sequences; ++s) {
     const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
     const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
+    if (few_queries(args, queries)) continue;
     const int64_t most = query_block(kForwardRows, args);
     const int64_t blocks = (queries + most - 1) / most;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -83,6 +84,54 @@ inline Plan<ForwardTask> plan_forward(const AttentionArgs& args) {
   }
   return plan;
 }
+
+// The tasks of sequences with few queries. A sequence with more than a small part of all keys is
+// shared among tasks, so that one user with a long history has all threads.
+struct DecodePlan {
+  DecodePlan(const AttentionArgs& args, int64_t threads) {
+    int64_t total = 0;
+    for (int64_t s = 0; s < args.sequences; ++s) {
+      if (has_tasks(args, s)) total += args.cu_k[s + 1] - args.cu_k[s];
+    }
+    const int64_t share = std::max(total / (4 * threads), 4 * kDecodeKeys);
+    for (int64_t s = 0; s < args.sequences; ++s) {
+      if (!has_tasks(args, s)) continue;
+      const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
+      const int64_t parts = std::max<int64_t>(1, (keys + share - 1) / share);
+      if (parts > 1) shared.push_back({static_cast<int64_t>(tasks.size()), parts});
+      for (int64_t n = 0; n < parts; ++n) {
+        const int64_t first = keys * n / parts, count = keys * (n + 1) / parts - first;
+        tasks.push_back({s, first, count, nullptr, nullptr, nullptr});
+      }
+    }
+    const int64_t rows = args.kv_heads * kDecodeRows, stride = rows * (args.size + 2);
+    int64_t used = 0;
+    for (const Shared& range : shared) used += range.count * stride;
+    sums.resize(used);
+    float* at = sums.data();
+    for (const Shared& range : shared) {
+      for (int64_t n = range.first; n < range.first + range.count; ++n, at += stride) {
+        tasks[n].sums = at;
+        tasks[n].top = at + rows * args.size;
+        tasks[n].total = tasks[n].top + rows;
+      }
+    }
+  }
+
+  static bool has_tasks(const AttentionArgs& args, int64_t s) {
+    const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
+    return queries > 0 && few_queries(args, queries);
+  }
+
+  // The tasks that share a sequence.
+  struct Shared {
+    int64_t first, count;
+  };
+
+  std::vector<DecodeTask> tasks;
+  std::vector<Shared> shared;
+  std::vector<float> sums;
+};
 
 // A sequence and key head whose keys are shared among tasks: the tasks' sums of the queries'
 // gradient lie one after another from `sums`, `floats` each.

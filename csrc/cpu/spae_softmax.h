@@ -80,7 +80,8 @@ inline void soften(const float* scores, int64_t ld, int64_t tile, int64_t vecs, 
     rows.top[n] = now[n];
     if (now[n] == -kInfinity) now[n] = 0.0f;  // all are -inf: weights 0, not NaN
   }
-  for (int n = 0; n < kRounded; n += kWidth) store(kept + n, exp2(load(before + n) - load(now + n)));
+  for (int n = 0; n < kRounded; n += kWidth)
+    store(kept + n, exp2(load(before + n) - load(now + n)));
   for (int64_t n = 0; n < tile; ++n) {
     keep[n] = kept[n];
     Vec total = load(rows.total + n * kWidth) * kept[n];

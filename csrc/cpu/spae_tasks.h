@@ -23,6 +23,16 @@ struct ForwardTask {
   int64_t sequence, kv_head, first, count;
 };
 
+// Keys first .. first + count - 1 of one sequence that has few queries, for all heads. Where
+// several tasks share the sequence, what each sums goes to memory of its own (rows: key heads x
+// queries x heads of a group); null where this one has all keys, and writes the result itself.
+struct DecodeTask {
+  int64_t sequence, first, count;
+  float* sums;   // (rows, size): weights times values
+  float* top;    // (rows,): the largest score
+  float* total;  // (rows,): sum of weights
+};
+
 // Keys first .. first + count - 1 of one sequence and one key head, and the queries that see them.
 struct BackwardTask {
   int64_t sequence, kv_head, first, count;
@@ -41,19 +51,24 @@ struct BiasSums {
 // the cache meanwhile, because a short sequence is computed as quickly as it is read.
 using ForwardKernel = void (*)(const AttentionForward& call, const BiasTables& tables,
                                const ForwardTask& task, const ForwardTask* next, float* scratch);
+using DecodeKernel = void (*)(const AttentionForward& call, const BiasTables& tables,
+                              const DecodeTask& task, float* scratch);
 using BackwardKernel = void (*)(const AttentionBackward& call, const BiasTables& tables,
                                 const BackwardTask& task, const BackwardTask* next,
                                 const BiasSums& sums, float* scratch);
 
 namespace portable {
+extern const DecodeKernel kDecode[3];
 extern const ForwardKernel kForward[3];  // indexed by DType
 extern const BackwardKernel kBackward[3];
 }  // namespace portable
 namespace avx2 {
+extern const DecodeKernel kDecode[3];
 extern const ForwardKernel kForward[3];
 extern const BackwardKernel kBackward[3];
 }  // namespace avx2
 namespace avx512 {
+extern const DecodeKernel kDecode[3];
 extern const ForwardKernel kForward[3];
 extern const BackwardKernel kBackward[3];
 }  // namespace avx512
@@ -66,6 +81,8 @@ namespace {
 
 constexpr int64_t kMaxWidth = 16;  // floats in the widest vector; scratch is laid out in its units
 constexpr int64_t kMaxKeys = 256;  // in a block of keys
+constexpr int64_t kDecodeKeys = 64;     // in a block of keys of a DecodeTask
+constexpr int64_t kDecodeRows = 6;      // most query rows of one key head in a DecodeTask
 constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a group) of one task
 constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
 
@@ -93,6 +110,12 @@ inline int64_t relative_stride(const AttentionArgs& args) {
 }
 inline int64_t absolute_stride(const AttentionArgs& args) {
   return positions_of(args) + 2 * kMaxWidth;
+}
+
+// Whether a sequence of `queries` queries is left to decode tasks: so few rows that a key is used
+// hardly more often than packing it would touch it.
+inline bool few_queries(const AttentionArgs& args, int64_t queries) {
+  return queries * (args.heads / args.kv_heads) <= kDecodeRows && args.size % kMaxWidth == 0;
 }
 
 // Hands out pieces of one allocation; with a null base it only measures.
@@ -135,6 +158,27 @@ struct ForwardScratch {
   float* v;        // (keys, width)
   float* scores;   // (tile rows, keys)
   float* weights;  // (tile rows, keys)
+  int64_t floats;
+};
+
+struct DecodeScratch {
+  DecodeScratch(const AttentionArgs& args, float* base) {
+    Scratch scratch(base);
+    const int64_t rows = args.kv_heads * kDecodeRows;
+    q = scratch.take(rows * args.size);
+    out = scratch.take(rows * args.size);
+    top = scratch.take(rows);
+    total = scratch.take(rows * kMaxWidth);
+    parts = scratch.take(rows * kMaxWidth * kMaxWidth);
+    scores = scratch.take(rows * kDecodeKeys);
+    floats = scratch.used();
+  }
+  float* q;       // (rows, size)
+  float* out;     // (rows, size): weights times values, not yet divided
+  float* top;     // (rows,): largest score so far
+  float* total;   // (rows, kMaxWidth): sums of weights so far, by lane
+  float* parts;   // (rows, kMaxWidth, kMaxWidth): products by key and lane
+  float* scores;  // (rows, kDecodeKeys)
   int64_t floats;
 };
 

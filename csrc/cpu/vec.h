@@ -172,7 +172,8 @@ inline Vec exp2(Vec x) {
                                5.548528061e-2f, 2.402293056e-1f, 6.931470444e-1f);
   return bitcast<Vec>(_mm512_maskz_scalef_ps(0xFFFF, bitcast<__m512>(power), whole));
 #else  // |f| <= 1/2
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+  const float shift =
+      12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
   const Vec lowest = splat(-126.0f);
   const Vec clamped = x < lowest ? lowest : x;
   const Vec shifted = clamped + shift;
