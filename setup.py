@@ -37,6 +37,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
+# Those that register CPU kernels with torch.
+BINDINGS = ("ops", "ops_item_cross_entropy")
+# Those that share an op's work out among threads, compiled once.
+SHARED_SOURCES = ("pack_tokens", "spae_attention", "item_cross_entropy")
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
 # is off, every instruction set gives the same bits.
 ISA_SOURCES = {
@@ -44,9 +48,10 @@ ISA_SOURCES = {
     "spae_forward": "fast",
     "spae_decode": "fast",
     "spae_backward": "fast",
+    "item_cross_entropy_tiles": "fast",
 }
 # Those that have a variant of their own for bfloat16 dot products; the others' AVX-512 code serves there too.
-DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward")
+DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles")
 
 
 @dataclass(frozen=True)
@@ -226,8 +231,8 @@ class BuildExt(build_ext):
 
         ninja = Ninja(build_dir, cxx, self.cuda)
         isa = ninja.compile("cpu/isa.cpp", host)
-        cpu = [isa, ninja.compile("ops.cpp", torch_flags)]
-        cpu += [ninja.compile(f"cpu/{name}.cpp", host) for name in ("pack_tokens", "spae_attention")]
+        cpu = [isa, *(ninja.compile(f"{name}.cpp", torch_flags) for name in BINDINGS)]
+        cpu += [ninja.compile(f"cpu/{name}.cpp", host) for name in SHARED_SOURCES]
         for name, flags in ISAS.items():
             for source, contract in ISA_SOURCES.items():
                 if name == "avx512_bf16" and source not in DOT_PRODUCT_SOURCES:

@@ -37,6 +37,13 @@ const T* indices(const Tensor& tensor, int64_t count) {
   return tensor.const_data_ptr<T>();
 }
 
+inline const float* floats(const Tensor& tensor, int64_t count) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 1 &&
+                      tensor.size(0) == count && tensor.is_contiguous(),
+                  "expected a contiguous float32 vector of the right length");
+  return tensor.const_data_ptr<float>();
+}
+
 inline const void* table(const Tensor& tensor, int64_t hidden, DType dtype) {
   STD_TORCH_CHECK(dtype_of(tensor) == dtype && tensor.dim() == 2 && tensor.size(1) == hidden &&
                       tensor.is_contiguous(),

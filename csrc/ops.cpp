@@ -1,15 +1,11 @@
 // Registers the CPU kernels with torch, on its stable ABI: one library serves every torch from
 // 2.10 on. The schemas are in speeder_kernels/ops.py.
-#include "binding.h"
+#include "binding_cpu.h"
 #include "cpu/pack_tokens.h"
 #include "cpu/spae_attention.h"
 
 namespace speeder {
 namespace {
-
-void run_parallel(int64_t count, int64_t grain, const Body& body) {
-  torch::stable::parallel_for(0, count, grain, body);
-}
 
 Tensor pack_tokens_cpu(const Tensor& input_ids, const Tensor& text_embedding,
                        const Tensor& item_tokens, const Tensor& item_rows, const Tensor& ranks,

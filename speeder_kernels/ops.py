@@ -279,6 +279,22 @@ torch.library.register_autograd(
 # --- item_cross_entropy -------------------------------------------------------------------------------------
 
 
+_CROSS_ENTROPY_ARGS = "Tensor hidden, Tensor item_table, Tensor targets"
+# What _ops.so implements. `needs` is a bit for each of hidden and item_table.
+_LIBRARY.define(
+    f"item_cross_entropy_kernel({_CROSS_ENTROPY_ARGS}, float scale, Tensor? log_q) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"item_cross_entropy_backward_kernel(Tensor grad, {_CROSS_ENTROPY_ARGS}, Tensor lse, float scale, "
+    "Tensor? log_q, int needs) -> (Tensor, Tensor)"
+)
+
+
+def _log_q(log_q: Tensor | None) -> Tensor | None:
+    """As the kernels take it."""
+    return None if log_q is None else log_q.to(torch.float32).contiguous()
+
+
 @_define(
     "item_cross_entropy(Tensor hidden, Tensor item_table, Tensor targets, float scale, Tensor? log_q, "
     "str backend) -> (Tensor, Tensor)"
@@ -286,6 +302,9 @@ torch.library.register_autograd(
 def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
     if validate.reads_values(targets):
         validate.check_range("targets", targets, 0, item_table.shape[0])
+    if backend != "reference":
+        tensors = (x.contiguous() for x in (hidden, item_table, targets))
+        return _OPS.item_cross_entropy_kernel(*tensors, scale, _log_q(log_q))
     return reference.item_cross_entropy(hidden, item_table, targets, scale, log_q)
 
 
@@ -299,8 +318,14 @@ def _(hidden, item_table, targets, scale, log_q, backend):
     "item_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor item_table, Tensor targets, Tensor lse, "
     "float scale, Tensor? log_q, bool[] needs, str backend) -> (Tensor, Tensor)"
 )
-def _item_cross_entropy_backward(*args):
-    return reference.item_cross_entropy_backward(*args[:-1])
+def _item_cross_entropy_backward(grad, hidden, item_table, targets, lse, scale, log_q, needs, backend):
+    if backend == "reference":
+        return reference.item_cross_entropy_backward(
+            grad, hidden, item_table, targets, lse, scale, log_q, needs
+        )
+    tensors = (x.contiguous() for x in (grad, hidden, item_table, targets, lse))
+    bits = sum(need << n for n, need in enumerate(needs))
+    return _OPS.item_cross_entropy_backward_kernel(*tensors, scale, _log_q(log_q), bits)
 
 
 @_fake("item_cross_entropy_backward")

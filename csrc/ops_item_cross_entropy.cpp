@@ -1,0 +1,65 @@
+// Registers item_cross_entropy's CPU kernels with torch, on its stable ABI. The schemas are in
+// speeder_kernels/ops.py.
+#include "binding_cpu.h"
+#include "cpu/item_cross_entropy.h"
+
+namespace speeder {
+namespace {
+
+// What the forward and the backward pass share.
+ItemLossArgs loss_args(const Tensor& hidden, const Tensor& table_, const Tensor& targets,
+                       double scale, const std::optional<Tensor>& log_q) {
+  ItemLossArgs args{};
+  const DType dtype = dtype_of(hidden);
+  args.rows = hidden.size(0);
+  args.items = table_.size(0);
+  args.size = hidden.size(1);
+  args.hidden = table(hidden, args.size, dtype);
+  args.table = table(table_, args.size, dtype);
+  args.targets = indices(targets, args.rows);
+  if (log_q) args.log_q = floats(*log_q, args.items);
+  args.scale = static_cast<float>(scale);
+  return args;
+}
+
+std::tuple<Tensor, Tensor> item_cross_entropy_cpu(const Tensor& hidden, const Tensor& table,
+                                                  const Tensor& targets, double scale,
+                                                  const std::optional<Tensor>& log_q) {
+  ItemLossForward call{};
+  call.args = loss_args(hidden, table, targets, scale, log_q);
+  Tensor loss = torch::stable::new_empty(hidden, {call.args.rows}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(hidden, {call.args.rows}, ScalarType::Float);
+  call.loss = loss.mutable_data_ptr<float>();
+  call.lse = lse.mutable_data_ptr<float>();
+  item_cross_entropy(call, dtype_of(hidden), torch::stable::get_num_threads(), run_parallel);
+  return {loss, lse};
+}
+
+// `needs` has a bit for each of hidden and the table; what is not needed comes back empty.
+std::tuple<Tensor, Tensor> item_cross_entropy_backward_cpu(
+    const Tensor& grad, const Tensor& hidden, const Tensor& table, const Tensor& targets,
+    const Tensor& lse, double scale, const std::optional<Tensor>& log_q, int64_t needs) {
+  ItemLossBackward call{};
+  call.args = loss_args(hidden, table, targets, scale, log_q);
+  const ItemLossArgs& args = call.args;
+  call.grad = floats(grad, args.rows);
+  call.lse = floats(lse, args.rows);
+  Tensor grad_hidden = new_matrix(hidden, needs & 1 ? args.rows : 0, args.size);
+  Tensor grad_table = new_matrix(table, needs & 2 ? args.items : 0, args.size);
+  if (needs & 1) call.grad_hidden = grad_hidden.mutable_data_ptr();
+  if (needs & 2) call.grad_table = grad_table.mutable_data_ptr();
+  if (needs & 3) {
+    item_cross_entropy_backward(call, dtype_of(hidden), torch::stable::get_num_threads(),
+                                run_parallel);
+  }
+  return {grad_hidden, grad_table};
+}
+
+}  // namespace
+}  // namespace speeder
+
+STABLE_TORCH_LIBRARY_IMPL(speeder, CPU, library) {
+  library.impl("item_cross_entropy_kernel", TORCH_BOX(&speeder::item_cross_entropy_cpu));
+  library.impl("item_cross_entropy_backward_kernel",
+               TORCH_BOX(&speeder::item_cross_entropy_backward_cpu));
+}
