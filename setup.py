@@ -38,9 +38,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
 # Those that register CPU kernels with torch.
-BINDINGS = ("ops", "ops_item_cross_entropy")
+BINDINGS = ("ops", "ops_items")
 # Those that share an op's work out among threads, compiled once.
-SHARED_SOURCES = ("pack_tokens", "spae_attention", "item_cross_entropy")
+SHARED_SOURCES = ("pack_tokens", "spae_attention", "item_cross_entropy", "topk_items")
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
 # is off, every instruction set gives the same bits.
 ISA_SOURCES = {
@@ -49,9 +49,10 @@ ISA_SOURCES = {
     "spae_decode": "fast",
     "spae_backward": "fast",
     "item_cross_entropy_tiles": "fast",
+    "topk_items_tiles": "fast",
 }
 # Those that have a variant of their own for bfloat16 dot products; the others' AVX-512 code serves there too.
-DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles")
+DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles", "topk_items_tiles")
 
 
 @dataclass(frozen=True)

@@ -359,6 +359,13 @@ torch.library.register_autograd(
 # --- topk_items ---------------------------------------------------------------------------------------------
 
 
+# What _ops.so implements.
+_LIBRARY.define(
+    "topk_items_kernel(Tensor hidden, Tensor item_table, int k, Tensor? exclude_indptr, "
+    "Tensor? exclude_items) -> (Tensor, Tensor)"
+)
+
+
 @_define(
     "topk_items(Tensor hidden, Tensor item_table, SymInt k, Tensor? exclude_indptr, Tensor? exclude_items, "
     "str backend) -> (Tensor, Tensor)"
@@ -367,7 +374,11 @@ def _topk_items(hidden, item_table, k, exclude_indptr, exclude_items, backend):
     checked = validate.reads_values(hidden)
     if checked and exclude_indptr is not None:
         validate.check_exclude_values(exclude_indptr, exclude_items, item_table.shape[0])
-    scores, items = reference.topk_items(hidden, item_table, k, exclude_indptr, exclude_items)
+    if backend == "reference":
+        scores, items = reference.topk_items(hidden, item_table, k, exclude_indptr, exclude_items)
+    else:
+        excluded = (None if x is None else x.contiguous() for x in (exclude_indptr, exclude_items))
+        scores, items = _OPS.topk_items_kernel(hidden.contiguous(), item_table.contiguous(), k, *excluded)
     if checked:
         validate.check_finite_scores(scores)
         validate.check_topk_values(items, k)

@@ -1,39 +1,14 @@
-// The loops of item_cross_entropy. Scores come in tiles of a few items times a strip of hidden
-// rows: a row's items then lie in one lane, and its maximum and sum need no horizontal reduction. A
-// strip is as many columns as a register tile has, and lies contiguous, so that it is read from the
-// second cache in order. Built once for each instruction set.
+// The loops of item_cross_entropy, over tiles of scores in which a hidden row's items lie in one
+// lane: its maximum and its sum need no horizontal reduction. Built once for each instruction set.
 #include "cpu/item_cross_entropy_tiles.h"
 
-#include "cpu/tile_packing.h"
+#include "cpu/item_strips.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
-constexpr int64_t kStrip = kTileVecs * kWidth;
 constexpr float kLog2E = 1.44269504088896341f;
-static_assert(kStrip <= kWidestStrip && kTileRows <= kMostTileRows, "scratch fits every tile");
-
-inline int64_t strips_of(int64_t count) { return (count + kStrip - 1) / kStrip; }
-inline int64_t vecs_of(int64_t columns) {
-  return smaller(kTileVecs, (columns + kWidth - 1) / kWidth);
-}
-
-// The strips of one group or block: `lanes` x kStrip each.
-template <typename P>
-inline P* strip(P* first, int64_t lanes, int64_t n) {
-  return first + n * lanes * kStrip;
-}
-
-// rows x size elements as right operands whose depth goes down the rows, strip by strip.
-template <typename T, typename P>
-inline void pack_depth_strips(const T* in, int64_t stride, int64_t rows, int64_t size, P* out) {
-  for (int64_t n = 0; n < strips_of(size); ++n) {
-    const int64_t d = n * kStrip;
-    pack_depth(in + d, stride, rows, smaller(kStrip, size - d), strip(out, lanes_of<P>(rows), n),
-               kStrip);
-  }
-}
 
 template <typename T>
 void pack(const ItemLossArgs& args, const PackedHidden& packed, int64_t group) {
@@ -41,15 +16,10 @@ void pack(const ItemLossArgs& args, const PackedHidden& packed, int64_t group) {
   const int64_t first = group * kGroupRows, rows = smaller(kGroupRows, args.rows - first);
   const T* hidden = static_cast<const T*>(args.hidden) + first * args.size;
   P* columns = reinterpret_cast<P*>(packed.columns + group * group_floats(args.size));
-  const int64_t depth = padded_size(args.size) / kInLane<P>;
-  for (int64_t n = 0; n < strips_of(rows); ++n) {
-    const int64_t r = n * kStrip;
-    pack_columns(hidden + r * args.size, args.size, smaller(kStrip, rows - r), args.size,
-                 strip(columns, depth, n), kStrip);
-  }
+  pack_column_strips(hidden, rows, args.size, columns);
   if (packed.depth == nullptr) return;
   P* depths = reinterpret_cast<P*>(packed.depth + group * group_floats(args.size));
-  pack_depth_strips(hidden, args.size, rows, args.size, depths);
+  pack_depth_strips(hidden, rows, args.size, depths);
 }
 
 // For each lane of a strip: top and total take in `tile` rows of scores, after factor and shift
@@ -160,7 +130,7 @@ class Backward {
     const T* table = static_cast<const T*>(args_.table) + first * args_.size;
     pack_rows(table, args_.size, count, args_.size, packed(at_.items), ld_);
     if (part_.grad_hidden != nullptr) {
-      pack_depth_strips(table, args_.size, count, args_.size, packed(at_.items_depth));
+      pack_depth_strips(table, count, args_.size, packed(at_.items_depth));
     }
     for (int64_t group = 0; group < groups_of(args_.rows); ++group) {
       const int64_t rows = smaller(kGroupRows, args_.rows - group * kGroupRows);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/item_cross_entropy.h"
+#include "cpu/item_groups.h"
 
 namespace speeder {
 
@@ -49,17 +50,8 @@ extern const ItemLossKernels kItemLoss[3];  // for bfloat16 alone
 
 namespace {
 
-constexpr int64_t kGroupRows = 256;      // hidden rows of a group
 constexpr int64_t kForwardItems = 96;    // items whose rows are packed at once
 constexpr int64_t kBackwardItems = 192;  // items whose gradients are summed at once
-constexpr int64_t kWidestStrip = 64;     // columns of the widest tile
-constexpr int64_t kMostTileRows = 6;
-
-inline int64_t groups_of(int64_t rows) { return (rows + kGroupRows - 1) / kGroupRows; }
-inline int64_t padded_size(int64_t size) {
-  return (size + kWidestStrip - 1) / kWidestStrip * kWidestStrip;
-}
-inline int64_t group_floats(int64_t size) { return kGroupRows * padded_size(size); }
 
 // Where one thread's scratch memory goes; with a null base it only measures.
 struct ItemLossScratch {

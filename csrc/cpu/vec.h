@@ -134,6 +134,19 @@ inline void store_part(T* p, Vec x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
 }
 
+// Whether any lane is not zero.
+inline bool any(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bitcast<__m512i>(x), bitcast<__m512i>(x)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(bitcast<__m256i>(x), bitcast<__m256i>(x));
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kWidth; ++i) bits |= x[i];
+  return bits != 0;
+#endif
+}
+
 inline Vec largest(Vec a, Vec b) { return a > b ? a : b; }
 
 // All lanes into one by `combine`, halves onto each other: a fixed order.

@@ -1,7 +1,8 @@
-// Registers item_cross_entropy's CPU kernels with torch, on its stable ABI. The schemas are in
-// speeder_kernels/ops.py.
+// Registers the CPU kernels of the ops over all items with torch, on its stable ABI. The schemas
+// are in speeder_kernels/ops.py.
 #include "binding_cpu.h"
 #include "cpu/item_cross_entropy.h"
+#include "cpu/topk_items.h"
 
 namespace speeder {
 namespace {
@@ -55,6 +56,29 @@ std::tuple<Tensor, Tensor> item_cross_entropy_backward_cpu(
   return {grad_hidden, grad_table};
 }
 
+std::tuple<Tensor, Tensor> topk_items_cpu(const Tensor& hidden, const Tensor& item_table, int64_t k,
+                                          const std::optional<Tensor>& exclude_indptr,
+                                          const std::optional<Tensor>& exclude_items) {
+  TopkArgs args{};
+  const DType dtype = dtype_of(hidden);
+  args.rows = hidden.size(0);
+  args.items = item_table.size(0);
+  args.size = hidden.size(1);
+  args.k = k;
+  args.hidden = table(hidden, args.size, dtype);
+  args.table = table(item_table, args.size, dtype);
+  if (exclude_indptr && exclude_items) {
+    args.exclude_indptr = indices(*exclude_indptr, args.rows + 1);
+    args.exclude_items = indices(*exclude_items, exclude_items->size(0));
+  }
+  Tensor scores = torch::stable::new_empty(hidden, {args.rows, k}, ScalarType::Float);
+  Tensor best = torch::stable::new_empty(hidden, {args.rows, k}, ScalarType::Long);
+  args.scores = scores.mutable_data_ptr<float>();
+  args.best = best.mutable_data_ptr<int64_t>();
+  topk_items(args, dtype, torch::stable::get_num_threads(), run_parallel);
+  return {scores, best};
+}
+
 }  // namespace
 }  // namespace speeder
 
@@ -62,4 +86,5 @@ STABLE_TORCH_LIBRARY_IMPL(speeder, CPU, library) {
   library.impl("item_cross_entropy_kernel", TORCH_BOX(&speeder::item_cross_entropy_cpu));
   library.impl("item_cross_entropy_backward_kernel",
                TORCH_BOX(&speeder::item_cross_entropy_backward_cpu));
+  library.impl("topk_items_kernel", TORCH_BOX(&speeder::topk_items_cpu));
 }

@@ -1,0 +1,45 @@
+"""topk_items: the k best of I items for N positions of hidden size H."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from benchmarks.case import Benchmark, Inputs, Results, Side, size_of
+from speeder_kernels import topk_items
+
+MATMUL = "matmul + topk"
+REFERENCE = "reference"
+
+
+def _scores(results: Results) -> Results:
+    """Items whose scores are nearly equal may change places."""
+    return results[:1]
+
+
+def _build(dtype: torch.dtype, quick: bool) -> Inputs:
+    positions, items, hidden, k = (8, 2000, 64, 10) if quick else (256, 1_000_000, 64, 100)
+    hidden_NH, table_IH = torch.randn(positions, hidden).to(dtype), torch.randn(items, hidden).to(dtype)
+    sides = {
+        "ours": Side(lambda: topk_items(hidden_NH, table_IH, k), _scores),
+        MATMUL: Side(lambda: (hidden_NH @ table_IH.T).topk(k), _scores),
+        REFERENCE: Side(lambda: topk_items(hidden_NH, table_IH, k, backend="reference"), _scores),
+    }
+    results = positions * k * (4 + 8)
+    return Inputs(sides, 2 * positions * items * hidden, size_of(hidden_NH, table_IH) + results)
+
+
+def benchmarks() -> list[Benchmark]:
+    """All of this op."""
+    return [
+        Benchmark(
+            "topk_items",
+            "100 of 1,000,000 items, 256 positions",
+            "top-k",
+            dtype,
+            {MATMUL: 0.5, REFERENCE: None},
+            partial(_build, dtype),
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
