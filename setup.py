@@ -40,7 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 # Those that register CPU kernels with torch.
 BINDINGS = ("ops", "ops_items")
 # Those that share an op's work out among threads, compiled once.
-SHARED_SOURCES = ("pack_tokens", "spae_attention", "item_cross_entropy", "topk_items")
+SHARED_SOURCES = ("pack_tokens", "compress_items", "spae_attention", "item_cross_entropy", "topk_items")
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
 # is off, every instruction set gives the same bits.
 ISA_SOURCES = {
@@ -50,6 +50,7 @@ ISA_SOURCES = {
     "spae_backward": "fast",
     "item_cross_entropy_tiles": "fast",
     "topk_items_tiles": "fast",
+    "compress_items_rows": "fast",
 }
 # Those that have a variant of their own for bfloat16 dot products; the others' AVX-512 code serves there too.
 DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles", "topk_items_tiles")

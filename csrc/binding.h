@@ -44,6 +44,13 @@ inline const float* floats(const Tensor& tensor, int64_t count) {
   return tensor.const_data_ptr<float>();
 }
 
+inline const float* floats(const Tensor& tensor, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 &&
+                      tensor.size(0) == rows && tensor.size(1) == columns && tensor.is_contiguous(),
+                  "expected a contiguous float32 matrix of the right shape");
+  return tensor.const_data_ptr<float>();
+}
+
 inline const void* table(const Tensor& tensor, int64_t hidden, DType dtype) {
   STD_TORCH_CHECK(dtype_of(tensor) == dtype && tensor.dim() == 2 && tensor.size(1) == hidden &&
                       tensor.is_contiguous(),

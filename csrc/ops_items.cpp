@@ -1,13 +1,72 @@
-// Registers the CPU kernels of the ops over all items with torch, on its stable ABI. The schemas
+// Registers the CPU kernels of the ops over items with torch, on its stable ABI. The schemas
 // are in speeder_kernels/ops.py.
 #include "binding_cpu.h"
+#include "cpu/compress_items.h"
 #include "cpu/item_cross_entropy.h"
 #include "cpu/topk_items.h"
 
 namespace speeder {
 namespace {
 
-// What the forward and the backward pass share.
+CompressArgs compress_args(const Tensor& experts, const Tensor& logits, const Tensor& present,
+                           const Tensor& weight, double eps) {
+  CompressArgs args{};
+  STD_TORCH_CHECK(experts.dim() == 3 && experts.is_contiguous(),
+                  "expected contiguous expert outputs (items, modalities, size)");
+  args.items = experts.size(0);
+  args.modalities = experts.size(1);
+  args.size = experts.size(2);
+  STD_TORCH_CHECK(present.scalar_type() == ScalarType::Bool && present.is_contiguous() &&
+                      present.numel() == args.items * args.modalities,
+                  "expected a contiguous bool mask (items, modalities)");
+  args.experts = experts.const_data_ptr();
+  args.logits = floats(logits, args.items, args.modalities);
+  args.present = present.const_data_ptr<bool>();
+  args.weight = floats(weight, args.size);
+  args.eps = static_cast<float>(eps);
+  return args;
+}
+
+std::tuple<Tensor, Tensor> compress_items_cpu(const Tensor& experts, const Tensor& logits,
+                                              const Tensor& present, const Tensor& weight,
+                                              double eps) {
+  CompressForward call{};
+  call.args = compress_args(experts, logits, present, weight, eps);
+  Tensor tokens = new_matrix(experts, call.args.items, call.args.size);
+  Tensor gates =
+      torch::stable::new_empty(experts, {call.args.items, call.args.modalities}, ScalarType::Float);
+  call.tokens = tokens.mutable_data_ptr();
+  call.gates = gates.mutable_data_ptr<float>();
+  compress_items(call, dtype_of(experts), torch::stable::get_num_threads(), run_parallel);
+  return {tokens, gates};
+}
+
+// `needs` has a bit for each of expert_outputs, gate_logits and norm_weight; what is not needed
+// comes back empty.
+std::tuple<Tensor, Tensor, Tensor> compress_items_backward_cpu(
+    const Tensor& grad_tokens, const Tensor& grad_gates, const Tensor& experts,
+    const Tensor& logits, const Tensor& present, const Tensor& weight, double eps, int64_t needs) {
+  CompressBackward call{};
+  call.args = compress_args(experts, logits, present, weight, eps);
+  const CompressArgs& args = call.args;
+  const DType dtype = dtype_of(experts);
+  STD_TORCH_CHECK(grad_tokens.size(0) == args.items, "expected a gradient for each item");
+  call.grad_tokens = table(grad_tokens, args.size, dtype);
+  call.grad_gates = floats(grad_gates, args.items, args.modalities);
+  using torch::stable::new_empty;
+  Tensor grad_experts =
+      new_empty(experts, {needs & 1 ? args.items : 0, args.modalities, args.size});
+  Tensor grad_logits =
+      new_empty(experts, {needs & 2 ? args.items : 0, args.modalities}, ScalarType::Float);
+  Tensor grad_weight = new_empty(experts, {needs & 4 ? args.size : 0}, ScalarType::Float);
+  if (needs & 1) call.grad_experts = grad_experts.mutable_data_ptr();
+  if (needs & 2) call.grad_logits = grad_logits.mutable_data_ptr<float>();
+  if (needs & 4) call.grad_weight = grad_weight.mutable_data_ptr<float>();
+  compress_items_backward(call, dtype, torch::stable::get_num_threads(), run_parallel);
+  return {grad_experts, grad_logits, grad_weight};
+}
+
+// What the forward and the backward pass of item_cross_entropy share.
 ItemLossArgs loss_args(const Tensor& hidden, const Tensor& table_, const Tensor& targets,
                        double scale, const std::optional<Tensor>& log_q) {
   ItemLossArgs args{};
@@ -83,6 +142,8 @@ std::tuple<Tensor, Tensor> topk_items_cpu(const Tensor& hidden, const Tensor& it
 }  // namespace speeder
 
 STABLE_TORCH_LIBRARY_IMPL(speeder, CPU, library) {
+  library.impl("compress_items_kernel", TORCH_BOX(&speeder::compress_items_cpu));
+  library.impl("compress_items_backward_kernel", TORCH_BOX(&speeder::compress_items_backward_cpu));
   library.impl("item_cross_entropy_kernel", TORCH_BOX(&speeder::item_cross_entropy_cpu));
   library.impl("item_cross_entropy_backward_kernel",
                TORCH_BOX(&speeder::item_cross_entropy_backward_cpu));

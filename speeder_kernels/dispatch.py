@@ -18,7 +18,7 @@ OPS = ("spae_attention", "pack_tokens", "compress_items", "item_cross_entropy", 
 KERNELS: dict[str, tuple[str, ...]] = {
     "cuda": ("pack_tokens",),
     "triton": (),
-    "cpu": ("spae_attention", "pack_tokens", "item_cross_entropy", "topk_items"),
+    "cpu": OPS,
     "reference": OPS,
 }
 

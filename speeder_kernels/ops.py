@@ -228,15 +228,33 @@ torch.library.register_autograd(
 
 # --- compress_items -----------------------------------------------------------------------------------------
 
-
-@_define(
-    "compress_items(Tensor expert_outputs, Tensor gate_logits, Tensor present, Tensor norm_weight, "
-    "float eps, str backend) -> (Tensor, Tensor)"
+_COMPRESS_ARGS = "Tensor expert_outputs, Tensor gate_logits, Tensor present, Tensor norm_weight, float eps"
+_COMPRESS_GRADS = "Tensor grad_tokens, Tensor grad_gates"
+# What _ops.so implements. `needs` is a bit for each of expert_outputs, gate_logits and norm_weight.
+_LIBRARY.define(f"compress_items_kernel({_COMPRESS_ARGS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"compress_items_backward_kernel({_COMPRESS_GRADS}, {_COMPRESS_ARGS}, int needs) -> (Tensor, Tensor, Tensor)"
 )
+
+
+def _compress_tensors(experts: Tensor, logits: Tensor, present: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """As the kernels take them: dense, and the small ones in float32."""
+    return experts.contiguous(), _float32(logits), present.contiguous(), _float32(weight)
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.to(torch.float32).contiguous()
+
+
+@_define(f"compress_items({_COMPRESS_ARGS}, str backend) -> (Tensor, Tensor)")
 def _compress_items(expert_outputs, gate_logits, present, norm_weight, eps, backend):
     if validate.reads_values(present):
         validate.check_present_values(present)
-    return reference.compress_items(expert_outputs, gate_logits, present, norm_weight, eps)
+    if backend == "reference":
+        return reference.compress_items(expert_outputs, gate_logits, present, norm_weight, eps)
+    return _OPS.compress_items_kernel(
+        *_compress_tensors(expert_outputs, gate_logits, present, norm_weight), eps
+    )
 
 
 @_fake("compress_items")
@@ -246,17 +264,31 @@ def _(expert_outputs, gate_logits, present, norm_weight, eps, backend):
 
 
 @_define(
-    "compress_items_backward(Tensor grad_tokens, Tensor grad_gates, Tensor expert_outputs, "
-    "Tensor gate_logits, Tensor present, Tensor norm_weight, float eps, str backend) "
+    f"compress_items_backward({_COMPRESS_GRADS}, {_COMPRESS_ARGS}, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor)"
 )
-def _compress_items_backward(*args):
-    return reference.compress_items_backward(*args[:-1])
+def _compress_items_backward(
+    grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps, needs, backend
+):
+    if backend == "reference":
+        grads = reference.compress_items_backward(
+            grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps
+        )
+        return tuple(
+            g if need else g.new_empty(0, *g.shape[1:]) for g, need in zip(grads, needs, strict=True)
+        )
+    tensors = _compress_tensors(expert_outputs, gate_logits, present, norm_weight)
+    bits = sum(need << n for n, need in enumerate(needs))
+    experts, logits, weight = _OPS.compress_items_backward_kernel(
+        grad_tokens.contiguous(), _float32(grad_gates), *tensors, eps, bits
+    )
+    return experts, logits.to(gate_logits.dtype), weight.to(norm_weight.dtype)
 
 
 @_fake("compress_items_backward")
-def _(grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps, backend):
-    return tuple(x.new_empty(x.shape) for x in (expert_outputs, gate_logits, norm_weight))
+def _(grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps, needs, backend):
+    inputs = (expert_outputs, gate_logits, norm_weight)
+    return tuple(_needed(x, x.shape, need) for x, need in zip(inputs, needs, strict=True))
 
 
 def _compress_setup(ctx, inputs, output):
@@ -265,8 +297,10 @@ def _compress_setup(ctx, inputs, output):
 
 
 def _compress_backward(ctx, grad_tokens, grad_gates):
-    grads = _OPS.compress_items_backward(grad_tokens, grad_gates, *ctx.saved_tensors, ctx.eps, ctx.backend)
     needs = [ctx.needs_input_grad[n] for n in (0, 1, 3)]
+    grads = _OPS.compress_items_backward(
+        grad_tokens, grad_gates, *ctx.saved_tensors, ctx.eps, needs, ctx.backend
+    )
     experts, logits, weight = (g if need else None for g, need in zip(grads, needs, strict=True))
     return experts, logits, None, weight, None, None
 
@@ -290,11 +324,6 @@ _LIBRARY.define(
 )
 
 
-def _log_q(log_q: Tensor | None) -> Tensor | None:
-    """As the kernels take it."""
-    return None if log_q is None else log_q.to(torch.float32).contiguous()
-
-
 @_define(
     "item_cross_entropy(Tensor hidden, Tensor item_table, Tensor targets, float scale, Tensor? log_q, "
     "str backend) -> (Tensor, Tensor)"
@@ -304,7 +333,7 @@ def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
         validate.check_range("targets", targets, 0, item_table.shape[0])
     if backend != "reference":
         tensors = (x.contiguous() for x in (hidden, item_table, targets))
-        return _OPS.item_cross_entropy_kernel(*tensors, scale, _log_q(log_q))
+        return _OPS.item_cross_entropy_kernel(*tensors, scale, None if log_q is None else _float32(log_q))
     return reference.item_cross_entropy(hidden, item_table, targets, scale, log_q)
 
 
@@ -325,7 +354,9 @@ def _item_cross_entropy_backward(grad, hidden, item_table, targets, lse, scale, 
         )
     tensors = (x.contiguous() for x in (grad, hidden, item_table, targets, lse))
     bits = sum(need << n for n, need in enumerate(needs))
-    return _OPS.item_cross_entropy_backward_kernel(*tensors, scale, _log_q(log_q), bits)
+    return _OPS.item_cross_entropy_backward_kernel(
+        *tensors, scale, None if log_q is None else _float32(log_q), bits
+    )
 
 
 @_fake("item_cross_entropy_backward")

@@ -38,23 +38,28 @@ def torch_compress(experts, logits, present, weight):
     return tokens, gates.float()
 
 
+BACKENDS = ("reference", "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=40, deadline=None)
 @given(
     items=st.integers(1, 7),
-    modalities=st.integers(1, 4),
-    hidden=st.sampled_from([1, 2, 16, 33]),
+    modalities=st.integers(1, 20),
+    hidden=st.sampled_from([1, 2, 16, 33, 100]),
     dtype=st.sampled_from(DTYPES),
     float32_gates=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_matches_the_loop(items, modalities, hidden, dtype, float32_gates, seed):
+def test_matches_the_loop(backend, items, modalities, hidden, dtype, float32_gates, seed):
     args = make(items, modalities, hidden, dtype, torch.float32 if float32_gates else None, seed)
     (ours, inputs), (exact, exact_inputs), (same, same_inputs) = (
         leaves(args),
         leaves(args, torch.float64),
         leaves(args),
     )
-    out, out_exact, out_torch = compress_items(*ours), naive.compress_items(*exact), torch_compress(*same)
+    out, out_exact = compress_items(*ours, backend=backend), naive.compress_items(*exact)
+    out_torch = torch_compress(*same)
     assert out[0].dtype == dtype and out[1].dtype == torch.float32
     naive.assert_accurate("tokens", out[0], out_exact[0], out_torch[0])
     naive.assert_accurate("gates", out[1], out_exact[1], out_torch[1])
@@ -77,15 +82,20 @@ def test_gates_sum_to_one_over_what_is_present():
     assert gates[~present].eq(0).all()
 
 
-def test_absent_modalities_are_never_read():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_absent_modalities_are_never_read(backend):
     """NaN in an absent row changes neither results nor gradients, and gets zero gradient itself."""
-    args, inputs = leaves(make(items=20))
-    clean = [*compress_items(*args), *naive.gradients(compress_items(*args), inputs)]
+
+    def run(args, inputs):
+        out = compress_items(*args, backend=backend)
+        return [*out, *naive.gradients(out, inputs)]
+
+    clean = run(*leaves(make(items=20)))
     dirty, inputs = leaves(make(items=20))
     with torch.no_grad():
         dirty[0][~dirty[2]] = float("nan")
         dirty[1][~dirty[2]] = float("nan")
-    results = [*compress_items(*dirty), *naive.gradients(compress_items(*dirty), inputs)]
+    results = run(dirty, inputs)
     assert all(torch.equal(a, b) for a, b in zip(results, clean, strict=True))
     assert results[2][~dirty[2]].eq(0).all() and results[3][~dirty[2]].eq(0).all()
 
@@ -104,9 +114,38 @@ def test_gradients_are_bit_identical():
         assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
 
 
-def test_opcheck_compile_and_autocast():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_inputs(backend):
+    experts, logits, present, weight = make(items=9, hidden=40)
+    wide = torch.full((9, 3, 80), float("nan"))
+    wide[..., ::2] = experts
+    args = (wide[..., ::2], logits.T.contiguous().T, present.T.contiguous().T, weight.repeat(2)[::2])
+    expected = compress_items(experts, logits, present, args[3].contiguous(), backend=backend)
+    for a, b in zip(compress_items(*args, backend=backend), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), ()])
+def test_only_wanted_gradients(wanted):
+    """A gradient nobody needs comes back empty, and the others do not change."""
+    args = make(items=50, hidden=40)
+    grads = torch.randn(50, 40), torch.randn(50, 3)
+    backward = torch.ops.speeder.compress_items_backward
+    for backend in BACKENDS:
+        everything = backward(*grads, *args, 1e-6, [True] * 3, backend)
+        some = backward(*grads, *args, 1e-6, [n in wanted for n in range(3)], backend)
+        for n, (whole, part) in enumerate(zip(everything, some, strict=True)):
+            assert torch.equal(part, whole) if n in wanted else part.shape == (0, *whole.shape[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    args, _ = leaves(make())
+    torch.library.opcheck(torch.ops.speeder.compress_items.default, (*args, 1e-6, backend))
+
+
+def test_compile_and_autocast():
     args, inputs = leaves(make())
-    torch.library.opcheck(torch.ops.speeder.compress_items.default, (*args, 1e-6, "reference"))
     eager = compress_items(*args)
     out = torch.compile(compress_items, backend="aot_eager", fullgraph=True)(*args)
     assert all(torch.equal(a, b) for a, b in zip(out, eager, strict=True))

@@ -30,29 +30,84 @@ def cases(draw):
     return h, table, excluded, draw(st.integers(1, max(1, allowed))) if allowed else 0
 
 
-@pytest.mark.parametrize("items_per_chunk", [1, 4, 8192])
+@pytest.mark.parametrize(
+    ("backend", "items_per_chunk"), [("reference", 1), ("reference", 4), ("reference", 8192), ("cpu", 8192)]
+)
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
-def test_matches_sorting(items_per_chunk, case):
+def test_matches_sorting(backend, items_per_chunk, case):
     h, table, excluded, k = case
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ITEMS_PER_CHUNK", items_per_chunk)
         if k == 0:
             with pytest.raises(ValueError, match="k: expected at most 0, the items that row"):
-                topk_items(h, table, 1, **csr(excluded))
+                topk_items(h, table, 1, **csr(excluded), backend=backend)
             return
-        scores, items = topk_items(h, table, k, **csr(excluded))
+        scores, items = topk_items(h, table, k, **csr(excluded), backend=backend)
     exact = h.double() @ table.double().T
     assert items.tolist() == naive.topk_items(exact, k, [set(row) for row in excluded])
     assert scores.dtype == torch.float32 and items.dtype == torch.int64
     assert torch.equal(scores.double(), exact.gather(1, items))
 
 
-def test_order_of_every_float():
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.sampled_from([1, 3, 64, 65, 300]),
+    items=st.sampled_from([1, 7, 100, 2500, 5000]),
+    hidden=st.sampled_from([1, 5, 64, 100]),
+    k=st.sampled_from([1, 10, 300]),
+    ties=st.booleans(),
+    threads=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 10_000),
+)
+def test_many_rows_and_items(rows, items, hidden, k, ties, threads, seed):
+    """Several groups of rows and chunks of items, lists that are cut back, rising scores, many ties."""
+    draw = torch.Generator().manual_seed(seed)
+    h = torch.randint(-3, 4, (rows, hidden), generator=draw).float()
+    table = torch.randint(-3, 4, (items, hidden), generator=draw).float()
+    if not ties:  # the worst order: each item better than the last
+        h, table = h.abs() + 1, torch.arange(items)[:, None].expand(-1, hidden).float().contiguous()
+    excluded = [torch.randint(0, items, (3,), generator=draw).tolist() if n % 2 else [] for n in range(rows)]
+    k = max(1, min(k, items - 3))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        if items > 3:
+            scores, best = topk_items(h, table, k, **csr(excluded), backend="cpu")
+        else:
+            excluded = [[] for _ in range(rows)]
+            scores, best = topk_items(h, table, k, backend="cpu")
+    finally:
+        torch.set_num_threads(before)
+    exact = h.double() @ table.double().T
+    assert best.tolist() == naive.topk_items(exact, k, [set(row) for row in excluded])
+    assert torch.equal(scores.double(), exact.gather(1, best))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_are_float32(dtype):
+    """As exact as float32 sums of the inputs as they are."""
+    draw = torch.Generator().manual_seed(0)
+    h, table = (torch.randn(n, 100, generator=draw).to(dtype) for n in (70, 900))
+    scores, best = topk_items(h, table, 20, backend="cpu")
+    exact = h.double() @ table.double().T
+    assert torch.equal(best, exact.topk(20).indices)
+    torch.testing.assert_close(scores.double(), exact.gather(1, best), atol=2e-5, rtol=1e-6)
+
+
+def test_a_nan_among_many_items_is_found():
+    table = torch.randn(5000, 8)
+    table[4321] = float("nan")
+    with pytest.raises(ValueError, match="got NaN in row 0"):
+        topk_items(torch.ones(1, 8), table, 3, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_order_of_every_float(backend):
     """Negative, zero of both signs, subnormal and infinite scores come in the right order."""
     values = [0.0, -0.0, 1e-40, -1e-40, float("inf"), float("-inf"), 3.0, -3.0]
     table = torch.tensor(values)[:, None]
-    scores, items = topk_items(torch.ones(1, 1), table, 8)
+    scores, items = topk_items(torch.ones(1, 1), table, 8, backend=backend)
     assert items.tolist() == [[4, 6, 2, 0, 1, 3, 7, 5]]
     assert torch.equal(scores[0], table[items[0], 0])
 

@@ -1,0 +1,175 @@
+// The loops of compress_items, item by item: what an item's experts give stays in the first cache
+// between one loop and the next. Built once for each instruction set.
+#include "cpu/compress_items_rows.h"
+
+#include "cpu/vec.h"
+
+extern "C" float sqrtf(float);
+
+namespace speeder {
+namespace SPEEDER_ISA {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// Calls body(d, load, store) for each vector of a row of `size` elements; the last may be a part of
+// one, whose other lanes are zero.
+template <typename Body>
+inline void for_vectors(int64_t size, const Body& body) {
+  const int64_t whole = size / kWidth * kWidth;
+  for (int64_t d = 0; d < whole; d += kWidth) body(d, kWidth);
+  if (whole < size) body(whole, size - whole);
+}
+
+template <typename T>
+inline Vec load_row(const T* p, int64_t count) {
+  return count == kWidth ? load(p) : load_part(p, count);
+}
+
+template <typename T>
+inline void store_row(T* p, Vec x, int64_t count) {
+  if (count == kWidth) {
+    store(p, x);
+  } else {
+    store_part(p, x, count);
+  }
+}
+
+template <typename T>
+class Item {
+ public:
+  Item(const CompressArgs& args, float* scratch)
+      : args_(args),
+        mixed(scratch),
+        grad(mixed + compress_padded(args.size)),
+        gates(grad + compress_padded(args.size)),
+        grad_gates(gates + compress_padded(args.modalities)) {}
+
+  // Gates and mixture of item `u`; the reciprocal of its root mean square.
+  float mix(int64_t u) {
+    const int64_t m0 = u * args_.modalities;
+    experts = static_cast<const T*>(args_.experts) + m0 * args_.size;
+    present = args_.present + m0;
+    soften(args_.logits + m0);
+    Vec squares = {};
+    for_vectors(args_.size, [&](int64_t d, int64_t count) {
+      Vec sum = {};
+      for (int64_t m = 0; m < args_.modalities; ++m) {
+        if (present[m]) sum += load_row(experts + m * args_.size + d, count) * gates[m];
+      }
+      store(mixed + d, sum);
+      squares += sum * sum;
+    });
+    return 1.0f / sqrtf(sum(squares) / static_cast<float>(args_.size) + args_.eps);
+  }
+
+ private:
+  void soften(const float* logits) {
+    float top = -kInfinity;
+    for (int64_t m = 0; m < args_.modalities; ++m) {
+      if (present[m] && logits[m] > top) top = logits[m];
+    }
+    const float base = top == -kInfinity ? 0.0f : top;
+    for (int64_t m = 0; m < args_.modalities; ++m) {
+      gates[m] = present[m] ? (logits[m] - base) * kLog2E : -kInfinity;
+    }
+    Vec total = {};
+    for_vectors(args_.modalities, [&](int64_t m, int64_t count) {
+      const Ints used = lanes() < static_cast<int32_t>(count);
+      const Vec weight = exp2(used ? load(gates + m) : splat(-kInfinity));
+      store(gates + m, weight);
+      total += weight;
+    });
+    const float scale = 1.0f / sum(total);
+    for (int64_t m = 0; m < args_.modalities; ++m) gates[m] *= scale;
+  }
+
+  const CompressArgs& args_;
+
+ public:
+  float* const mixed;       // (size,)
+  float* const grad;        // (size,): room for a gradient
+  float* const gates;       // (modalities,)
+  float* const grad_gates;  // (modalities,): room for theirs
+  const T* experts = nullptr;
+  const bool* present = nullptr;
+};
+
+template <typename T>
+void forward(const CompressForward& call, int64_t begin, int64_t end, float* scratch) {
+  const CompressArgs& args = call.args;
+  Item<T> item(args, scratch);
+  for (int64_t u = begin; u < end; ++u) {
+    const float scale = item.mix(u);
+    T* out = static_cast<T*>(call.tokens) + u * args.size;
+    for_vectors(args.size, [&](int64_t d, int64_t count) {
+      store_row(out + d, load(item.mixed + d) * scale * load_row(args.weight + d, count), count);
+    });
+    for (int64_t m = 0; m < args.modalities; ++m) {
+      call.gates[u * args.modalities + m] = item.gates[m];
+    }
+  }
+}
+
+template <typename T>
+void backward(const CompressBackward& call, int64_t begin, int64_t end, float* grad_weight,
+              float* scratch) {
+  const CompressArgs& args = call.args;
+  Item<T> item(args, scratch);
+  const bool through = call.grad_experts != nullptr || call.grad_logits != nullptr;
+  for (int64_t u = begin; u < end; ++u) {
+    const float scale = item.mix(u);
+    const T* grad = static_cast<const T*>(call.grad_tokens) + u * args.size;
+    // The gradient of mixed * scale; RMSNorm takes away its part along that vector.
+    Vec products = {};
+    for_vectors(args.size, [&](int64_t d, int64_t count) {
+      const Vec given = load_row(grad + d, count), normed = load(item.mixed + d) * scale;
+      const Vec grad_normed = given * load_row(args.weight + d, count);
+      if (grad_weight != nullptr) store(grad_weight + d, load(grad_weight + d) + given * normed);
+      store(item.grad + d, grad_normed);
+      store(item.mixed + d, normed);
+      products += grad_normed * normed;
+    });
+    if (!through) continue;
+    const float along = sum(products) / static_cast<float>(args.size);
+    for_vectors(args.size, [&](int64_t d, int64_t) {
+      const Vec left = load(item.grad + d) - load(item.mixed + d) * along;
+      store(item.grad + d, left * scale);
+    });
+
+    float total = 0.0f;  // of gates times their gradients
+    for (int64_t m = 0; m < args.modalities; ++m) {
+      const int64_t at = u * args.modalities + m;
+      const T* expert = item.experts + m * args.size;
+      T* out = static_cast<T*>(call.grad_experts) + (call.grad_experts ? at * args.size : 0);
+      Vec dot = {};
+      if (!item.present[m]) {
+        if (call.grad_experts != nullptr) __builtin_memset(out, 0, args.size * sizeof(T));
+      } else {
+        for_vectors(args.size, [&](int64_t d, int64_t count) {
+          const Vec grad_mixed = load(item.grad + d);
+          dot += load_row(expert + d, count) * grad_mixed;
+          if (call.grad_experts != nullptr) store_row(out + d, grad_mixed * item.gates[m], count);
+        });
+        item.grad_gates[m] = call.grad_gates[at] + sum(dot);
+        total += item.gates[m] * item.grad_gates[m];
+      }
+    }
+    for (int64_t m = 0; m < args.modalities && call.grad_logits != nullptr; ++m) {
+      const float gradient = item.gates[m] * (item.grad_gates[m] - total);
+      call.grad_logits[u * args.modalities + m] = item.present[m] ? gradient : 0.0f;
+    }
+  }
+}
+
+template <typename T>
+constexpr CompressKernels kernels() {
+  return {forward<T>, backward<T>};
+}
+
+}  // namespace
+
+const CompressKernels kCompress[3] = {kernels<float>(), kernels<BFloat16>(), kernels<Half>()};
+
+}  // namespace SPEEDER_ISA
+}  // namespace speeder
