@@ -8,7 +8,7 @@ POSTERS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test lint install assets clean
+.PHONY: demo test bench lint install assets clean
 
 install: $(VENV)/.installed
 
@@ -33,10 +33,14 @@ demo: install
 test: install assets lint
 	$(BIN)/python -m pytest -q --timeout=600
 
+# Every op beside PyTorch and beside the machine's limits: bench/table.md, table.json, roofline.png
+bench: install
+	$(BIN)/python -m benchmarks.table $(if $(THREADS),--threads $(THREADS))
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build speeder_kernels/*.so speeder.egg-info $(VENV)/.installed

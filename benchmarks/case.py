@@ -12,6 +12,7 @@ Results = tuple[Tensor, ...]
 
 FORWARD = "forward"
 TRAINING = "forward + backward"
+REFERENCE = "reference"  # the side that is the plain PyTorch oracle of speeder_kernels
 
 
 def as_is(results: Results) -> Results:

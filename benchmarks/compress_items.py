@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import TRAINING, Benchmark, Inputs, Side, leaves, size_of, training
+from benchmarks.case import REFERENCE, TRAINING, Benchmark, Inputs, Side, leaves, size_of, training
 from speeder_kernels import compress_items
 
 EAGER = "eager"
 EAGER_BMM = "eager, the sum by bmm"
-REFERENCE = "reference"
 
 
 def _weighted_sum(gates_UM: Tensor, experts_UMH: Tensor) -> Tensor:

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import TRAINING, Benchmark, Inputs, Side, leaves, size_of, training
+from benchmarks.case import REFERENCE, TRAINING, Benchmark, Inputs, Side, leaves, size_of, training
 from speeder_kernels import item_cross_entropy
 
 FULL = "full logits + F.cross_entropy"
-REFERENCE = "reference"
 
 
 def _build(dtype: torch.dtype, quick: bool) -> Inputs:

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import FORWARD, Benchmark, Inputs, Results, Side, size_of
+from benchmarks.case import FORWARD, REFERENCE, Benchmark, Inputs, Results, Side, size_of
 from speeder_kernels import pack_tokens
 
 VOCABULARY, HIDDEN, PROMPTS = 49152, 576, 256  # SmolLM2-135M
 BATCHES = 4  # in turn, so that a batch's rows are not in the cache from the call before
 
 EAGER = "gather + where + add"
-REFERENCE = "reference"
 
 
 def _eager(

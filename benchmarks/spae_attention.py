@@ -14,13 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.case import FORWARD, TRAINING, Benchmark, Inputs, Results, Side, leaves, size_of, training
+from benchmarks.case import (
+    FORWARD,
+    REFERENCE,
+    TRAINING,
+    Benchmark,
+    Inputs,
+    Results,
+    Side,
+    leaves,
+    size_of,
+    training,
+)
 from speeder_kernels import spae_attention
 
 HEADS, KV_HEADS, HEAD_SIZE = 9, 3, 64  # SmolLM2-135M
 BUCKETS, POSITIONS = 64, 256
 
-REFERENCE = "reference"
 NO_BIAS = "SDPA causal, no bias"
 DENSE = "SDPA, dense bias"
 LEARNED = "SDPA, dense learned bias"

@@ -6,11 +6,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.case import Benchmark, Inputs, Results, Side, size_of
+from benchmarks.case import REFERENCE, Benchmark, Inputs, Results, Side, size_of
 from speeder_kernels import topk_items
 
 MATMUL = "matmul + topk"
-REFERENCE = "reference"
 
 
 def _scores(results: Results) -> Results:

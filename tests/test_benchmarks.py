@@ -1,0 +1,66 @@
+"""The benchmarks run, compare the same results, and write their report. Nothing here judges a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.case import REFERENCE
+from benchmarks.suite import BENCHMARKS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_sides_compute_the_same(name: str) -> None:
+    case = BENCHMARKS[name]
+    inputs = case.build(True)
+    assert set(inputs.sides) | set(inputs.missing) == set(case.sides)
+    assert inputs.flops > 0 and inputs.bytes > 0
+    comparable = {side: it for side, it in inputs.sides.items() if it.to_ours is not None}
+    results = {side: it.to_ours(it.run()) for side, it in comparable.items()}
+    assert {"ours", REFERENCE} < set(results)
+    share = 1e-4 if case.dtype == torch.float32 else 4e-2  # of the largest number: layouts, not accuracy
+    for side in results:
+        for ours, other in zip(results["ours"], results[side], strict=True):
+            assert ours.shape == other.shape
+            error = (ours.float() - other.float()).abs().max()
+            assert error <= share * ours.float().abs().max(), (side, ours.shape)
+
+
+def test_table(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.table", "--quick", "--threads=1", f"--out={tmp_path}"]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert {row["op"] for row in report["rows"]} == {case.op for case in BENCHMARKS.values()}
+    for row in report["rows"]:
+        if row["other_side"].startswith("FlexAttention"):
+            assert row["missing"]  # a quick run does not compile it, and says so
+        elif row["kind"].startswith("peak memory"):  # tiny shapes may need no page more
+            assert row["ours"] is not None and row["other"] is not None, row
+        else:
+            assert row["ours"] > 0 and row["other"] > 0 and row["ratio"] > 0, row
+        measured = row["target"] is not None and row["ratio"] is not None
+        assert (row["held"] is not None) == measured
+    for name, case in BENCHMARKS.items():
+        times = report["times"][name]["sides"]
+        for side in set(case.sides) & set(times):
+            assert 0 < times[side]["lower_quartile"] <= times[side]["median"] <= times[side]["upper_quartile"]
+    assert all(limit > 0 for limit in report["limits"].values())
+    text = (tmp_path / "table.md").read_text()
+    assert all(case.what in text for case in BENCHMARKS.values())
+    assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
