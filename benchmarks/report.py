@@ -10,7 +10,7 @@ from benchmarks.timing import Times, Timing
 
 TIME, MEMORY, WORKSPACE = "time", "peak memory", "peak memory without results"
 COMPUTE, BANDWIDTH = "GFLOP/s", "GB/s"
-DISTURBANCE = 0.1  # cores that other processes may use during a measurement
+DISTURBED = "(disturbed)"
 _AT_LEAST = (COMPUTE, BANDWIDTH)  # ours is to reach a share; elsewhere it is to stay below one
 
 
@@ -118,11 +118,6 @@ def point(case: Benchmark, inputs: Inputs, seconds: float, peak: float, bandwidt
     return Point(*what, seconds, gflops, gigabytes, intensity, gflops / peak, gigabytes / bandwidth)
 
 
-def is_disturbed(timing: Timing) -> bool:
-    """Whether other processes ran beside a benchmark so much that its times are not to be trusted."""
-    return timing.busy_elsewhere is not None and timing.busy_elsewhere > DISTURBANCE
-
-
 def markdown(report: Report) -> str:
     """All of it but the spread of the times."""
     judged = [one.held for one in report.rows if one.target is not None]
@@ -133,6 +128,9 @@ def markdown(report: Report) -> str:
         f"{judged.count(True)} of {len(judged)} targets hold. Ratios are ours / other, of medians.",
         "",
     ]
+    disturbed = {name for name, timing in report.times.items() if timing.disturbed}
+    if disturbed:
+        lines += [f"{DISTURBED}: other processes took cores meanwhile; not to be trusted.", ""]
     lines += ["| op | case | dtype | of | against | ours | other | ratio | target | holds |"]
     lines += ["|---|---|---|---|---|---:|---:|---:|---:|---|"]
     for one in report.rows:
@@ -142,6 +140,8 @@ def markdown(report: Report) -> str:
         cells += ["-" if one.ratio is None else f"{one.ratio:.3f}"]
         cells += ["" if one.target is None else f"{sign} {one.target:g}"]
         cells += [one.missing or {True: "yes", False: "**no**", None: ""}[one.held]]
+        if one.kind not in (MEMORY, WORKSPACE) and f"{one.op}, {one.what}, {one.dtype}" in disturbed:
+            cells[-1] = f"{cells[-1]} {DISTURBED}".strip()
         lines.append(_line(cells))
     lines += ["", "## Beside the machine's limits", "", "![roofline](roofline.png)", ""]
     lines += [

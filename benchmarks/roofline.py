@@ -55,6 +55,7 @@ def draw(report: Report, path: Path) -> None:
     figure.tight_layout()
     figure.canvas.draw()
     for ax, dtype in zip(axes[0], dtypes, strict=True):
+        _name_slope(ax, bandwidth)
         _label(ax, [point for point in report.points if point.dtype == dtype], colours)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -63,18 +64,31 @@ def draw(report: Report, path: Path) -> None:
 def _roof(ax: Axes, peak: float, bandwidth: float, xlim: tuple[float, float]) -> None:
     x = np.geomspace(*xlim, 400)
     ax.plot(x, np.minimum(peak, bandwidth * x), color=ROOF, linewidth=1.6, zorder=2)
-    style = dict(textcoords="offset points", color=ROOF, fontsize=9)
-    ax.annotate(f"register tile: {peak:.0f} GFLOP/s", (xlim[1], peak), xytext=(-4, 5), ha="right", **style)
-    # Along the slope, near its lower end.
-    at = xlim[0] * 1.25
+    ax.annotate(
+        f"register tile: {peak:.0f} GFLOP/s",
+        (xlim[1], peak),
+        xytext=(-4, 5),
+        textcoords="offset points",
+        ha="right",
+        color=ROOF,
+        fontsize=9,
+    )
+
+
+def _name_slope(ax: Axes, bandwidth: float) -> None:
+    """Write the bandwidth along its roof, near the lower end; the panel has its final size by now."""
+    at = ax.get_xlim()[0] * 2
+    (x0, y0), (x1, y1) = ax.transData.transform([(at, bandwidth * at), (2 * at, 2 * bandwidth * at)])
+    angle = math.atan2(y1 - y0, x1 - x0)
     ax.annotate(
         f"copy: {bandwidth:.0f} GB/s",
         (at, bandwidth * at),
-        xytext=(0, 7),
-        rotation=45,
+        xytext=(-6 * math.sin(angle), 6 * math.cos(angle)),
+        textcoords="offset points",
+        rotation=math.degrees(angle),
         rotation_mode="anchor",
-        transform_rotates_text=True,
-        **style,
+        color=ROOF,
+        fontsize=9,
     )
 
 

@@ -37,13 +37,13 @@ def measure(cases: list[Benchmark], threads: int, quick: bool) -> report.Report:
     measured, times = {}, {}
     for case in cases:
         measured[case.name], times[case.name] = _timed(case, quick)
-    again = [case for case in cases if report.is_disturbed(times[case.name])]
+    again = [case for case in cases if times[case.name].disturbed]
     while again and time.perf_counter() < deadline:
         case = again.pop(0)
         _, timing = _timed(case, quick)
         if timing.busy_elsewhere < times[case.name].busy_elsewhere:
             times[case.name] = timing
-        if report.is_disturbed(timing):
+        if timing.disturbed:
             again.append(case)
     limits.append(_limits(gemm, threads, quick))
     best = {name: max(run[name] for run in limits) for name in limits[0]}
@@ -70,7 +70,7 @@ def _timed(case: Benchmark, quick: bool) -> tuple[Inputs, Timing]:
     timing = timed(case, inputs, QUICK_LIMITS if quick else LIMITS)
     sides = ", ".join(f"{name} {side.median * 1e3:.2f} ms" for name, side in timing.sides.items())
     rounds, seconds = timing.sides["ours"].runs, time.perf_counter() - start
-    note = ", disturbed by other processes" if report.is_disturbed(timing) else ""
+    note = ", disturbed by other processes" if timing.disturbed else ""
     print(f"{case.name}: {sides} ({rounds} rounds, {seconds:.0f} s{note})", flush=True)
     return replace(inputs, sides={}), timing
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from benchmarks.case import Benchmark, Inputs, Results
 
 EVERY = 4  # rounds between two runs of a side without a target
+SLOW = 1.0  # seconds: a side without a target that takes longer runs once, the first run
+DISTURBANCE = 0.1  # cores short of what our threads need
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Timing:
 
     sides: dict[str, Times]
     busy_elsewhere: float | None  # cores that other processes used meanwhile; None where it cannot be known
+    disturbed: bool  # those processes left too few cores for our threads: the times are not to be trusted
 
 
 @dataclass(frozen=True)
@@ -49,15 +53,16 @@ def timed(benchmark: Benchmark, inputs: Inputs, limits: Limits) -> Timing:
     A round runs ours and each side that has a target once; the order moves on by one every round, so that none
     always finds the cache as the same other left it. A side without a target has a turn every EVERY rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in inputs.sides}
-    untargeted = {name for name, most in benchmark.against.items() if most is None}
-    for side in inputs.sides.values():  # not measured: libraries, thread pools and memory get ready
-        side.run()
     collects = gc.isenabled()
     gc.disable()
     began, others_before = time.perf_counter(), _others()
-    end = began + limits.seconds
-    names = list(inputs.sides)
+    # A first run is not measured: libraries, thread pools and memory get ready. Where it is SLOW, that is little.
+    first = {name: _seconds(side.run) for name, side in inputs.sides.items()}
+    untargeted = {name for name, most in benchmark.against.items() if most is None and name in first}
+    slow = {name for name in untargeted if first[name] > SLOW}
+    seconds = {name: [first[name]] if name in slow else [] for name in first}
+    end = time.perf_counter() + limits.seconds
+    names = [name for name in first if name not in slow]
     for turn in range(limits.most):
         if turn >= limits.least and time.perf_counter() > end:
             break
@@ -68,10 +73,11 @@ def timed(benchmark: Benchmark, inputs: Inputs, limits: Limits) -> Timing:
             seconds[name].append(_seconds(inputs.sides[name].run))
     if collects:
         gc.enable()
-    others = None
+    others, disturbed = None, False
     if others_before is not None:
         others = max(0.0, _others() - others_before) / (time.perf_counter() - began)
-    return Timing({name: _summary(values) for name, values in seconds.items()}, others)
+        disturbed = torch.get_num_threads() + others > os.cpu_count() + DISTURBANCE
+    return Timing({name: _summary(values) for name, values in seconds.items()}, others, disturbed)
 
 
 def _others() -> float | None:

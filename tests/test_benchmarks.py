@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.case import REFERENCE
+from benchmarks import report
+from benchmarks.case import REFERENCE, Inputs
 from benchmarks.suite import BENCHMARKS
+from benchmarks.timing import Times, Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +36,17 @@ def test_sides_compute_the_same(name: str) -> None:
             assert error <= share * ours.float().abs().max(), (side, ours.shape)
 
 
+def test_table_marks_what_others_disturbed() -> None:
+    case = next(iter(BENCHMARKS.values()))
+    times = {side: Times(1.0, 2.0, 3.0, 4) for side in case.sides}
+    rows = report.time_rows(case, Inputs({}, 1.0, 1.0), times)
+    for disturbed in (False, True):
+        measured = {case.name: Timing(times, 1.0, disturbed)}
+        text = report.markdown(report.Report({}, {}, rows, [], measured))
+        marked = [line.endswith(f"{report.DISTURBED} |") for line in text.splitlines() if case.what in line]
+        assert marked == [disturbed] * len(rows)
+
+
 def test_table(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.table", "--quick", "--threads=1", f"--out={tmp_path}"]
     run = subprocess.run(
@@ -45,9 +58,9 @@ def test_table(tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / "table.json").read_text())
-    assert {row["op"] for row in report["rows"]} == {case.op for case in BENCHMARKS.values()}
-    for row in report["rows"]:
+    written = json.loads((tmp_path / "table.json").read_text())
+    assert {row["op"] for row in written["rows"]} == {case.op for case in BENCHMARKS.values()}
+    for row in written["rows"]:
         if row["other_side"].startswith("FlexAttention"):
             assert row["missing"]  # a quick run does not compile it, and says so
         elif row["kind"].startswith("peak memory"):  # tiny shapes may need no page more
@@ -57,10 +70,10 @@ def test_table(tmp_path: Path) -> None:
         measured = row["target"] is not None and row["ratio"] is not None
         assert (row["held"] is not None) == measured
     for name, case in BENCHMARKS.items():
-        times = report["times"][name]["sides"]
+        times = written["times"][name]["sides"]
         for side in set(case.sides) & set(times):
             assert 0 < times[side]["lower_quartile"] <= times[side]["median"] <= times[side]["upper_quartile"]
-    assert all(limit > 0 for limit in report["limits"].values())
+    assert all(limit > 0 for limit in written["limits"].values())
     text = (tmp_path / "table.md").read_text()
     assert all(case.what in text for case in BENCHMARKS.values())
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
