@@ -6,8 +6,8 @@ CUDA sources with a CPU-only torch, and ours needs neither a GPU nor torch's CUD
 this build of our own.
 
 Environment: SPEEDER_CUDA = auto (default: build the CUDA kernels if nvcc is found), 0 (do not) or 1 (nvcc
-must be there). CXX names the C++ compiler, CUDA_HOME where CUDA lies, MAX_JOBS how many compilers run at
-once.
+must be there). CXX names the C++ compiler, CXXFLAGS adds flags of your own (-fsanitize=address, say), CUDA_HOME
+says where CUDA lies, MAX_JOBS how many compilers run at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -223,7 +224,8 @@ class BuildExt(build_ext):
         cxx = os.environ.get("CXX", "g++")
         write_build_info(build_dir / "build_info.h", cxx, torch.__version__, self.cuda)
 
-        base = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}"]
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        base = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", f"-I{CSRC}", *extra]
         host = [*base, "-Wall", "-Wextra"]
         torch_flags = [*host, f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         torch_flags += [f"-isystem{path}" for path in include_paths()]
@@ -241,10 +243,10 @@ class BuildExt(build_ext):
                     continue
                 variant = [*host, f"-ffp-contract={contract}", f"-DSPEEDER_ISA={name}", *flags]
                 cpu.append(ninja.compile(f"cpu/{source}.cpp", variant, f".{name}"))
-        ninja.add("link", self.output("_ops"), cpu, torch_libraries)
+        ninja.add("link", self.output("_ops"), cpu, [*extra, *torch_libraries])
 
         module = [isa, ninja.compile("packing.cpp", host), ninja.compile("host.cpp", pybind)]
-        ninja.add("link", self.output("_host"), module, [])
+        ninja.add("link", self.output("_host"), module, extra)
 
         if self.cuda.nvcc:
             device = ["-O3", "-std=c++17", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
