@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +36,9 @@ def chunk(request, monkeypatch) -> int:
     return request.param
 
 
-@pytest.mark.parametrize("items_per_chunk", [1, 4, 8192])
+@pytest.mark.parametrize(
+    ("backend", "items_per_chunk"), [("reference", 1), ("reference", 4), ("reference", 8192), ("cpu", 8192)]
+)
 @settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 6),
@@ -44,21 +49,49 @@ def chunk(request, monkeypatch) -> int:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
 )
-def test_matches_the_loop(items_per_chunk, rows, items, hidden, scale, corrected, dtype, seed):
+def test_matches_the_loop(backend, items_per_chunk, rows, items, hidden, scale, corrected, dtype, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ITEMS_PER_CHUNK", items_per_chunk)
-        check_against_the_loop(rows, items, hidden, scale, corrected, dtype, seed)
+        check(naive.item_cross_entropy, backend, rows, items, hidden, scale, corrected, dtype, seed)
 
 
-def check_against_the_loop(rows, items, hidden, scale, corrected, dtype, seed):
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.sampled_from([1, 17, 64, 65, 256, 300]),
+    items=st.sampled_from([1, 5, 96, 193, 1100, 2300]),
+    hidden=st.sampled_from([1, 31, 64, 100, 577]),
+    scale=st.sampled_from([0.05, 0.5]),
+    corrected=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    threads=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 10_000),
+)
+def test_blocks_of_rows_and_items(rows, items, hidden, scale, corrected, dtype, threads, seed):
+    """Sizes that fill and overflow the compiled kernel's tiles, blocks and groups, and items shared by threads."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        check(full_logits, "cpu", rows, items, hidden, scale / hidden**0.5, corrected, dtype, seed)
+    finally:
+        torch.set_num_threads(before)
+
+
+def full_logits(hidden, table, targets, scale, log_q):
+    """What PyTorch users write, in the dtype of the inputs; the loop over items would take minutes here."""
+    logits = hidden @ table.T
+    logits = scale * (logits if logits.dtype == torch.float64 else logits.float())
+    logits = logits if log_q is None else logits - log_q
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def check(exactly, backend, rows, items, hidden, scale, corrected, dtype, seed):
+    """The op in `dtype` against `exactly` in float64, with PyTorch's own error in `dtype` as the measure."""
     h, table, targets, log_q = make(rows, items, hidden, dtype, seed)
     log_q = log_q if corrected else None
     ours, exact, same = leaves(h, table), leaves(h, table, torch.float64), leaves(h, table)
-    loss = item_cross_entropy(*ours, targets, scale=scale, log_q=log_q)
-    loss_exact = naive.item_cross_entropy(*exact, targets, scale, None if log_q is None else log_q.double())
-    logits = scale * (same[0] @ same[1].T).float()
-    logits = logits if log_q is None else logits - log_q
-    loss_torch = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    loss = item_cross_entropy(*ours, targets, scale=scale, log_q=log_q, backend=backend)
+    loss_exact = exactly(*exact, targets, scale, None if log_q is None else log_q.double())
+    loss_torch = full_logits(*same, targets, scale, log_q)
     largest = 1 + scale * (h.float().norm(dim=1).max() * table.float().norm(dim=1).max()).item()
     naive.assert_accurate("loss", loss, loss_exact, loss_torch, largest)
     results = [naive.gradients(x, y) for x, y in ((loss, ours), (loss_exact, exact), (loss_torch, same))]
@@ -72,11 +105,12 @@ def test_gradcheck(chunk):
     assert torch.autograd.gradcheck(run, leaves(h, table))
 
 
-def test_large_logits_stay_finite(chunk):
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_large_logits_stay_finite(chunk, backend):
     """exp() of these would overflow: the sum must be taken relative to the largest."""
     h, table, targets, _ = make()
     hidden, items = leaves(h * 100, table * 100)
-    loss = item_cross_entropy(hidden, items, targets, scale=50.0)
+    loss = item_cross_entropy(hidden, items, targets, scale=50.0, backend=backend)
     grads = torch.autograd.grad(loss.sum(), (hidden, items))
     assert torch.isfinite(loss).all() and all(torch.isfinite(grad).all() for grad in grads)
 
@@ -105,23 +139,47 @@ def test_no_matrix_of_all_logits_is_held(monkeypatch):
     assert rows * 64 <= largest < rows * items / 8
 
 
+def test_memory_of_the_compiled_kernel():
+    """In a process of its own: forward and backward take a small part of what the matrix of logits would."""
+    code = (
+        "import resource, torch\n"
+        "from speeder_kernels import item_cross_entropy\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "def run(rows, items):\n"
+        "    hidden = torch.randn(rows, 32).requires_grad_()\n"
+        "    table = torch.randn(items, 32).requires_grad_()\n"
+        "    targets = torch.randint(0, items, (rows,))\n"
+        "    item_cross_entropy(hidden, table, targets, scale=0.1, backend='cpu').sum().backward()\n"
+        "run(8, 100)\n"
+        "before = peak()\n"
+        "run(2048, 50_000)\n"
+        "print((peak() - before) / (2048 * 50_000 * 4))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 0.1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("wanted", [0, 1])
-def test_only_wanted_gradients(wanted):
-    h, table, targets, _ = make()
+def test_only_wanted_gradients(backend, wanted):
+    h, table, targets, _ = make(70, 300, 40)
+    run = lambda a, b: item_cross_entropy(a, b, targets, scale=1.0, backend=backend)  # noqa: E731
     both = leaves(h, table)
-    expected = naive.gradients(item_cross_entropy(*both, targets, scale=1.0), both)[wanted]
+    expected = naive.gradients(run(*both), both)[wanted]
     one = [h, table]
     one[wanted] = one[wanted].clone().requires_grad_()
-    (grad,) = naive.gradients(item_cross_entropy(*one, targets, scale=1.0), [one[wanted]])
+    (grad,) = naive.gradients(run(*one), [one[wanted]])
     assert torch.equal(grad, expected)
 
 
-def test_gradients_are_bit_identical():
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_are_bit_identical(backend):
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help
-    h, table, targets, _ = make(300, 500, 64)
+    h, table, targets, _ = make(300, 900, 64)
     inputs = leaves(h, table)
     first, *others = [
-        naive.gradients(item_cross_entropy(*inputs, targets, scale=1.0), inputs) for _ in range(4)
+        naive.gradients(item_cross_entropy(*inputs, targets, scale=1.0, backend=backend), inputs)
+        for _ in range(4)
     ]
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
@@ -133,7 +191,8 @@ def test_opcheck_compile_and_autocast(corrected):
     log_q = log_q if corrected else None
     inputs = leaves(h, table)
     op = torch.ops.speeder.item_cross_entropy.default
-    torch.library.opcheck(op, (*inputs, targets, 0.5, log_q, "reference"))
+    for backend in ("reference", "cpu"):
+        torch.library.opcheck(op, (*inputs, targets, 0.5, log_q, backend))
     eager = item_cross_entropy(*inputs, targets, scale=0.5, log_q=log_q)
     compiled = torch.compile(item_cross_entropy, backend="aot_eager", fullgraph=True)
     out = compiled(*inputs, targets, scale=0.5, log_q=log_q)

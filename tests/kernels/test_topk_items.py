@@ -121,9 +121,10 @@ def test_no_gradient_and_compile():
     for a, b in zip(compiled(h, table, 2, **csr([[1], [], [2, 3]])), (scores, items), strict=True):
         assert torch.equal(a, b)
     excluded = csr([[1], [], [2, 3]]).values()
-    torch.library.opcheck(
-        torch.ops.speeder.topk_items.default, (h.detach(), table, 2, *excluded, "reference")
-    )
+    for backend in ("reference", "cpu"):
+        torch.library.opcheck(
+            torch.ops.speeder.topk_items.default, (h.detach(), table, 2, *excluded, backend)
+        )
 
 
 def test_exclusions_accept_int32():

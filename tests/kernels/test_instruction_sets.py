@@ -1,0 +1,33 @@
+"""The ops over items on every instruction set of this machine: their tests again, in processes of their own.
+
+`test_spae_attention_cpu.py` and `test_sanitizers.py` do the same for theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speeder_kernels import _host
+from tests.kernels.test_spae_attention_cpu import ISAS
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ("test_compress_items", "test_item_cross_entropy", "test_topk_items", "test_pack_tokens")
+
+
+@pytest.mark.parametrize("isa", ISAS[:-1])
+def test_ops_over_items(isa):
+    """The best one runs in this process anyway."""
+    if ISAS.index(isa) >= ISAS.index(_host.instruction_set()):
+        pytest.skip(f"{isa} is not below this processor's best, {_host.instruction_set()}")
+    files = [f"tests/kernels/{name}.py" for name in TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    command += ["-k", "loop or blocks or sorting or many_rows or half_precision or matches"]
+    environ = {**os.environ, "SPEEDER_CPU_ISA": isa}
+    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
