@@ -10,7 +10,7 @@ from speeder.layout import cu_seqlens, item_ranks, item_slots
 from speeder.prompts import build_sequence, pack_batch, pad_batch
 from tests.model.worlds import TEXT, tiny_model
 
-NEAR = dict(atol=1e-5, rtol=1e-4)
+NEAR = dict(atol=5e-5, rtol=1e-4)  # logits reach 7: some roundings of float32 at that size
 HISTORIES = st.lists(st.lists(st.integers(0, 19), min_size=1, max_size=8), min_size=1, max_size=5)
 PROMPTS = {"items only": ([], []), "instruction": ([5, 6, 7], [8, 9]), "suffix alone": ([], [4])}
 
