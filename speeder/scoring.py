@@ -70,8 +70,11 @@ class ScoringMixin:
         count = count.clamp(min=1)
         total = hidden.new_zeros((), dtype=torch.float32)
         if is_item.any():
-            queries = self.item_queries(states[is_item])
-            vectors = self.item_vectors(item_table)
+            queries, vectors = self.item_queries(states[is_item]), self.item_vectors(item_table)
+            device = queries.device.type
+            if torch.is_autocast_enabled(device):  # as the backbone's own head would be computed
+                dtype = torch.get_autocast_dtype(device)
+                queries, vectors = queries.to(dtype), vectors.to(dtype)
             total = total + item_cross_entropy(queries, vectors, targets[is_item] - text, scale=1.0).sum()
         if is_text.any():
             total = total + F.cross_entropy(
