@@ -26,6 +26,17 @@ Tensor pack_tokens_cpu(const Tensor& input_ids, const Tensor& text_embedding,
   return out;
 }
 
+bool pack_values_fit_cpu(const Tensor& input_ids, const Tensor& item_rows, const Tensor& ranks,
+                         int64_t vocabulary, int64_t items, int64_t prompts) {
+  const int64_t tokens = input_ids.size(0);
+  PackArgs args{};
+  args.input_ids = indices(input_ids, tokens);
+  args.item_rows = indices(item_rows, tokens);
+  args.ranks = indices(ranks, tokens);
+  args.tokens = tokens;
+  return pack_values_fit(args, vocabulary, items, prompts);
+}
+
 Tensor sum_rows_cpu(const Tensor& grad, const Tensor& order, const Tensor& starts) {
   const int64_t hidden = grad.size(1), rows = starts.size(0) - 1;
   const DType dtype = dtype_of(grad);
@@ -142,6 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spae_attention_backward_cpu(
 }  // namespace speeder
 
 STABLE_TORCH_LIBRARY_IMPL(speeder, CPU, library) {
+  library.impl("pack_values_fit_kernel", TORCH_BOX(&speeder::pack_values_fit_cpu));
   library.impl("pack_tokens_kernel", TORCH_BOX(&speeder::pack_tokens_cpu));
   library.impl("sum_rows_kernel", TORCH_BOX(&speeder::sum_rows_cpu));
   library.impl("spae_attention_kernel", TORCH_BOX(&speeder::spae_attention_cpu));

@@ -168,20 +168,28 @@ _PACK_BACKWARD_ARGS = (
 )
 # What _ops.so (CPU) and _ops_cuda.so (CUDA) implement.
 _LIBRARY.define(f"pack_tokens_kernel({_PACK_ARGS}) -> Tensor")
+_LIBRARY.define(
+    "pack_values_fit_kernel(Tensor input_ids, Tensor item_rows, Tensor ranks, SymInt vocabulary, SymInt items, "
+    "SymInt prompts) -> bool"
+)
 _LIBRARY.define("sum_rows_kernel(Tensor grad, Tensor order, Tensor starts) -> Tensor")
 
 
 @_define(f"pack_tokens({_PACK_ARGS}, str backend) -> Tensor")
 def _pack_tokens(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts, backend):
-    if validate.reads_values(input_ids):
-        sizes = [table.shape[0] for table in (text_embedding, item_tokens, position_prompts)]
+    indices = [x.contiguous() for x in (input_ids, item_rows, ranks)]
+    sizes = [table.shape[0] for table in (text_embedding, item_tokens, position_prompts)]
+    # The kernel's check is one pass; the other one finds out what is wrong, for the error.
+    fit = backend == "cpu" and _OPS.pack_values_fit_kernel(*indices, *sizes)
+    if not fit and validate.reads_values(input_ids):
         validate.check_pack_values(input_ids, item_rows, ranks, sizes)
     if backend == "reference":
         return reference.pack_tokens(
             input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts
         )
-    tables = (x.contiguous() for x in (text_embedding, item_tokens, item_rows, ranks, position_prompts))
-    return _OPS.pack_tokens_kernel(input_ids.contiguous(), *tables)
+    text, items, prompts = (x.contiguous() for x in (text_embedding, item_tokens, position_prompts))
+    ids, rows, ranks = indices
+    return _OPS.pack_tokens_kernel(ids, text, items, rows, ranks, prompts)
 
 
 @_fake("pack_tokens")

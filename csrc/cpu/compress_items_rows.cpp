@@ -12,29 +12,6 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
-// Calls body(d, load, store) for each vector of a row of `size` elements; the last may be a part of
-// one, whose other lanes are zero.
-template <typename Body>
-inline void for_vectors(int64_t size, const Body& body) {
-  const int64_t whole = size / kWidth * kWidth;
-  for (int64_t d = 0; d < whole; d += kWidth) body(d, kWidth);
-  if (whole < size) body(whole, size - whole);
-}
-
-template <typename T>
-inline Vec load_row(const T* p, int64_t count) {
-  return count == kWidth ? load(p) : load_part(p, count);
-}
-
-template <typename T>
-inline void store_row(T* p, Vec x, int64_t count) {
-  if (count == kWidth) {
-    store(p, x);
-  } else {
-    store_part(p, x, count);
-  }
-}
-
 template <typename T>
 class Item {
  public:

@@ -26,6 +26,17 @@ const PackKernels& kernels() {
 
 }  // namespace
 
+bool pack_values_fit(const PackArgs& args, int64_t vocabulary, int64_t items, int64_t prompts) {
+  bool fits = true;  // no early exit: values that do not fit are rare
+  for (int64_t t = 0; t < args.tokens; ++t) {
+    const int64_t id = args.input_ids[t], row = args.item_rows[t], rank = args.ranks[t];
+    const bool text = (row == -1) & (id >= 0) & (id < vocabulary);
+    const bool item = (row >= 0) & (row < items) & (rank >= -1) & (rank < prompts);
+    fits &= text | item;
+  }
+  return fits;
+}
+
 void pack_tokens(const PackArgs& args, DType dtype, const ParallelFor& parallel_for) {
   const auto pack = kernels().pack[static_cast<int>(dtype)];
   const int64_t grain = 1 + kElementsPerThread / args.hidden;

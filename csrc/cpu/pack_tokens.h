@@ -36,6 +36,9 @@ struct SumArgs {
   int64_t hidden;
 };
 
+// Whether every id, row and rank that is read lies in its table; the tables' rows are given.
+bool pack_values_fit(const PackArgs& args, int64_t vocabulary, int64_t items, int64_t prompts);
+
 void pack_tokens(const PackArgs& args, DType dtype, const ParallelFor& parallel_for);
 void sum_rows(const SumArgs& args, DType dtype, const ParallelFor& parallel_for);
 

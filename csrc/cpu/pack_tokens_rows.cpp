@@ -1,32 +1,98 @@
 // The inner loops of pack_tokens. Built several times: SPEEDER_ISA names the namespace, and the
-// compiler's flags say what it may use. Plain loops: the compiler vectorises them.
+// compiler's flags say what it may use.
 #include "cpu/pack_tokens_rows.h"
 
 #include "cpu/pack_tokens.h"
+#include "cpu/vec.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
+constexpr int64_t kRowsAhead = 8;  // rows lie anywhere: hardware cannot guess the next one
+
+// An output larger than this is written past the caches: whoever reads it next would not find its
+// beginning there anyway, and the cache need not read what is overwritten.
+constexpr int64_t kStreamedBytes = int64_t{1} << 20;
+
+template <typename T>
+class Rows {
+ public:
+  explicit Rows(const PackArgs& args)
+      : args_(args),
+        text_(static_cast<const T*>(args.text_embedding)),
+        items_(static_cast<const T*>(args.item_tokens)),
+        prompts_(static_cast<const T*>(args.position_prompts)) {}
+
+  const T* source(int64_t t) const {
+    const int64_t row = args_.item_rows[t];
+    return row >= 0 ? items_ + row * args_.hidden : text_ + args_.input_ids[t] * args_.hidden;
+  }
+
+  // Null where there is none to add.
+  const T* prompt(int64_t t) const {
+    if (args_.item_rows[t] < 0 || args_.ranks[t] < 0) return nullptr;
+    return prompts_ + args_.ranks[t] * args_.hidden;
+  }
+
+ private:
+  const PackArgs& args_;
+  const T *text_, *items_, *prompts_;
+};
+
+// Writes a vector of a row; `count` is kWidth where the output is streamed.
+template <bool kStream, typename T>
+inline void write(T* p, Vec x, int64_t count) {
+  if (kStream) {
+    stream(p, x);
+  } else {
+    store_row(p, x, count);
+  }
+}
+
+// Bit by bit: a NaN stays the one it is.
+template <bool kStream>
+inline void copy_row(char* out, const char* source, const char* coming, int64_t bytes) {
+  constexpr int64_t kBytes = sizeof(Vec);
+  const int64_t whole = bytes / kBytes * kBytes;
+  for (int64_t at = 0; at < whole; at += kBytes) {
+    __builtin_prefetch(coming + at);
+    const Vec part = load(reinterpret_cast<const float*>(source + at));
+    write<kStream>(reinterpret_cast<float*>(out + at), part, kWidth);
+  }
+  __builtin_memcpy(out + whole, source + whole, bytes - whole);
+}
+
+template <bool kStream, typename T>
+void pack_rows(const PackArgs& args, int64_t begin, int64_t end) {
+  const Rows<T> rows(args);
+  const int64_t bytes = args.hidden * static_cast<int64_t>(sizeof(T));
+  for (int64_t t = begin; t < end; ++t) {
+    T* out = static_cast<T*>(args.out) + t * args.hidden;
+    const T* source = rows.source(t);
+    const T* coming = rows.source(smaller(t + kRowsAhead, end - 1));
+    if (const T* prompt = rows.prompt(t)) {
+      for_vectors(args.hidden, [&](int64_t d, int64_t count) {
+        __builtin_prefetch(coming + d);
+        write<kStream>(out + d, load_row(source + d, count) + load_row(prompt + d, count), count);
+      });
+    } else {
+      copy_row<kStream>(reinterpret_cast<char*>(out), reinterpret_cast<const char*>(source),
+                        reinterpret_cast<const char*>(coming), bytes);
+    }
+  }
+  if (kStream) finish_streams();
+}
+
 template <typename T>
 void pack(const PackArgs& args, int64_t begin, int64_t end) {
-  const int64_t hidden = args.hidden;
-  const T* text = static_cast<const T*>(args.text_embedding);
-  const T* items = static_cast<const T*>(args.item_tokens);
-  const T* prompts = static_cast<const T*>(args.position_prompts);
-  for (int64_t t = begin; t < end; ++t) {
-    T* __restrict out = static_cast<T*>(args.out) + t * hidden;
-    const int64_t row = args.item_rows[t];
-    if (row >= 0 && args.ranks[t] >= 0) {
-      const T* __restrict item = items + row * hidden;
-      const T* __restrict prompt = prompts + args.ranks[t] * hidden;
-      for (int64_t c = 0; c < hidden; ++c) {
-        out[c] = from_float<T>(to_float(item[c]) + to_float(prompt[c]));
-      }
-    } else {
-      const T* source = row >= 0 ? items + row * hidden : text + args.input_ids[t] * hidden;
-      __builtin_memcpy(out, source, hidden * sizeof(T));
-    }
+  constexpr int64_t kLine = 64;
+  const int64_t bytes = args.hidden * static_cast<int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<uintptr_t>(args.out) % kLine == 0 && bytes % kLine == 0;
+  if (aligned && args.tokens * bytes > kStreamedBytes) {
+    pack_rows<true, T>(args, begin, end);
+  } else {
+    pack_rows<false, T>(args, begin, end);
   }
 }
 

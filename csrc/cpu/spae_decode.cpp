@@ -13,54 +13,100 @@ namespace {
 
 static_assert(kDecodeRows <= kTileRows, "a key head's rows are one tile");
 
-constexpr int kKeysAtOnce = 4;        // times kTileRows rows: as many sums as registers hold
-constexpr int64_t kKeysTogether = 8;  // of one head before the next head
-constexpr int64_t kKeysAhead = 16;    // how far ahead tokens are fetched into the cache
+constexpr int kKeysAtOnce = 4;         // times kTileRows rows: as many sums as registers hold
+constexpr int64_t kKeysTogether = 16;  // of one head before the next head
+static_assert(kKeysTogether % kWidth == 0 && kWidth % kKeysAtOnce == 0, "whole vectors of keys");
 
-// parts (kRows x kWidth vectors) += by lane, the products of q (kRows x size) and kKeysAtOnce keys.
-template <int kRows, typename T>
-void direct_products(const float* q, const T* const* keys, int64_t ahead, int64_t size,
-                     Vec* parts) {
-  Vec sums[kRows][kKeysAtOnce] = {};
-  for (int64_t d = 0; d < size; d += kWidth) {
-#pragma GCC unroll 4
-    for (int n = 0; n < kKeysAtOnce; ++n) {
-      __builtin_prefetch(keys[n] + ahead + d);
-      const Vec k = load(keys[n] + d);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) sums[r][n] += k * load(q + r * size + d);
-    }
+// Rows that are read after those at hand, to be fetched meanwhile: memory delivers most when asked
+// for one line after the other, a little ahead.
+template <typename T>
+struct Coming {
+  const T* rows = nullptr;  // null: none
+  int64_t stride = 0;
+
+  Coming from(int64_t n) const { return {rows == nullptr ? nullptr : rows + n * stride, stride}; }
+
+  void fetch_row(int64_t n, int64_t size) const {
+    if (rows != nullptr) fetch<3>(rows + n * stride, size * static_cast<int64_t>(sizeof(T)));
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int n = 0; n < kKeysAtOnce; ++n) parts[r * kWidth + n] = sums[r][n];
-  }
+};
+
+// For one head: its part of the next kKeysTogether tokens of a tensor, the first of which is given.
+template <typename T>
+inline Coming<T> part_of(const T* tokens, const TokenView& view, int64_t head, int64_t heads,
+                         int64_t size) {
+  // Where a token's heads lie together, and tokens too, each head takes its share in their order.
+  const bool dense = view.head_stride == size && view.token_stride == heads * size;
+  if (dense) return {tokens + head * kKeysTogether * size, size};
+  return {tokens + head * view.head_stride, view.token_stride};
 }
 
-// sums (kRows x size) += weights (kRows x ld) times `count` values, `stride` elements apart.
+// scores (kRows x kWidth, rows kDecodeKeys apart) = products of q (kRows x size) and kWidth keys,
+// `stride` elements apart; past the first `count` anything.
 template <int kRows, typename T>
-void direct_sums(const float* weights, int64_t ld, const T* values, int64_t stride, int64_t ahead,
-                 int64_t count, int64_t size, float* sums) {
+void direct_products(const float* q, const T* keys, int64_t stride, int64_t count, int64_t size,
+                     const Coming<T>& coming, float* scores) {
+  Vec parts[kRows][kWidth];  // by lane
+  for (int64_t i = 0; i < kWidth; i += kKeysAtOnce) {
+    const T* at[kKeysAtOnce];
+    for (int n = 0; n < kKeysAtOnce; ++n) {
+      at[n] = keys + smaller(i + n, count - 1) * stride;
+      coming.fetch_row(i + n, size);
+    }
+    Vec sums[kRows][kKeysAtOnce];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kKeysAtOnce; ++n) sums[r][n] = Vec{};
+    }
+    for (int64_t d = 0; d < size; d += kWidth) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kKeysAtOnce; ++n) {
+        const Vec k = in_register(load(at[n] + d));
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) sums[r][n] += k * load(q + r * size + d);
+      }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kKeysAtOnce; ++n) parts[r][i + n] = sums[r][n];
+    }
+  }
+  for (int r = 0; r < kRows; ++r) store(scores + r * kDecodeKeys, sums_of(parts[r]));
+}
+
+// sums (kRows x size) += weights (kRows x count, rows kDecodeKeys apart) times `count` values,
+// `stride` elements apart.
+template <int kRows, typename T>
+void direct_sums(const float* weights, const T* values, int64_t stride, int64_t count, int64_t size,
+                 const Coming<T>& coming, float* sums) {
   for (int64_t d = 0; d < size; d += kTileVecs * kWidth) {
     const int64_t vecs = smaller(kTileVecs, (size - d) / kWidth);
     if (vecs < kTileVecs) {
-      product<false>(kRows, vecs, count, weights, ld, values + d, stride, sums + d, size, true);
+      product<false>(kRows, vecs, count, weights, kDecodeKeys, values + d, stride, sums + d, size,
+                     true);
       return;
     }
     Vec total[kRows][kTileVecs];
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
       for (int v = 0; v < kTileVecs; ++v) total[r][v] = load(sums + r * size + d + v * kWidth);
     }
     for (int64_t j = 0; j < count; ++j) {
       const T* value = values + j * stride + d;
+      if (d == 0) coming.fetch_row(j, size);
 #pragma GCC unroll 4
       for (int v = 0; v < kTileVecs; ++v) {
-        __builtin_prefetch(value + ahead + v * kWidth);
-        const Vec part = load(value + v * kWidth);
+        const Vec part = in_register(load(value + v * kWidth));
 #pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) total[r][v] += part * weights[r * ld + j];
+        for (int r = 0; r < kRows; ++r) total[r][v] += part * weights[r * kDecodeKeys + j];
       }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
       for (int v = 0; v < kTileVecs; ++v) store(sums + r * size + d + v * kWidth, total[r][v]);
     }
   }
@@ -68,9 +114,10 @@ void direct_sums(const float* weights, int64_t ld, const T* values, int64_t stri
 
 template <typename T>
 struct DirectKernels {
-  void (*products)(const float* q, const T* const* keys, int64_t ahead, int64_t size, Vec* parts);
-  void (*sums)(const float* weights, int64_t ld, const T* values, int64_t stride, int64_t ahead,
-               int64_t count, int64_t size, float* sums);
+  void (*products)(const float* q, const T* keys, int64_t stride, int64_t count, int64_t size,
+                   const Coming<T>& coming, float* scores);
+  void (*sums)(const float* weights, const T* values, int64_t stride, int64_t count, int64_t size,
+               const Coming<T>& coming, float* sums);
 };
 
 template <typename T>
@@ -121,22 +168,19 @@ void decode(const AttentionForward& call, const BiasTables& tables, const Decode
     bias.prepare(args.rank_k + k0 + first, count);
     // A few tokens at a time, all heads of each: memory is read in order.
     const T* block_k = k + first * args.k.token_stride;
-    const int64_t k_ahead = first + kDecodeKeys < end ? kKeysAhead * args.k.token_stride : 0;
-    for (int64_t j = 0; j < count; j += kWidth) {
-      for (int64_t i = 0; i < kWidth; i += kKeysAtOnce) {
-        for (int64_t h = 0; h < args.kv_heads; ++h) {
-          const T* keys_at[kKeysAtOnce];
-          for (int n = 0; n < kKeysAtOnce; ++n) {
-            keys_at[n] = block_k + smaller(j + i + n, count - 1) * args.k.token_stride +
-                         h * args.k.head_stride;
-          }
-          direct.products(at.q + h * rows * size, keys_at, k_ahead, size,
-                          reinterpret_cast<Vec*>(at.parts) + h * rows * kWidth + i);
+    const T* block_v = v + first * args.v.token_stride;
+    for (int64_t j = 0; j < count; j += kKeysTogether) {
+      for (int64_t h = 0; h < args.kv_heads; ++h) {
+        const T* part = block_k + j * args.k.token_stride + h * args.k.head_stride;
+        const Coming<T> coming = j + kKeysTogether < count
+                                     ? part_of(block_k + (j + kKeysTogether) * args.k.token_stride,
+                                               args.k, h, args.kv_heads, size)
+                                     : part_of(block_v, args.v, h, args.kv_heads, size);
+        for (int64_t i = 0; i < smaller(kKeysTogether, count - j); i += kWidth) {
+          direct.products(at.q + h * rows * size, part + i * args.k.token_stride,
+                          args.k.token_stride, count - j - i, size, coming.from(i),
+                          at.scores + h * rows * kDecodeKeys + j + i);
         }
-      }
-      for (int64_t r = 0; r < args.kv_heads * rows; ++r) {
-        store(at.scores + r * kDecodeKeys + j,
-              sums_of(reinterpret_cast<Vec*>(at.parts) + r * kWidth));
       }
     }
     for (int64_t h = 0; h < args.kv_heads; ++h) {
@@ -158,13 +202,20 @@ void decode(const AttentionForward& call, const BiasTables& tables, const Decode
         }
       }
     }
-    const T* block_v = v + first * args.v.token_stride;
-    const int64_t v_ahead = first + kDecodeKeys < end ? kKeysAhead * args.v.token_stride : 0;
+    const bool last = first + kDecodeKeys >= end;
     for (int64_t j = 0; j < count; j += kKeysTogether) {
       for (int64_t h = 0; h < args.kv_heads; ++h) {
-        direct.sums(at.scores + h * rows * kDecodeKeys + j, kDecodeKeys,
-                    block_v + j * args.v.token_stride + h * args.v.head_stride, args.v.token_stride,
-                    v_ahead, smaller(kKeysTogether, count - j), size, out + h * rows * size);
+        const T* part = block_v + j * args.v.token_stride + h * args.v.head_stride;
+        Coming<T> coming;
+        if (j + kKeysTogether < count) {
+          coming = part_of(block_v + (j + kKeysTogether) * args.v.token_stride, args.v, h,
+                           args.kv_heads, size);
+        } else if (!last) {
+          coming =
+              part_of(block_k + kDecodeKeys * args.k.token_stride, args.k, h, args.kv_heads, size);
+        }
+        direct.sums(at.scores + h * rows * kDecodeKeys + j, part, args.v.token_stride,
+                    smaller(kKeysTogether, count - j), size, coming, out + h * rows * size);
       }
     }
   }

@@ -9,10 +9,12 @@ namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
+// kLevel: 3 for all caches, 2 for all but the first.
+template <int kLevel>
 inline void fetch(const void* data, int64_t bytes) {
   constexpr int64_t kLine = 64;
   const char* p = static_cast<const char*>(data);
-  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(p + at, 0, 2);
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(p + at, 0, kLevel);
 }
 
 // Up to eight tensors, the same tokens of each.
@@ -35,7 +37,7 @@ class Prefetch {
     for (int64_t n = 0; n < parts_used_; ++n) {
       const Part& part = parts_[n];
       const int64_t end = smaller(part.count, done_ + tokens);
-      for (int64_t t = done_; t < end; ++t) fetch(part.data + t * part.stride, part.bytes);
+      for (int64_t t = done_; t < end; ++t) fetch<2>(part.data + t * part.stride, part.bytes);
     }
     done_ += tokens;
   }

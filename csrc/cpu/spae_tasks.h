@@ -81,7 +81,7 @@ namespace {
 
 constexpr int64_t kMaxWidth = 16;  // floats in the widest vector; scratch is laid out in its units
 constexpr int64_t kMaxKeys = 256;  // in a block of keys
-constexpr int64_t kDecodeKeys = 64;     // in a block of keys of a DecodeTask
+constexpr int64_t kDecodeKeys = 128;    // in a block of keys of a DecodeTask
 constexpr int64_t kDecodeRows = 6;      // most query rows of one key head in a DecodeTask
 constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a group) of one task
 constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
@@ -169,7 +169,6 @@ struct DecodeScratch {
     out = scratch.take(rows * args.size);
     top = scratch.take(rows);
     total = scratch.take(rows * kMaxWidth);
-    parts = scratch.take(rows * kMaxWidth * kMaxWidth);
     scores = scratch.take(rows * kDecodeKeys);
     floats = scratch.used();
   }
@@ -177,7 +176,6 @@ struct DecodeScratch {
   float* out;     // (rows, size): weights times values, not yet divided
   float* top;     // (rows,): largest score so far
   float* total;   // (rows, kMaxWidth): sums of weights so far, by lane
-  float* parts;   // (rows, kMaxWidth, kMaxWidth): products by key and lane
   float* scores;  // (rows, kDecodeKeys)
   int64_t floats;
 };

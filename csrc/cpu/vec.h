@@ -52,7 +52,7 @@ inline Ints lanes() {
 
 // A vector reinterpreted; both have the same size.
 template <typename To, typename From>
-inline To bitcast(From x) {
+inline To bitcast(const From& x) {
   static_assert(sizeof(To) == sizeof(From), "bitcast keeps the size");
   To out;
   __builtin_memcpy(&out, &x, sizeof(out));
@@ -132,6 +132,65 @@ inline Vec load_part(const T* p, int64_t count) {
 template <typename T>
 inline void store_part(T* p, Vec x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) p[i] = from_float<T>(x[i]);
+}
+
+// The same, held in a register: GCC would load an operand from memory for each use of it.
+inline Vec in_register(Vec x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#endif
+  return x;
+}
+
+// Calls body(d, count) for each vector of a row of `size` elements, count being kWidth but for the
+// last one.
+template <typename Body>
+inline void for_vectors(int64_t size, const Body& body) {
+  const int64_t whole = size / kWidth * kWidth;
+  for (int64_t d = 0; d < whole; d += kWidth) body(d, kWidth);
+  if (whole < size) body(whole, size - whole);
+}
+
+template <typename T>
+inline Vec load_row(const T* p, int64_t count) {
+  return count == kWidth ? load(p) : load_part(p, count);
+}
+
+template <typename T>
+inline void store_row(T* p, Vec x, int64_t count) {
+  if (count == kWidth) {
+    store(p, x);
+  } else {
+    store_part(p, x, count);
+  }
+}
+
+// A store that leaves the caches to others; p aligned to a vector of T. Other threads may rely on
+// it after finish_streams() only.
+template <typename T>
+inline void stream(T* p, Vec x) {
+  T row[kWidth];
+  store(row, x);
+#if defined(__AVX2__)
+  if constexpr (sizeof(row) == sizeof(__m128i)) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bitcast<__m128i>(row));
+  } else if constexpr (sizeof(row) == sizeof(__m256i)) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bitcast<__m256i>(row));
+  }
+#if defined(__AVX512F__)
+  if constexpr (sizeof(row) == sizeof(__m512i)) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bitcast<__m512i>(row));
+  }
+#endif
+#else
+  __builtin_memcpy(p, row, sizeof(row));
+#endif
+}
+
+inline void finish_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 // Whether any lane is not zero.

@@ -85,6 +85,17 @@ def test_cpu_equals_reference(dtype):
     assert torch.equal(results["cpu"][0], results["reference"][0])
 
 
+@pytest.mark.parametrize("hidden", [576, 577, 592])  # rows of whole cache lines or not
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outputs_larger_than_a_cache(dtype, hidden):
+    """They are written past the caches where their rows allow it; a NaN keeps its bits."""
+    args = make(tokens=15_000, vocabulary=50, items=200, prompts=50, hidden=hidden, dtype=dtype)
+    args["text_embedding"][7] = torch.tensor([-1]).view(torch.uint8)[: dtype.itemsize].view(dtype)
+    ours, expected = (pack_tokens(**args, backend=backend) for backend in ("cpu", "reference"))
+    assert ours.nbytes > 1 << 24
+    assert torch.equal(ours.view(torch.uint8), expected.view(torch.uint8))
+
+
 def test_picks_the_compiled_kernel_except_for_float64(monkeypatch):
     from speeder_kernels import reference
 
