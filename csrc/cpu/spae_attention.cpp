@@ -16,6 +16,11 @@ namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
 
+// Pieces of work for each thread. More wait less for the last one; in the backward pass each has
+// its own sums of the tables' gradients.
+constexpr int64_t kForwardParts = 16;
+constexpr int64_t kBackwardParts = 4;
+
 struct Kernels {
   const ForwardKernel* forward;
   const DecodeKernel* decode;
@@ -181,7 +186,7 @@ void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
   const Kernels kernel = kernels(dtype);
   const PreparedTables prepared(call.args);
   const auto plan = plan_forward(call.args);
-  const int64_t parts = plan.parts(threads);
+  const int64_t parts = plan.parts(threads, kForwardParts);
   const auto starts = plan.deal(parts);
   const int64_t scratch_floats = ForwardScratch(call.args, nullptr).floats;
   const auto forward = kernel.forward[static_cast<int>(dtype)];
@@ -210,7 +215,7 @@ void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t
   BackwardPlan plan = plan_backward(args, threads);
   const Buffer shared(call.grad_q ? plan.shared_floats : 0);
   if (call.grad_q) plan.place(shared.get());
-  const int64_t parts = plan.parts(threads);
+  const int64_t parts = plan.parts(threads, kBackwardParts);
   const auto starts = plan.deal(parts);
   const TableSums relative(call.grad_relative, parts, args.heads * relative_stride(args));
   const TableSums absolute(call.grad_absolute, parts, args.heads * args.positions);

@@ -122,6 +122,38 @@ class KeyBias {
     const float *relative_, *absolute_;
   };
 
+  // Vectors of a block of kConsecutive ranks, for one head and one query, whose bias is read from
+  // addresses that all rise by one step a vector: kWidth, or 0 where a table has ended and its
+  // last bucket goes on.
+  struct Span {
+    Vec operator()(int64_t v) const {
+      return load(relative + v * relative_step) + load(absolute + v * absolute_step);
+    }
+    const float *relative, *absolute;
+    int64_t relative_step, absolute_step;
+    int64_t vecs;
+  };
+
+  // The span that begins at vector `v`.
+  Span span(int64_t head, int64_t rank, int64_t v) const {
+    const int64_t last = kMaxWidth + buckets_;  // where the nearest bucket begins to go on
+    const int64_t base = first_ + v * kWidth, start = kMaxWidth + buckets_ - 1 - rank + base;
+    const float* relative = tables_.relative + head * relative_stride_;
+    const float* absolute = tables_.absolute + head * absolute_stride_ + kMaxWidth;
+    Span span{relative + clamp(start, 0, last), absolute + smaller(base, positions_), 0, 0,
+              INT64_MAX};
+    if (start < last) {
+      const bool moves = start > 0;
+      span.relative_step = moves ? kWidth : 0;
+      span.vecs = moves ? (last - start + kWidth - 1) / kWidth : -start / kWidth + 1;
+    }
+    if (base < positions_) {
+      span.absolute_step = kWidth;
+      span.vecs = smaller(span.vecs, (positions_ - base + kWidth - 1) / kWidth);
+    }
+    return span;
+  }
+
   // Adds sums over the queries by key, (count,), to one head's row of the absolute table's sums.
   void add_absolute(int64_t count, const float* by_key, float* sums) const {
     for (int64_t j = 0; j < count; ++j) {

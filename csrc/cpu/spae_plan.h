@@ -23,11 +23,10 @@ struct Plan {
     costs.push_back(cost);
   }
 
-  // How many pieces to deal: some for each thread, so that threads of unequal speed end together.
-  int64_t parts(int64_t threads) const {
-    constexpr int64_t kPartsPerThread = 4;
+  // How many pieces to deal: some for each thread, so that all end together.
+  int64_t parts(int64_t threads, int64_t per_thread) const {
     const int64_t most = tasks.size();
-    return std::min(most, threads == 1 ? 1 : threads * kPartsPerThread);
+    return std::min(most, threads == 1 ? 1 : threads * per_thread);
   }
 
   // Where each of `parts` pieces begins, and the end.

@@ -21,7 +21,7 @@ struct NoBias {
 // returns the largest of each lane.
 template <typename Bias>
 inline Vec bias_scores(float* scores, int64_t seen, int64_t vecs, float factor, const Bias& bias) {
-  const int64_t whole = seen / kWidth;
+  const int64_t whole = smaller(seen / kWidth, vecs);
   Vec most = splat(-kInfinity);
   for (int64_t v = 0; v < whole; ++v) {
     const Vec score = load(scores + v * kWidth) * factor + bias(v);
@@ -44,8 +44,17 @@ inline Vec bias_scores(float* scores, int64_t seen, int64_t vecs, float factor, 
   if (rank < 0 || !bias.any()) return bias_scores(scores, seen, vecs, factor, NoBias{});
   const auto with = [&](const auto& row) { return bias_scores(scores, seen, vecs, factor, row); };
   switch (bias.ranks()) {
-    case Ranks::kConsecutive:
-      return with(KeyBias::Row<Ranks::kConsecutive>(bias, head, rank));
+    case Ranks::kConsecutive: {
+      Vec most = splat(-kInfinity);
+      for (int64_t v = 0; v < vecs;) {
+        const KeyBias::Span span = bias.span(head, rank, v);
+        const int64_t count = smaller(span.vecs, vecs - v);
+        const int64_t left = larger(seen - v * kWidth, 0);
+        most = largest(most, bias_scores(scores + v * kWidth, left, count, factor, span));
+        v += count;
+      }
+      return most;
+    }
     case Ranks::kRising:
       return with(KeyBias::Row<Ranks::kRising>(bias, head, rank));
     case Ranks::kAny:
