@@ -199,9 +199,15 @@ void spae_attention(const AttentionForward& call, DType dtype, int64_t threads,
 
   const DecodePlan few(call.args, threads);
   const auto decode = kernel.decode[static_cast<int>(dtype)];
-  run_parts(
-      few.tasks.size(), threads, DecodeScratch(call.args, nullptr).floats, parallel_for,
-      [&](int64_t n, float* scratch) { decode(call, prepared.tables, few.tasks[n], scratch); });
+  const int64_t tasks = few.tasks.size(), few_parts = std::min(tasks, threads * kForwardParts);
+  const int64_t few_floats = DecodeScratch(call.args, nullptr).floats;
+  run_parts(few_parts, threads, few_floats, parallel_for, [&](int64_t part, float* scratch) {
+    const int64_t last = tasks * (part + 1) / few_parts - 1;
+    for (int64_t n = tasks * part / few_parts; n <= last; ++n) {
+      const DecodeTask* next = n < last ? &few.tasks[n + 1] : nullptr;
+      decode(call, prepared.tables, few.tasks[n], next, scratch);
+    }
+  });
   for (const DecodePlan::Shared& range : few.shared) {
     write_decoded(call, dtype, &few.tasks[range.first], range.count);
   }

@@ -129,9 +129,22 @@ inline DirectKernels<T> direct_kernels(int64_t rows) {
   return kByRows[rows - 1];
 }
 
+// Fetches the queries and ranks of the task to come; returns its first key, or null without one.
+template <typename T>
+const T* begin_next(const AttentionArgs& args, const DecodeTask* next) {
+  if (next == nullptr) return nullptr;
+  const int64_t q0 = args.cu_q[next->sequence], queries = args.cu_q[next->sequence + 1] - q0;
+  const int64_t k0 = args.cu_k[next->sequence] + next->first;
+  Prefetch prefetch;
+  prefetch.add<T>(args.q, q0, queries, 0, args.heads, args.size);
+  prefetch.advance(queries);
+  fetch<3>(args.rank_k + k0, next->count * static_cast<int64_t>(sizeof(int32_t)));
+  return static_cast<const T*>(args.k.data) + k0 * args.k.token_stride;
+}
+
 template <typename T>
 void decode(const AttentionForward& call, const BiasTables& tables, const DecodeTask& task,
-            float* scratch) {
+            const DecodeTask* next, float* scratch) {
   const AttentionArgs& args = call.args;
   const DecodeScratch at(args, scratch);
   const int64_t group = args.heads / args.kv_heads, size = args.size;
@@ -202,7 +215,8 @@ void decode(const AttentionForward& call, const BiasTables& tables, const Decode
         }
       }
     }
-    const bool last = first + kDecodeKeys >= end;
+    const T* coming_k = first + kDecodeKeys < end ? block_k + kDecodeKeys * args.k.token_stride
+                                                  : begin_next<T>(args, next);
     for (int64_t j = 0; j < count; j += kKeysTogether) {
       for (int64_t h = 0; h < args.kv_heads; ++h) {
         const T* part = block_v + j * args.v.token_stride + h * args.v.head_stride;
@@ -210,9 +224,8 @@ void decode(const AttentionForward& call, const BiasTables& tables, const Decode
         if (j + kKeysTogether < count) {
           coming = part_of(block_v + (j + kKeysTogether) * args.v.token_stride, args.v, h,
                            args.kv_heads, size);
-        } else if (!last) {
-          coming =
-              part_of(block_k + kDecodeKeys * args.k.token_stride, args.k, h, args.kv_heads, size);
+        } else if (coming_k != nullptr) {
+          coming = part_of(coming_k, args.k, h, args.kv_heads, size);
         }
         direct.sums(at.scores + h * rows * kDecodeKeys + j, part, args.v.token_stride,
                     smaller(kKeysTogether, count - j), size, coming, out + h * rows * size);

@@ -52,7 +52,7 @@ struct BiasSums {
 using ForwardKernel = void (*)(const AttentionForward& call, const BiasTables& tables,
                                const ForwardTask& task, const ForwardTask* next, float* scratch);
 using DecodeKernel = void (*)(const AttentionForward& call, const BiasTables& tables,
-                              const DecodeTask& task, float* scratch);
+                              const DecodeTask& task, const DecodeTask* next, float* scratch);
 using BackwardKernel = void (*)(const AttentionBackward& call, const BiasTables& tables,
                                 const BackwardTask& task, const BackwardTask* next,
                                 const BiasSums& sums, float* scratch);
