@@ -3,6 +3,9 @@ missing."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +14,13 @@ from torch import Tensor
 
 from speeder_kernels.validate import FLOATS, names
 
-NAMES = ("cuda", "triton", "cpu", "reference")  # in order of preference
+NAMES = ("triton", "cuda", "cpu", "reference")  # in order of preference
 OPS = ("spae_attention", "pack_tokens", "compress_items", "item_cross_entropy", "topk_items")
 
 # The ops that a compiled backend has a kernel for. The reference has them all, on any device.
 KERNELS: dict[str, tuple[str, ...]] = {
+    "triton": tuple(op for op in OPS if (Path(__file__).parent / "triton" / f"{op}.py").exists()),
     "cuda": ("pack_tokens",),
-    "triton": (),
     "cpu": OPS,
     "reference": OPS,
 }
@@ -58,6 +61,24 @@ def _load_cuda() -> str:
     return _load("_ops_cuda.so")
 
 
+def interprets_triton() -> bool:
+    """Whether Triton was told to run its kernels in Python, on any device; read as Triton itself reads it."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def _find_triton() -> str:
+    """Why Triton cannot run here, or an empty string. The kernels are imported at the first call, not here."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not torch.cuda.is_available() and not interprets_triton():
+        return "PyTorch finds no CUDA device, and TRITON_INTERPRET=1 is not set"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken installation must not take the other backends with it
+        return f"triton does not import: {error}"
+    return ""
+
+
 def _backend(name: str, reason: str) -> Backend:
     if not reason and not KERNELS[name]:
         reason = "no op has a kernel for it yet"
@@ -65,8 +86,8 @@ def _backend(name: str, reason: str) -> Backend:
 
 
 _BACKENDS: dict[str, Backend] = {
+    "triton": _backend("triton", _find_triton()),
     "cuda": _backend("cuda", _load_cuda()),
-    "triton": _backend("triton", ""),
     "cpu": _backend("cpu", _load("_ops.so")),
     "reference": _backend("reference", ""),
 }
@@ -91,24 +112,29 @@ def _refusal(op: str, name: str, tensor: Tensor) -> str:
         return f"it has no kernel for {op}"
     if name == "reference":
         return ""
-    device = "cpu" if name == "cpu" else "cuda"
-    if tensor.device.type != device:
-        return f"it runs on {device} tensors, got {tensor.device}"
+    interpreted = name == "triton" and interprets_triton()
+    devices = ("cuda", "cpu") if interpreted else ("cpu",) if name == "cpu" else ("cuda",)
+    if tensor.device.type not in devices:
+        return f"it runs on {' and '.join(devices)} tensors, got {tensor.device}"
     if tensor.dtype not in FLOATS:
         return f"it runs on {names(FLOATS)}, got {names((tensor.dtype,))}"
+    if interpreted and tensor.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 wrongly"
     return ""
 
 
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:
     """The backend to run `op` on `tensor`: the one asked for, or the first of NAMES that can.
 
+    Triton's interpreter, which is there to find faults and takes seconds for what a kernel does in
+    microseconds, runs only where it is asked for.
+
     Raises:
         ValueError: the backend asked for has no such name or cannot run this; the message says which can.
     """
     if backend is None:
-        for name in NAMES:
-            if not _refusal(op, name, tensor):
-                return name
+        candidates = NAMES[1:] if interprets_triton() else NAMES
+        return next(name for name in candidates if not _refusal(op, name, tensor))
     if backend not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(NAMES)}, got {backend!r}")
     reason = _refusal(op, backend, tensor)

@@ -2,12 +2,14 @@
 
 Each public op is `speeder::NAME`, with `speeder::NAME_backward` where there is a gradient; the last argument
 is the backend's name, settled before the call. Compiled kernels are ops of their own, `speeder::NAME_kernel`,
-registered under the CPU and CUDA dispatch keys by the compiled libraries: the key picks the library.
+registered under the CPU and CUDA dispatch keys by the compiled libraries: the key picks the library. Triton's
+are functions of the same arguments, `speeder_kernels.triton.OP.NAME`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -38,6 +40,13 @@ def _define(schema: str) -> Callable:
 
 def _fake(name: str) -> Callable:
     return torch.library.register_fake(f"speeder::{name}", lib=_LIBRARY)
+
+
+def _kernel(op: str, backend: str, part: str = "") -> Callable:
+    """What runs `op`, or another `part` of it (its backward, say), on `backend`."""
+    if backend == "triton":  # imported at the first call: most users never need it
+        return getattr(importlib.import_module(f"speeder_kernels.triton.{op}"), part or op)
+    return getattr(_OPS, f"{part or op}_kernel")
 
 
 def _needed(x: Tensor, shape: tuple, need: bool) -> Tensor:
@@ -189,7 +198,7 @@ def _pack_tokens(input_ids, text_embedding, item_tokens, item_rows, ranks, posit
         )
     text, items, prompts = (x.contiguous() for x in (text_embedding, item_tokens, position_prompts))
     ids, rows, ranks = indices
-    return _OPS.pack_tokens_kernel(ids, text, items, rows, ranks, prompts)
+    return _kernel("pack_tokens", backend)(ids, text, items, rows, ranks, prompts)
 
 
 @_fake("pack_tokens")
@@ -199,15 +208,15 @@ def _(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts
 
 @_define(f"pack_tokens_backward({_PACK_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)")
 def _pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, backend):
-    sum_rows = reference.sum_rows if backend == "reference" else _sum_rows
+    sum_rows = reference.sum_rows if backend == "reference" else functools.partial(_sum_rows, backend)
     return reference.pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, sum_rows)
 
 
-def _sum_rows(grad: Tensor, index: Tensor, size: int) -> Tensor:
-    """`reference.sum_rows` by the compiled kernel: a stable sort lists each row's tokens in order."""
+def _sum_rows(backend: str, grad: Tensor, index: Tensor, size: int) -> Tensor:
+    """`reference.sum_rows` by the backend's kernel: a stable sort lists each row's tokens in order."""
     rows, order = index.sort(stable=True)
     starts = torch.searchsorted(rows, torch.arange(size + 1, device=rows.device))
-    return _OPS.sum_rows_kernel(grad.contiguous(), order, starts)
+    return _kernel("pack_tokens", backend, "sum_rows")(grad.contiguous(), order, starts)
 
 
 @_fake("pack_tokens_backward")
@@ -260,9 +269,8 @@ def _compress_items(expert_outputs, gate_logits, present, norm_weight, eps, back
         validate.check_present_values(present)
     if backend == "reference":
         return reference.compress_items(expert_outputs, gate_logits, present, norm_weight, eps)
-    return _OPS.compress_items_kernel(
-        *_compress_tensors(expert_outputs, gate_logits, present, norm_weight), eps
-    )
+    tensors = _compress_tensors(expert_outputs, gate_logits, present, norm_weight)
+    return _kernel("compress_items", backend)(*tensors, eps)
 
 
 @_fake("compress_items")
@@ -287,7 +295,7 @@ def _compress_items_backward(
         )
     tensors = _compress_tensors(expert_outputs, gate_logits, present, norm_weight)
     bits = sum(need << n for n, need in enumerate(needs))
-    experts, logits, weight = _OPS.compress_items_backward_kernel(
+    experts, logits, weight = _kernel("compress_items", backend, "compress_items_backward")(
         grad_tokens.contiguous(), _float32(grad_gates), *tensors, eps, bits
     )
     return experts, logits.to(gate_logits.dtype), weight.to(norm_weight.dtype)
@@ -341,7 +349,8 @@ def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
         validate.check_range("targets", targets, 0, item_table.shape[0])
     if backend != "reference":
         tensors = (x.contiguous() for x in (hidden, item_table, targets))
-        return _OPS.item_cross_entropy_kernel(*tensors, scale, None if log_q is None else _float32(log_q))
+        log_q = None if log_q is None else _float32(log_q)
+        return _kernel("item_cross_entropy", backend)(*tensors, scale, log_q)
     return reference.item_cross_entropy(hidden, item_table, targets, scale, log_q)
 
 
@@ -362,9 +371,9 @@ def _item_cross_entropy_backward(grad, hidden, item_table, targets, lse, scale, 
         )
     tensors = (x.contiguous() for x in (grad, hidden, item_table, targets, lse))
     bits = sum(need << n for n, need in enumerate(needs))
-    return _OPS.item_cross_entropy_backward_kernel(
-        *tensors, scale, None if log_q is None else _float32(log_q), bits
-    )
+    log_q = None if log_q is None else _float32(log_q)
+    kernel = _kernel("item_cross_entropy", backend, "item_cross_entropy_backward")
+    return kernel(*tensors, scale, log_q, bits)
 
 
 @_fake("item_cross_entropy_backward")
@@ -417,7 +426,8 @@ def _topk_items(hidden, item_table, k, exclude_indptr, exclude_items, backend):
         scores, items = reference.topk_items(hidden, item_table, k, exclude_indptr, exclude_items)
     else:
         excluded = (None if x is None else x.contiguous() for x in (exclude_indptr, exclude_items))
-        scores, items = _OPS.topk_items_kernel(hidden.contiguous(), item_table.contiguous(), k, *excluded)
+        kernel = _kernel("topk_items", backend)
+        scores, items = kernel(hidden.contiguous(), item_table.contiguous(), k, *excluded)
     if checked:
         validate.check_finite_scores(scores)
         validate.check_topk_values(items, k)

@@ -1,13 +1,20 @@
-"""For every test: a fixed seed, and NaN in memory that was allocated and never written."""
+"""For every test: a fixed seed, and NaN in memory that was allocated and never written.
+
+Where there is no GPU, Triton's kernels run in its interpreter, also in the processes that tests start.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before anything imports triton
 
 from tests.assets_fixture import efficientnet_folder, minilm_folder, ml100k_folder, smollm2_folder
 

@@ -32,7 +32,7 @@ def test_public_names():
 
 def test_backends_say_why_they_are_missing():
     table = dispatch.backends()
-    assert list(table) == ["cuda", "triton", "cpu", "reference"]
+    assert list(table) == ["triton", "cuda", "cpu", "reference"]
     for backend in table.values():
         assert backend.available != bool(backend.reason)
     assert set(table["reference"].ops) == OPS
@@ -40,11 +40,12 @@ def test_backends_say_why_they_are_missing():
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
-@pytest.mark.parametrize("name", ["cuda", "triton", "cpu", "reference"])
+@pytest.mark.parametrize("name", ["triton", "cuda", "cpu", "reference"])
 def test_a_backend_runs_or_is_refused_with_the_reason(op, name):
     tensor = torch.zeros(1)
     backend = dispatch.backends()[name]
-    if name in ("cuda", "triton") or op not in backend.ops:
+    gpu_only = name == "cuda" or (name == "triton" and not dispatch.interprets_triton())
+    if gpu_only or op not in backend.ops:
         with pytest.raises(
             ValueError, match=rf"backend: '{name}' cannot run {op} here: .+; available: .*reference"
         ):
@@ -58,6 +59,59 @@ def test_float64_goes_to_the_reference():
     assert dispatch.choose("pack_tokens", None, double) == "reference"
     with pytest.raises(ValueError, match="it runs on float32, bfloat16 or float16, got float64"):
         dispatch.choose("pack_tokens", "cpu", double)
+
+
+@pytest.mark.skipif(not dispatch.interprets_triton(), reason="a GPU is here, so Triton is not interpreted")
+def test_the_interpreter_runs_only_where_it_is_asked_for():
+    assert dispatch.backends()["triton"].available, dispatch.backends()["triton"].reason
+    for dtype in (torch.float32, torch.float16):
+        tensor = torch.zeros(1, dtype=dtype)
+        assert dispatch.choose("pack_tokens", "triton", tensor) == "triton"
+        assert dispatch.choose("pack_tokens", None, tensor) == "cpu"
+    with pytest.raises(
+        ValueError, match="Triton's interpreter computes bfloat16 wrongly; available: cpu, ref"
+    ):
+        dispatch.choose("pack_tokens", "triton", torch.zeros(1, dtype=torch.bfloat16))
+
+
+def test_without_a_gpu_triton_says_so():
+    code = "import speeder_kernels as sk; print(sk.backends()['triton'])"
+    environ = {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    out = python("-c", code + "; import sys; assert 'triton' not in sys.modules", **environ)
+    assert "available=False" in out and "finds no CUDA device, and TRITON_INTERPRET=1 is not set" in out
+
+
+HIDDEN = "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+BROKEN = """
+import sys
+from importlib.util import spec_from_loader
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        return spec_from_loader(name, self) if name == "triton" else None
+    def create_module(self, spec):
+        raise OSError("libcuda.so.1: cannot open shared object file")
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Broken())
+"""
+
+
+@pytest.mark.parametrize(
+    ("prelude", "reason"),
+    [
+        (HIDDEN, "triton is not installed (pip install triton)"),
+        (BROKEN, "triton does not import: libcuda.so.1: cannot open"),
+    ],
+)
+def test_works_where_triton_is_missing_or_broken(prelude, reason):
+    code = (
+        "import torch, speeder_kernels as sk; z = torch.zeros(2, dtype=torch.long)\n"
+        "print(sk.pack_tokens(z, torch.eye(2), torch.eye(2), z - 1, z, torch.eye(2)).tolist())\n"
+        "from speeder_kernels.__main__ import describe; print(describe())\n"
+    )
+    out = python("-c", prelude + code, TRITON_INTERPRET="1")
+    assert "[[1.0, 0.0], [1.0, 0.0]]" in out
+    assert f"  triton           no: {reason}" in out
 
 
 def test_report():
@@ -78,8 +132,9 @@ def test_works_without_compiled_code(tmp_path):
     """A copy of the Python files alone: the reference serves, and the report says what is missing."""
     copy = tmp_path / "speeder_kernels"
     copy.mkdir()
-    for source in PACKAGE.glob("*.py"):
-        (copy / source.name).write_text(source.read_text())
+    (copy / "triton").mkdir()
+    for source in PACKAGE.rglob("*.py"):
+        (copy / source.relative_to(PACKAGE)).write_text(source.read_text())
     code = (
         "import torch, speeder_kernels as sk; assert sk.__file__.startswith(TMP), sk.__file__\n"
         "z = torch.zeros(2, dtype=torch.long)\n"
