@@ -6,14 +6,13 @@ the table whose gradient is summed.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from speeder_kernels.triton.tiles import cdiv, column_block, launch, tile
 
-SUM_AHEAD = 8  # rows of a sum that are fetched before the first is added
+SUM_AHEAD = 4  # rows of a sum that are fetched before the first is added
 
 
 @triton.jit(do_not_specialize=["T"])

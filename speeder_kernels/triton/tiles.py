@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 
 ARCHITECTURES = (80, 90, 100)  # A100, H100, B200: a GPU takes the newest row that it can
 

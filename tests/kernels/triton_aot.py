@@ -1,0 +1,229 @@
+"""Compiles every Triton kernel as it can be launched, with no GPU, and lists what the machine code takes.
+
+    python tests/kernels/triton_aot.py --out table.json [--only pack_tokens] [--arch 90] [--jobs 2]
+
+It calls the launchers themselves, on meta tensors, as if each architecture's GPU were there: Triton specialises
+and compiles as it would there, and what would be launched is recorded. So a configuration cannot be forgotten
+here that a launcher knows; what must be listed (`CASES`) is which calls there are. A kernel that no case
+launches, or a row of the table of tiles that none uses, is an error.
+
+Run it as a process of its own, without TRITON_INTERPRET. The table is a JSON list of rows:
+    op, kernel, arch, case, dtype; constants, num_warps, num_stages; registers (a thread), stack (bytes a thread:
+    spilled registers, for these kernels have nothing else to put there), shared (bytes a block), occupancy
+    (share of the processor's warps that can be resident; null for AMD).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+Case = tuple[str, Callable[[], object]]  # what it is called, and the call
+F32, BF16, F16, I64 = torch.float32, torch.bfloat16, torch.float16, torch.int64
+# What is compiled: all dtypes for each architecture of the table of tiles, and bfloat16 for an AMD GPU.
+TARGETS: dict[str, tuple[torch.dtype, ...]] = {
+    "80": (F32, BF16, F16),
+    "90": (F32, BF16, F16),
+    "100": (F32, BF16, F16),
+    "gfx942": (BF16,),
+}
+SHARED_LIMIT = {"80": 163 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}  # bytes a block
+PROCESSORS = {"80": 108, "90": 132, "100": 148, "gfx942": 304}
+
+
+def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+# --- what is called: for each op, the calls whose kernels differ -------------------------------------------
+
+WIDTHS = (576, 577)  # rows that start at multiples of 16 bytes, and rows that do not
+ODD = "-odd"  # ends the names of cases that are compiled for ODD_ARCH only: they cost much and add little elsewhere
+ODD_ARCH = "90"
+
+
+def width(hidden: int) -> str:
+    return f"H{hidden}" + (ODD if hidden % 16 else "")
+
+
+def pack_tokens(dtype: torch.dtype) -> Iterator[Case]:
+    from speeder_kernels.triton.pack_tokens import pack_tokens, sum_rows
+
+    for hidden in WIDTHS:
+        text, items, prompts = (meta(n, hidden, dtype=dtype) for n in (49152, 600, 50))
+        ids = meta(8192, dtype=I64)
+        yield width(hidden), functools.partial(pack_tokens, ids, text, items, ids, ids, prompts)
+        grad, starts = meta(8192, hidden, dtype=dtype), meta(601, dtype=I64)
+        yield width(hidden), functools.partial(sum_rows, grad, ids, starts)
+
+
+CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
+    "pack_tokens": pack_tokens,
+}
+
+
+# --- how it is compiled -------------------------------------------------------------------------------------
+
+
+class Driver:
+    """Stands in for Triton's driver where there is no GPU: all that compiling asks of it."""
+
+    def __init__(self, arch: str) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.arch = arch
+        is_amd = arch.startswith("gfx")
+        self.target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> str:
+        return self.arch
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
+    """Every launch of one op for one architecture, compiled: rows of the table, the kernels launched, and the keys
+    of the table of tiles that were used."""
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from speeder_kernels.triton import tiles
+
+    driver.set_active(Driver(arch))
+    rows, seen, kernels, used = [], set(), set(), set()
+    run = JITFunction.run
+
+    class Table(dict):
+        def __getitem__(self, key):
+            used.add(key)
+            return super().__getitem__(key)
+
+    def record(kernel, *args, grid, warmup, **options):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
+        kernels.add(kernel.__name__)
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            rows.append(
+                {"op": op, "kernel": kernel.__name__, "arch": arch, **context, **measure(compiled, options)}
+            )
+        return compiled
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(tiles, "architecture", lambda device: int(arch) if arch.isdigit() else 80),
+        mock.patch.object(tiles, "processors", lambda device: PROCESSORS[arch]),
+        mock.patch.object(tiles, "TILES", Table(tiles.TILES)),
+    ):
+        for dtype in TARGETS[arch]:
+            for name, call in CASES[op](dtype):
+                if name.endswith(ODD) and arch != ODD_ARCH:
+                    continue
+                context = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
+                call()
+    return rows, kernels, used
+
+
+def measure(compiled, options: dict) -> dict:
+    """What a compiled kernel takes. Registers and stack stand in the machine code's own headers."""
+    metadata = compiled.metadata
+    constants = {name: value for name, value in options.items() if name.isupper()}
+    row = {"constants": constants, "num_warps": metadata.num_warps, "num_stages": metadata.num_stages}
+    if "amdgcn" in compiled.asm:
+        found = {
+            name: int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+        }
+        stack = found["private_segment_fixed_size"]
+        return {
+            **row,
+            "registers": found["vgpr_count"],
+            "stack": stack,
+            "shared": metadata.shared,
+            "occupancy": None,
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [cuobjdump(), "--dump-resource-usage", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK"))
+    threads = int(re.search(r"\.(?:reqntid|maxntid) (\d+)", compiled.asm["ptx"]).group(1))
+    share = occupancy(registers, metadata.shared, threads // 32, metadata.target.arch)
+    return {**row, "registers": registers, "stack": stack, "shared": metadata.shared, "occupancy": share}
+
+
+def cuobjdump() -> str:
+    """The one in Triton's own wheel."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def occupancy(registers: int, shared: int, warps: int, arch: int) -> float:
+    """Resident warps of the 64 a processor has room for, by registers (65536, given out to a warp in units of 256),
+    shared memory (1 KiB of each block's is the system's) and blocks (32)."""
+    by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
+    by_shared = (164 if arch == 80 else 228) * 1024 // (shared + 1024)
+    return min(32, 64 // warps, by_registers, by_shared) * warps / 64
+
+
+def jit_kernels() -> set[str]:
+    """Every kernel in speeder_kernels.triton, by name: the functions that are decorated and called *_kernel."""
+    package = Path(__file__).resolve().parents[2] / "speeder_kernels" / "triton"
+    names = set()
+    for path in package.glob("[!_]*.py"):
+        module = importlib.import_module(f"speeder_kernels.triton.{path.stem}")
+        names |= {name for name in vars(module) if name.endswith("_kernel")}
+    return names
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, help="where the table goes, as JSON")
+    parser.add_argument("--only", choices=CASES, help="one op")
+    parser.add_argument("--arch", choices=TARGETS, help="one architecture")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        raise SystemExit("TRITON_INTERPRET is set: interpreted kernels are not compiled")
+    from speeder_kernels.triton import tiles
+
+    jobs = list(itertools.product([args.only] if args.only else CASES, [args.arch] if args.arch else TARGETS))
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        results = pool.starmap(compile_op, jobs, chunksize=1)
+    if not args.only:
+        unlaunched = jit_kernels().difference(*(kernels for _, kernels, _ in results))
+        unused = set(tiles.TILES).difference(*(used for _, _, used in results))
+        if unlaunched or unused:
+            raise SystemExit(
+                f"no case launches {sorted(unlaunched)}, none uses the rows {sorted(unused, key=str)}"
+            )
+    table = [row for rows, _, _ in results for row in rows]
+    Path(args.out).write_text(json.dumps(table, indent=0))
+    print(f"{len(table)} configurations compiled")
+
+
+if __name__ == "__main__":
+    main()
