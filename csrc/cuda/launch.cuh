@@ -1,0 +1,45 @@
+// Runs kernels (see device.h) on a stream. Only .cu files include this.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cuda/device.h"
+
+namespace speeder {
+namespace cuda {
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks) run(const Kernel kernel) {
+  kernel();
+}
+
+// Launches one kernel after the other on a stream, and none after one that failed.
+class StreamLauncher {
+ public:
+  explicit StreamLauncher(void* stream) : stream_(static_cast<cudaStream_t>(stream)) {}
+
+  template <typename Kernel>
+  void launch(const Grid& grid, const Kernel& kernel) {
+    constexpr int64_t kFree = 48 * 1024;  // shared memory that needs no asking for
+    if (error_ != cudaSuccess || grid.x * grid.y * grid.z == 0) return;
+    if (grid.shared_bytes > kFree) {
+      error_ = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(grid.shared_bytes));
+      if (error_ != cudaSuccess) return;
+    }
+    const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                      static_cast<unsigned>(grid.z));
+    run<Kernel><<<blocks, grid.threads, grid.shared_bytes, stream_>>>(kernel);
+    error_ = cudaGetLastError();
+  }
+
+  // Null, or CUDA's message of what went wrong.
+  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+
+ private:
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+}  // namespace cuda
+}  // namespace speeder

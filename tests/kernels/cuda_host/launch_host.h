@@ -1,0 +1,57 @@
+// Runs kernels on the host: the counterpart of csrc/cuda/launch.cuh.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cuda/device.h"
+
+namespace speeder {
+namespace cuda {
+
+class HostLauncher {
+ public:
+  explicit HostLauncher(uint64_t seed) { host::block().seed(seed); }
+
+  // Block by block, in an order drawn from the seed.
+  template <typename Kernel>
+  void launch(const Grid& grid, const Kernel& kernel) {
+    if (!error_.empty()) return;
+    host::Block& block = host::block();
+    constexpr int64_t kSharedMost = 227 * 1024;  // on sm_90 and sm_100
+    if (grid.threads <= 0 || grid.threads % kWarp != 0 || grid.threads > Kernel::kThreads ||
+        grid.shared_bytes > kSharedMost || grid.y > 65535 || grid.z > 65535) {
+      error_ = "a launch that no GPU takes: " + std::to_string(grid.threads) + " threads, " +
+               std::to_string(grid.shared_bytes) + " bytes of shared memory";
+      return;
+    }
+    std::vector<int64_t> order(grid.x * grid.y * grid.z);
+    for (size_t n = 0; n < order.size(); ++n) {
+      const size_t place = block.random(static_cast<uint32_t>(n + 1));
+      order[n] = order[place];
+      order[place] = static_cast<int64_t>(n);
+    }
+    block.blocks[0] = grid.x;
+    block.blocks[1] = grid.y;
+    block.blocks[2] = grid.z;
+    for (int64_t n : order) {
+      block.index[0] = n % grid.x;
+      block.index[1] = n / grid.x % grid.y;
+      block.index[2] = n / grid.x / grid.y;
+      const auto body = [](const void* code) { (*static_cast<const Kernel*>(code))(); };
+      if (!block.run(body, &kernel, grid.threads, grid.shared_bytes)) {
+        error_ = block.error;
+        return;
+      }
+    }
+  }
+
+  // Null, or what went wrong.
+  const char* error() const { return error_.empty() ? nullptr : error_.c_str(); }
+
+ private:
+  std::string error_;
+};
+
+}  // namespace cuda
+}  // namespace speeder

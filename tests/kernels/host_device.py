@@ -1,0 +1,131 @@
+"""Runs the CUDA sources on the host: compiles a program of `cuda_host/` with g++ and the sanitizers, and sends it work.
+
+    program = compile_program("pack_tokens", folder)
+    with HostDevice(program) as device:
+        device.call("pack_tokens", ids, table, out, 50, torch.float32)  # tensors are written back in place
+
+What a GPU would punish (see cuda_host/) raises a HostDeviceError; the program goes on. What AddressSanitizer or UBSan
+finds ends it: that raises too, with the report, and the next call starts it anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from speeder_kernels.validate import FLOATS
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path(__file__).with_name("cuda_host")
+WARNINGS = ["-Wall", "-Wextra", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+
+
+class HostDeviceError(AssertionError):
+    """A kernel did what a GPU would punish; the message says what, and which block and thread it was."""
+
+
+def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc") -> Path:
+    """Compile `cuda_host/<name>.cpp` over the kernels in `csrc`; returns the program."""
+    program = folder / name
+    command = [
+        os.environ.get("CXX", "g++"),
+        *FLAGS,
+        f"-I{csrc}",
+        f"-I{SOURCES}",
+        str(SOURCES / f"{name}.cpp"),
+    ]
+    result = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-8000:]
+    return program
+
+
+def plant(folder: Path, edits: Mapping[str, tuple[str, str]]) -> Path:
+    """A copy of csrc/ in `folder` in which each file named has the text that must occur once replaced."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    for name, (sound, faulty) in edits.items():
+        text = (csrc / name).read_text()
+        assert text.count(sound) == 1, f"{name}: {sound!r} occurs {text.count(sound)} times"
+        (csrc / name).write_text(text.replace(sound, faulty))
+    return csrc
+
+
+class HostDevice:
+    """A running program of `cuda_host/`."""
+
+    def __init__(self, program: Path) -> None:
+        self.program = program
+        self._report = program.with_suffix(".stderr")
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> HostDevice:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.stdout.close()
+            self._process.wait()
+            self._process = None
+
+    def call(
+        self, kernel: str, *arguments: torch.Tensor | int | float | torch.dtype | None, seed: int = 0
+    ) -> None:
+        """Run one kernel. Tensors must be contiguous; all are written back, as a device would leave them.
+
+        `seed` draws the order in which blocks and threads run.
+
+        Raises:
+            HostDeviceError: what is wrong with the kernel.
+        """
+        request = [struct.pack("<I", len(kernel)), kernel.encode(), struct.pack("<QI", seed, len(arguments))]
+        request += [_packed(x) for x in arguments]
+        if self._process is None:
+            pipe = subprocess.PIPE
+            with self._report.open("wb") as report:
+                self._process = subprocess.Popen([self.program], stdin=pipe, stdout=pipe, stderr=report)
+        try:
+            self._process.stdin.write(b"".join(request))
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            self._died()
+        error = self._take(*struct.unpack("<I", self._take(4)))
+        if error:
+            raise HostDeviceError(error.decode())
+        for x in arguments:
+            if isinstance(x, torch.Tensor) and x.numel():
+                data = self._take(x.nbytes)
+                ctypes.memmove(x.data_ptr(), data, x.nbytes)
+
+    def _take(self, count: int) -> bytes:
+        data = self._process.stdout.read(count)
+        if len(data) < count:
+            self._died()
+        return data
+
+    def _died(self) -> None:
+        self._process.wait()
+        self.__exit__()
+        raise HostDeviceError(self._report.read_text()[:8000] or "the program ended without a word")
+
+
+def _packed(x: torch.Tensor | int | float | torch.dtype | None) -> bytes:
+    if x is None:
+        return b"n"
+    if isinstance(x, torch.dtype):
+        return struct.pack("<cq", b"i", FLOATS.index(x))
+    if isinstance(x, float):
+        return struct.pack("<cd", b"d", x)
+    if isinstance(x, int):
+        return struct.pack("<cq", b"i", x)
+    assert x.is_contiguous(), f"expected a contiguous tensor, got strides {x.stride()}"
+    data = ctypes.string_at(x.data_ptr(), x.nbytes) if x.numel() else b""
+    return struct.pack("<cqq", b"t", len(data), x.data_ptr() % 16) + data
