@@ -1,4 +1,4 @@
-"""The `speeder` command: assets, prepare, train, evaluate, recommend, demo."""
+"""The `speeder` command: assets, prepare, train, evaluate, compare, recommend, demo."""
 
 from __future__ import annotations
 
@@ -96,12 +96,28 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         run_evaluate,
-        "Rank the whole catalogue for every test user, beside popularity and SASRec.",
-        "speeder evaluate runs/first",
+        "Rank the catalogue, or candidates, for every test user, beside popularity and SASRec.",
+        "speeder evaluate runs/first --protocol vhr",
     )
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder of a finished training")
-    evaluate.add_argument("--split", choices=["test", "validation"], default="test")
+    protocol_arguments(evaluate)
     evaluate.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
+
+    compare = command(
+        "compare",
+        run_compare,
+        "Test whether evaluated runs differ: paired bootstrap and permutation test over users, corrected by Holm.",
+        "speeder compare runs/first runs/second --out runs/comparison",
+    )
+    compare.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, or files of their evaluations/"
+    )
+    protocol_arguments(compare)
+    compare.add_argument("--metric", help="which one (default: NDCG@10, or VHR@1 with --protocol vhr)")
+    compare.add_argument(
+        "--seen", choices=["masked", "allowed"], default="masked", help="items of the history"
+    )
+    compare.add_argument("--out", type=Path, metavar="DIR", help="write comparison.md, .tex and .json there")
 
     recommend = command(
         "recommend",
@@ -130,6 +146,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
     return parser
+
+
+def protocol_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which evaluation is meant: the same words for making one and for comparing them."""
+    parser.add_argument(
+        "--protocol",
+        choices=["full", "vhr", "sampled"],
+        default="full",
+        help="all items; target + 19 negatives (VHR@1); target + N negatives with AUC (default: full)",
+    )
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--negatives", type=int, metavar="N", help="with --protocol sampled (default: 20)")
+    parser.add_argument(
+        "--candidates-seed", type=int, default=0, metavar="S", help="of the negatives (default: 0)"
+    )
 
 
 # Each command imports what it needs only then, so that `--help` and mistakes answer at once.
@@ -186,16 +217,33 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
-    from speeder.evaluate import evaluate
-    from speeder.results import baselines, run_data, write_results
+    from speeder.results import baselines, evaluate_run, measure_for, model_label, run_data, write_results
 
     model_folder = find_model(options.run)
     run = model_folder.parent
     data = run_data(run)
-    evaluations = {} if options.no_baselines else baselines(run, data, options.split)
+    measure = measure_for(
+        run, data, options.split, options.protocol, options.negatives, options.candidates_seed
+    )
     model = load_model(model_folder)
-    evaluations["Speeder"] = evaluate(model, data.split, options.split)
-    print(write_results(run, evaluations, options.split))
+    row = {model_label(model): evaluate_run(run, model, measure)}
+    others = {} if options.no_baselines else baselines(run, measure)
+    print(write_results(run, others | row, measure.folder))
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from speeder.compare import compare, comparison_report, load_runs
+    from speeder.results import measure_folder
+
+    count = options.negatives
+    folder = measure_folder(options.split, options.protocol, count, options.candidates_seed)
+    evaluations = load_runs(options.runs, folder)
+    metric = options.metric or next(iter(evaluations.values())).main_metric
+    try:
+        tests = compare(evaluations, metric, options.seen)
+    except ValueError as error:
+        raise SpeederError(f"compare: {error}") from error
+    print(comparison_report(evaluations, tests, metric, options.seen, options.out))
 
 
 def run_recommend(options: argparse.Namespace) -> None:

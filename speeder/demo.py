@@ -13,6 +13,7 @@ from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.recipe import load_recipe
 from speeder.results import (
+    Measure,
     baselines,
     evaluate_once,
     example_recommendations,
@@ -78,7 +79,8 @@ def demo(
         say(f"Note: {note}" + ("; `make demo POSTERS=DIR` brings it" if "image" in note else ""))
 
     announce("Baselines: popularity, and SASRec with cross-entropy on the same split")
-    evaluations = baselines(out, data)
+    measure = Measure(data)
+    evaluations = baselines(out, measure)
 
     announce(f"Training Speeder: {', '.join(stage.name for stage in plan.stages)}")
     run = out / "speeder"
@@ -89,10 +91,10 @@ def demo(
         run,
         resume=(run / "recipe.json").exists(),
         data_folder=folder,
-        on_stage=lambda stage, model: evaluate_once(run, names[stage.name], model.eval(), data),
+        on_stage=lambda stage, model: evaluate_once(run, names[stage.name], model.eval(), measure),
     )
     for name in names.values():
-        evaluations[name] = evaluate_once(run, name, model, data)
+        evaluations[name] = evaluate_once(run, name, model, measure)
 
     table = write_results(out, evaluations)
     write_training_plots(out, run, model)

@@ -1,144 +1,65 @@
-"""Leave-one-out evaluation by ranking the whole catalogue, and the checks that guard it.
+"""Leave-one-out evaluation: by ranking the whole catalogue, or 1 + N candidates, and the checks that guard it.
 
-A model is anything with ``score(histories) -> (n, I)`` scores. Both protocols in use are always measured:
-items of the user's history left in the ranking ("allowed"), and left out of it ("masked").
+A model is anything with ``score(histories) -> (n, I)`` scores. Both customs are always measured: items of the user's
+history left in the ranking ("allowed"), and left out of it ("masked").
 """
 
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from speeder.data.files import write_json
-from speeder.evaluation.bootstrap import Interval, bootstrap_intervals
-from speeder.evaluation.leaks import LeakError, check_split, check_training_hash, training_hash
-from speeder.evaluation.metrics import METRICS, metric_values, target_ranks
-from speeder.evaluation.slices import quantile_slices
+from speeder.evaluation.bootstrap import Interval
+from speeder.evaluation.candidates import Candidates
+from speeder.evaluation.leaks import (
+    LeakError,
+    check_candidates,
+    check_split,
+    check_training_hash,
+    training_hash,
+)
+from speeder.evaluation.metrics import METRICS, candidate_ranks, hidden_targets, target_ranks
+from speeder.evaluation.result import PROTOCOLS, Evaluation
 from speeder.evaluation.tables import comparison_table
+from speeder.evaluation.titles import named_candidate
 
 if TYPE_CHECKING:
     from speeder.data.interactions import LeaveOneOut
 
 __all__ = [
     "METRICS",
+    "PROTOCOLS",
+    "Candidates",
     "Evaluation",
     "Interval",
     "LeakError",
     "Scorer",
+    "TitleGenerator",
+    "check_candidates",
     "check_split",
     "check_training_hash",
     "comparison_table",
     "evaluate",
+    "evaluate_candidates",
+    "evaluate_titles",
     "training_hash",
 ]
 
-SEEN = ("masked", "allowed")
-
 
 class Scorer(Protocol):
-    """What can be evaluated."""
+    """What can be evaluated. One that is asked for candidates alone may offer ``score_candidates`` instead."""
 
     def score(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """Histories of item indices, oldest first -> (n, I) floating scores, higher being better."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Every user's rank, and what can be computed from it.
+class TitleGenerator(Protocol):
+    """What answers with a text."""
 
-    Arrays have one entry a user. ``ranks`` maps "masked" and "allowed" to (n,) int64 ranks in
-    ``1..num_items``.
-    """
-
-    split: str
-    split_hash: str
-    num_items: int
-    users: np.ndarray
-    targets: np.ndarray
-    history_lengths: np.ndarray
-    target_counts: np.ndarray  # how often the target occurs in the training parts
-    ranks: dict[str, np.ndarray]
-    resamples: int = 1000
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-    def values(self, metric: str, seen: str = "masked") -> np.ndarray:
-        """Each user's value of a metric, (n,) float64: what a paired test between two models takes."""
-        if seen not in SEEN:
-            raise ValueError(f"seen: expected one of {SEEN}, got {seen!r}")
-        return metric_values(self.ranks[seen], metric)
-
-    def mean(self, metric: str, seen: str = "masked") -> float:
-        """The metric's mean over users."""
-        return float(self.values(metric, seen).mean())
-
-    @cached_property
-    def metrics(self) -> dict[str, dict[str, Interval]]:
-        """ "masked" and "allowed" -> metric -> mean with its 95 % bootstrap interval over users."""
-        return self._intervals(np.ones(len(self), dtype=bool))
-
-    @cached_property
-    def slices(self) -> dict[str, dict[str, dict]]:
-        """History length in quartiles, target popularity in terciles: name -> label -> users and metrics."""
-        groups = {
-            "history length": quantile_slices(self.history_lengths, 4, "items"),
-            "target popularity": quantile_slices(self.target_counts, 3, "in training"),
-        }
-        return {
-            name: {
-                label: {"users": int(member.sum()), "metrics": self._intervals(member)}
-                for label, member in members.items()
-            }
-            for name, members in groups.items()
-        }
-
-    def _intervals(self, member: np.ndarray) -> dict[str, dict[str, Interval]]:
-        columns = [self.values(metric, seen)[member] for seen in SEEN for metric in METRICS]
-        intervals = iter(bootstrap_intervals(np.stack(columns, axis=1), self.resamples, self.seed))
-        return {seen: {metric: next(intervals) for metric in METRICS} for seen in SEEN}
-
-    def to_dict(self) -> dict:
-        """All of it as JSON values: metrics, slices, and each user's ranks, which ``from_dict`` reads."""
-        arrays = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return {
-            "split": self.split,
-            "split_hash": self.split_hash,
-            "num_users": len(self),
-            "num_items": self.num_items,
-            "resamples": self.resamples,
-            "seed": self.seed,
-            "metrics": _plain(self.metrics),
-            "slices": _plain(self.slices),
-            "per_user": arrays | {"ranks": {seen: ranks.tolist() for seen, ranks in self.ranks.items()}},
-        }
-
-    @classmethod
-    def from_dict(cls, value: dict) -> "Evaluation":
-        """Build an evaluation from what ``to_dict`` gave; metrics are computed again from the ranks."""
-        arrays = dict(value["per_user"])
-        ranks = {seen: np.array(arrays["ranks"][seen], dtype=np.int64) for seen in SEEN}
-        del arrays["ranks"]
-        arrays = {name: np.array(items, dtype=np.int64) for name, items in arrays.items()}
-        scalars = {name: value[name] for name in ("split", "split_hash", "num_items", "resamples", "seed")}
-        return cls(**scalars, **arrays, ranks=ranks)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write ``to_dict`` as a JSON file, atomically."""
-        write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Evaluation":
-        """Read what ``save`` wrote."""
-        with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+    def generate_titles(self, histories: Sequence[Sequence[int]], candidates: np.ndarray) -> list[str]:
+        """Histories and (n, C) items to choose from, in the order in which a prompt lists them -> n texts."""
 
 
 def evaluate(
@@ -166,6 +87,109 @@ def evaluate(
         LeakError: the split leaks, or the model was fitted on something other than its training part.
         TypeError, ValueError, IndexError: wrong scores; see ``target_ranks``.
     """
+    histories, targets = _checked(model, split, name, batch_size)
+    shape, masked, allowed = None, [], []
+    for rows in _batches(len(targets), batch_size, name):
+        batch = histories[rows]
+        scores = model.score(batch)
+        shape = shape or scores.shape[1:]
+        if scores.shape != (len(batch), *shape):
+            raise ValueError(f"scores: expected {(len(batch), *shape)}, got {tuple(scores.shape)}")
+        batch_targets = torch.from_numpy(targets[rows])
+        masked.append(target_ranks(scores, batch_targets, batch))
+        allowed.append(target_ranks(scores, batch_targets))
+    ranks = {"masked": torch.cat(masked).numpy(), "allowed": torch.cat(allowed).numpy()}
+    return _evaluation(
+        split, name, histories, targets, int(shape[0]), ranks=ranks, resamples=resamples, seed=seed
+    )
+
+
+def evaluate_candidates(
+    model: Scorer,
+    split: "LeaveOneOut",
+    candidates: Candidates,
+    protocol: str = "vhr",
+    batch_size: int = 256,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Rank every user's target among its negatives.
+
+    Args:
+        model: anything with ``score``, or with ``score_candidates(histories, (n, C) items) -> (n, C)``.
+        candidates: drawn for this very split.
+        protocol: "vhr" or "sampled": which metrics are told.
+        batch_size, resamples, seed: as in ``evaluate``.
+
+    Raises:
+        LeakError: as in ``evaluate``, or the candidates are not those that their seed draws.
+        SpeederError: the candidates belong to another split.
+        TypeError, ValueError: wrong scores; see ``candidate_ranks``.
+    """
+    histories, targets = _checked(model, split, candidates.split, batch_size)
+    check_candidates(candidates, split)
+    listed = candidates.listed(targets)
+    ranks, ties = [], []
+    for rows in _batches(len(targets), batch_size, candidates.split):
+        if hasattr(model, "score_candidates"):
+            scores = model.score_candidates(histories[rows], listed[rows])
+        else:
+            scores = _gathered(model.score(histories[rows]), listed[rows], candidates.num_items)
+        batch_ranks, batch_ties = candidate_ranks(scores, listed[rows] == targets[rows, None])
+        ranks.append(batch_ranks)
+        ties.append(batch_ties)
+    return _among_candidates(
+        split, candidates, protocol, histories, targets, np.concatenate(ranks), np.concatenate(ties),
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
+
+
+def evaluate_titles(
+    model: TitleGenerator,
+    split: "LeaveOneOut",
+    candidates: Candidates,
+    titles: Sequence[str],
+    batch_size: int = 256,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Evaluation:
+    """Let a model choose among each user's candidates by writing a title (protocol "vhr").
+
+    An answer is valid if it names exactly one candidate (see ``named_candidate``), and a hit if that is the target.
+
+    Args:
+        titles: of all items.
+        candidates, batch_size, resamples, seed: as in ``evaluate_candidates``.
+
+    Raises:
+        LeakError, SpeederError: as in ``evaluate_candidates``.
+        ValueError: the model gives another number of texts than of histories.
+    """
+    histories, targets = _checked(model, split, candidates.split, batch_size)
+    check_candidates(candidates, split)
+    listed = candidates.listed(targets)
+    named = []
+    for rows in _batches(len(targets), batch_size, candidates.split):
+        texts = model.generate_titles(histories[rows], listed[rows])
+        if len(texts) != len(listed[rows]):
+            raise ValueError(f"texts: expected {len(listed[rows])}, one a history, got {len(texts)}")
+        for text, items in zip(texts, listed[rows], strict=True):
+            place = named_candidate(text, [titles[item] for item in items])
+            named.append(-1 if place is None else int(items[place]))
+    named = np.array(named, dtype=np.int64)
+    ranks = np.where(named == targets, 1, listed.shape[1])
+    return _among_candidates(
+        split, candidates, "vhr", histories, targets, ranks, np.zeros_like(ranks),
+        valid=(named >= 0).astype(np.int64), resamples=resamples, seed=seed,
+    )  # fmt: skip
+
+
+def _checked(
+    model: object, split: "LeaveOneOut", name: str, batch_size: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Histories and targets of a split, once arguments and leaks were checked."""
     if name not in ("test", "validation"):
         raise ValueError(f'name: expected "test" or "validation", got {name!r}')
     if batch_size < 1:
@@ -176,19 +200,52 @@ def evaluate(
     histories, targets = split.histories(name), np.asarray(split.targets(name), dtype=np.int64)
     if not len(targets):
         raise ValueError(f"split: no user has a {name} target; leave one out needs users with 3 interactions")
-    shape, masked, allowed = None, [], []
-    for start in tqdm(
-        range(0, len(targets), batch_size), desc=f"evaluate ({name})", unit="batch", disable=None
-    ):
-        batch = histories[start : start + batch_size]
-        scores = model.score(batch)
-        shape = shape or scores.shape[1:]
-        if scores.shape != (len(batch), *shape):
-            raise ValueError(f"scores: expected {(len(batch), *shape)}, got {tuple(scores.shape)}")
-        batch_targets = torch.from_numpy(targets[start : start + batch_size])
-        masked.append(target_ranks(scores, batch_targets, batch))
-        allowed.append(target_ranks(scores, batch_targets))
-    num_items = int(shape[0])
+    return histories, targets
+
+
+def _batches(count: int, batch_size: int, name: str) -> tqdm:
+    slices = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
+    return tqdm(slices, desc=f"evaluate ({name})", unit="batch", disable=None)
+
+
+def _gathered(scores: torch.Tensor, items: np.ndarray, num_items: int) -> torch.Tensor:
+    if scores.shape != (len(items), num_items):
+        raise ValueError(f"scores: expected {(len(items), num_items)}, got {tuple(scores.shape)}")
+    return scores.gather(1, torch.from_numpy(items).to(scores.device))
+
+
+def _among_candidates(
+    split: "LeaveOneOut",
+    candidates: Candidates,
+    protocol: str,
+    histories: list[np.ndarray],
+    targets: np.ndarray,
+    ranks: np.ndarray,
+    ties: np.ndarray,
+    **more,
+) -> Evaluation:
+    """The evaluation over candidates; negatives lie outside the history, so masking can hide a target alone."""
+    if protocol not in ("vhr", "sampled"):
+        raise ValueError(f'protocol: expected "vhr" or "sampled", got {protocol!r}')
+    num_ranked = candidates.negatives.shape[1] + 1
+    hidden = hidden_targets(histories, targets)
+    return _evaluation(
+        split, candidates.split, histories, targets, candidates.num_items,
+        ranks={"masked": np.where(hidden, num_ranked, ranks), "allowed": ranks},
+        ties={"masked": np.where(hidden, 0, ties), "allowed": ties},
+        protocol=protocol, num_ranked=num_ranked,
+        candidates_hash=candidates.hash(), candidates_seed=candidates.seed, **more,
+    )  # fmt: skip
+
+
+def _evaluation(
+    split: "LeaveOneOut",
+    name: str,
+    histories: list[np.ndarray],
+    targets: np.ndarray,
+    num_items: int,
+    **more,
+) -> Evaluation:
     occurrences = np.bincount(np.concatenate(split.training()), minlength=num_items)
     return Evaluation(
         split=name,
@@ -198,14 +255,5 @@ def evaluate(
         targets=targets,
         history_lengths=np.array([len(history) for history in histories], dtype=np.int64),
         target_counts=occurrences[targets].astype(np.int64),
-        ranks={"masked": torch.cat(masked).numpy(), "allowed": torch.cat(allowed).numpy()},
-        resamples=resamples,
-        seed=seed,
+        **more,
     )
-
-
-def _plain(value: object) -> object:
-    """Intervals as dictionaries, all the way down."""
-    if isinstance(value, Interval):
-        return value._asdict()
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -11,7 +11,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from speeder.data.files import atomic_path
-from speeder.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
     from speeder.evaluate import Evaluation
@@ -121,11 +120,12 @@ def plot_comparison(
     Args:
         evaluations: name -> evaluation, all over one split.
         path: the PNG to write, atomically.
-        metric: one of ``speeder.evaluate.METRICS``.
+        metric: one of their protocol's.
     """
     _not_empty("evaluations", evaluations)
-    if metric not in METRICS:
-        raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
+    known = next(iter(evaluations.values())).metric_names
+    if metric not in known:
+        raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}")
     with _figure(path, 8, 1.5 + 0.55 * len(evaluations)) as figure:
         axes = figure.subplots()
         rows = np.arange(len(evaluations))

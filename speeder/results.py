@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,18 @@ from speeder.baselines.sasrec import SASRec
 from speeder.data.files import atomic_path, read_json, write_json
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
-from speeder.evaluate import Evaluation, Scorer, comparison_table, evaluate
+from speeder.evaluate import (
+    PROTOCOLS,
+    Candidates,
+    Evaluation,
+    Scorer,
+    comparison_table,
+    evaluate,
+    evaluate_candidates,
+    evaluate_titles,
+)
 from speeder.evaluation.leaks import check_features
+from speeder.evaluation.tables import comparison_latex
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.training import stage_logs
@@ -21,26 +32,125 @@ from speeder.training import stage_logs
 EVALUATIONS = "evaluations"
 
 
-def evaluate_once(run: Path, name: str, model: Scorer, data: PreparedData, split: str = "test") -> Evaluation:
-    """Evaluate under a name, or read the evaluation that the run folder already holds for this very split.
+VHR_NEGATIVES, SAMPLED_NEGATIVES = 19, 20  # as LLaRA and MLLM-MSR draw them
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How models are measured: which targets, which protocol, and over which candidates.
+
+    `candidates` is None where the whole catalogue is ranked.
+    """
+
+    data: PreparedData
+    split: str = "test"
+    protocol: str = "full"
+    candidates: Candidates | None = None
+
+    @property
+    def folder(self) -> str:
+        """What evaluations and tables of this kind are called; see `measure_folder`."""
+        count = self.candidates.negatives.shape[1] if self.candidates else None
+        return measure_folder(
+            self.split, self.protocol, count, self.candidates.seed if self.candidates else 0
+        )
+
+    def __call__(self, model: Scorer) -> Evaluation:
+        """Evaluate a model: by the titles that it writes where that is all it does, else by ranking.
+
+        Raises:
+            SpeederError: the protocol is not one that the model can take part in.
+        """
+        if self.candidates is None:
+            if not getattr(model, "ranks_catalogue", True):
+                raise SpeederError(
+                    f"{type(model).__name__} ranks no whole catalogue; evaluate it with --protocol vhr"
+                    + ("" if hasattr(model, "generate_titles") else " or sampled")
+                )
+            return evaluate(model, self.data.split, self.split)
+        if hasattr(model, "generate_titles"):
+            if self.protocol != "vhr":
+                raise SpeederError(
+                    f"{type(model).__name__} writes one title and ranks nothing; evaluate it with --protocol vhr"
+                )
+            return evaluate_titles(model, self.data.split, self.candidates, self.data.catalogue.titles)
+        return evaluate_candidates(model, self.data.split, self.candidates, self.protocol)
+
+
+def measure_folder(split: str, protocol: str, negatives: int | None = None, seed: int = 0) -> str:
+    """The name of a kind of evaluation: "test", "validation", "test-vhr", "test-sampled-99", "test-vhr-seed3"."""
+    if protocol == "full":
+        return split
+    unusual = protocol == "sampled" and negatives not in (None, SAMPLED_NEGATIVES)
+    return f"{split}-{protocol}" + (f"-{negatives}" if unusual else "") + (f"-seed{seed}" if seed else "")
+
+
+def measure_for(
+    run: Path,
+    data: PreparedData,
+    split: str = "test",
+    protocol: str = "full",
+    negatives: int | None = None,
+    seed: int = 0,
+) -> Measure:
+    """The measure of a protocol, with its candidate file in `run/candidates`, drawn where it is not there yet.
+
+    Args:
+        negatives: a user, for "sampled" (20 by default); "vhr" has 19 in any case.
+
+    Raises:
+        SpeederError: the protocol is unknown, negatives do not belong to it, or the file is damaged.
+    """
+    if protocol not in PROTOCOLS:
+        raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if negatives is not None and protocol != "sampled":
+        raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
+    if protocol == "full":
+        return Measure(data, split)
+    count = VHR_NEGATIVES if protocol == "vhr" else SAMPLED_NEGATIVES if negatives is None else negatives
+    path = run / "candidates" / f"{split}-{count}-seed{seed}.json"
+    if path.exists():
+        candidates = Candidates.load(path)
+        named = (candidates.split, candidates.negatives.shape[1], candidates.seed)
+        if named != (split, count, seed):
+            raise SpeederError(
+                f"{path}: expected {split} candidates, {count} a user of seed {seed}, got {named}"
+            )
+    else:
+        candidates = Candidates.draw(data.split, split, len(data.catalogue), count, seed)
+        candidates.save(path)
+    return Measure(data, split, protocol, candidates)
+
+
+def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure) -> Evaluation:
+    """Evaluate under a name, or read the evaluation that the run folder already holds of this very task.
 
     The name must stand for one model of this run, such as a finished stage's.
     """
-    path = run / EVALUATIONS / split / f"{_file_name(name)}.json"
+    path = run / EVALUATIONS / measure.folder / f"{_file_name(name)}.json"
     if path.exists():
         known = Evaluation.load(path)
-        if known.split_hash == data.split.hash():
+        drawn = None if measure.candidates is None else measure.candidates.hash()
+        if known.split_hash == measure.data.split.hash() and known.candidates_hash == drawn:
             return known
-    evaluation = evaluate(model, data.split, split)
+    evaluation = measure(model)
     evaluation.save(path)
     return evaluation
 
 
-def baselines(run: Path, data: PreparedData, split: str = "test") -> dict[str, Evaluation]:
+def evaluate_run(run: Path, model: Scorer, measure: Measure) -> Evaluation:
+    """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them."""
+    evaluation = measure(model)
+    evaluation.save(run / EVALUATIONS / measure.folder / "model.json")
+    return evaluation
+
+
+def baselines(run: Path, measure: Measure) -> dict[str, Evaluation]:
     """Popularity and a cross-entropy SASRec, fitted on the training part; SASRec stops by the validation ranking.
 
     SASRec is kept in `run/baselines/sasrec` and not fitted twice for the same data.
     """
+    data = measure.data
     training, num_items = data.split.training(), len(data.catalogue)
     folder = run / "baselines" / "sasrec"
     popularity = Popularity(training, num_items)
@@ -50,29 +160,37 @@ def baselines(run: Path, data: PreparedData, split: str = "test") -> dict[str, E
         sasrec = SASRec.fit(training, num_items, validation=validation)
         sasrec.save(folder)
     return {
-        "popularity": evaluate_once(run, "popularity", popularity, data, split),
-        "SASRec (cross-entropy)": evaluate_once(run, "SASRec (cross-entropy)", sasrec, data, split),
+        "popularity": evaluate_once(run, "popularity", popularity, measure),
+        "SASRec (cross-entropy)": evaluate_once(run, "SASRec (cross-entropy)", sasrec, measure),
     }
 
 
-def write_results(run: Path, evaluations: Mapping[str, Evaluation], split: str = "test") -> str:
-    """Write `results.md`, `results.json` and `plots/*.png` into a run folder.
+def model_label(model: Scorer) -> str:
+    """What a model's row in a table is called."""
+    return getattr(model, "label", "Speeder")
+
+
+def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = "test") -> str:
+    """Write `results.md`, `.tex`, `.json` and `plots/comparison.png` into a run folder.
 
     Args:
         evaluations: name -> evaluation, in the order of the table's rows.
+        kind: the measure's folder; but for "test" it is part of the files' names, as in `results-test-vhr.md`.
 
     Returns:
         the Markdown tables.
     """
     table = comparison_table(evaluations)
-    suffix = "" if split == "test" else f"-{split}"
-    with atomic_path(run / f"results{suffix}.md") as temporary:
-        temporary.write_text(table + "\n", encoding="utf-8")
+    suffix = "" if kind == "test" else f"-{kind}"
+    for ending, text in (("md", table + "\n"), ("tex", comparison_latex(evaluations))):
+        with atomic_path(run / f"results{suffix}.{ending}") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     summary = {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
     for entry in summary.values():
         del entry["per_user"]  # each user's ranks lie in evaluations/
     write_json(run / f"results{suffix}.json", summary)
-    plot_comparison(evaluations, run / "plots" / f"comparison{suffix}.png")
+    metric = next(iter(evaluations.values())).main_metric
+    plot_comparison(evaluations, run / "plots" / f"comparison{suffix}.png", metric)
     return table
 
 

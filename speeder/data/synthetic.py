@@ -166,6 +166,8 @@ def synthetic_world(
     for name in MODALITIES:
         catalogue = catalogue.with_features(name, features[name])
     manifest = {"dataset": "synthetic", "follows": follows, "seed": seed, "split": SPLIT_RULE}
+    planted = {"name": "planted clusters", "training_hash": None}  # features that no interaction was read for
+    manifest["encoders"] = {"collaborative": planted}
     return SyntheticWorld(catalogue, interactions, manifest, follows, attributes, cold_items, cold_users)
 
 

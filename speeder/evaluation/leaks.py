@@ -11,6 +11,7 @@ from speeder.errors import SpeederError
 if TYPE_CHECKING:
     from speeder.data import PreparedData
     from speeder.data.interactions import Interactions, LeaveOneOut
+    from speeder.evaluation.candidates import Candidates
 
 
 class LeakError(SpeederError):
@@ -92,12 +93,41 @@ def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model"
         )
 
 
+def check_candidates(candidates: "Candidates", split: "LeaveOneOut") -> None:
+    """Check that a split's candidates are those that their seed draws: nothing else, such as the target, decided.
+
+    They are drawn again and compared, so that a file is caught whatever it claims about itself.
+
+    Raises:
+        SpeederError: they were drawn for another split.
+        LeakError: naming the first user whose negatives differ.
+    """
+    if candidates.split_hash != split.hash():
+        raise SpeederError(
+            f"candidates: drawn for the split {candidates.split_hash[:12]}…, this one is {split.hash()[:12]}…"
+        )
+    if not np.array_equal(candidates.users, split.users(candidates.split)):
+        raise LeakError(f"candidates: not over the users of the split's {candidates.split} targets")
+    count = candidates.negatives.shape[1]
+    drawn = candidates.draw(split, candidates.split, candidates.num_items, count, candidates.seed)
+    differ = (drawn.negatives != candidates.negatives).any(axis=1)
+    if differ.any():
+        raise LeakError(
+            f"user {candidates.users[differ.argmax()]}: the negatives are not those that seed {candidates.seed} "
+            f"draws ({int(differ.sum())} users), so something else, such as the target, decided on them"
+        )
+
+
 def check_features(data: "PreparedData") -> None:
     """Check that a prepared set's collaborative features were fitted on its split's training part.
 
     Raises:
-        LeakError: they were fitted on something else.
+        LeakError: they were fitted on something else, or there is no record of what they were fitted on.
     """
+    if "collaborative" not in data.catalogue.modalities:
+        return
     record = data.manifest.get("encoders", {}).get("collaborative", {})
-    if "training_hash" in record:
+    if "training_hash" not in record:
+        raise LeakError("collaborative features: no record of the interactions that they were fitted on")
+    if record["training_hash"] is not None:  # None: made from no interactions at all
         check_training_hash(record["training_hash"], data.split, "collaborative features")

@@ -62,6 +62,36 @@ def target_ranks(
     return torch.where(hidden, num_items, at_least.sum(dim=1))
 
 
+def candidate_ranks(scores: torch.Tensor, is_target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of each row's target among its candidates, ties against it as everywhere, and how many ties there are.
+
+    Args:
+        scores: (n, C), any floating dtype.
+        is_target: (n, C) bool, True once a row.
+
+    Returns:
+        (n,) int64 ranks in ``1..C``, and (n,) int64 counts of other candidates that score as the target.
+
+    Raises:
+        TypeError: scores are not floating point.
+        ValueError: shapes do not agree, or a score is NaN.
+    """
+    if not scores.is_floating_point():
+        raise TypeError(f"scores: expected a floating dtype, got {scores.dtype}")
+    if scores.shape != is_target.shape:
+        raise ValueError(f"scores: expected {is_target.shape}, got {tuple(scores.shape)}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores: expected numbers, got NaN")
+    scores = scores.cpu()
+    own = scores[torch.from_numpy(is_target)][:, None]
+    return (scores >= own).sum(dim=1).numpy(), (scores == own).sum(dim=1).numpy() - 1
+
+
+def hidden_targets(histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """(n,) bool: whose target stands in its own history, so that a system that hides seen items misses it."""
+    return np.array([target in history for history, target in zip(histories, targets, strict=True)])
+
+
 def metric_values(ranks: np.ndarray, metric: str) -> np.ndarray:
     """Each user's value of ``metric`` (``HR@k``, ``NDCG@k``, ``MRR``) from ranks (n,): (n,) float64.
 

@@ -1,68 +1,166 @@
-"""Markdown tables that compare evaluations over one split."""
+"""Tables that compare evaluations over one split, as Markdown and LaTeX."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from speeder.evaluation.bootstrap import Interval
-from speeder.evaluation.metrics import METRICS
 
 if TYPE_CHECKING:
-    from speeder.evaluate import Evaluation
+    from speeder.evaluation.result import Evaluation
 
 _TITLES = {"masked": "Seen items masked", "allowed": "Seen items allowed"}
-_SLICE_METRIC = "NDCG@10"
 
 
-def comparison_table(evaluations: "Mapping[str, Evaluation]") -> str:
-    """Markdown tables: both protocols with 95 % intervals, NDCG@10 by slice, and how it was measured.
+@dataclass(frozen=True)
+class Table:
+    """A title, names of columns, and name -> cells of the rows: means with intervals, the best of a column bold."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Mapping[str, Sequence[Interval]]
+
+    def bold(self) -> dict[str, list[bool]]:
+        """Which cells are the best of their column; none where there is nothing to be better than."""
+        best = [max(cell.value for cell in column) for column in zip(*self.rows.values(), strict=True)]
+        several = len(self.rows) > 1
+        return {
+            name: [several and cell.value == top for cell, top in zip(row, best, strict=True)]
+            for name, row in self.rows.items()
+        }
+
+
+def check_same_task(evaluations: "Mapping[str, Evaluation]") -> None:
+    """Refuse evaluations that must not stand in one table.
 
     Raises:
-        ValueError: nothing to compare, or the evaluations are over different splits or catalogues.
+        ValueError: there are none, or they are over different splits, catalogues, protocols or candidates.
     """
     if not evaluations:
         raise ValueError("evaluations: expected at least one, got none")
     first_name, first = next(iter(evaluations.items()))
     for name, other in evaluations.items():
-        for field in ("split", "split_hash", "num_items"):
-            ours, theirs = getattr(first, field), getattr(other, field)
-            if ours != theirs:
+        for field, ours in first.task.items():
+            if ours != other.task[field]:
                 raise ValueError(
-                    f"evaluations: {field} of {first_name!r} is {ours}, but of {name!r} it is {theirs}"
+                    f"evaluations: {field} of {first_name!r} is {ours}, but of {name!r} it is {other.task[field]}"
                 )
-    parts = []
-    for seen, title in _TITLES.items():
+        if not np.array_equal(first.users, other.users):
+            raise ValueError(f"evaluations: {first_name!r} and {name!r} are over different users")
+
+
+def comparison_tables(evaluations: "Mapping[str, Evaluation]") -> tuple[list[Table], str]:
+    """All tables of a comparison, and one paragraph on how it was measured.
+
+    Both ways of treating seen items (one table where they cannot differ), the main metric by slice of users.
+
+    Raises:
+        ValueError: see ``check_same_task``.
+    """
+    check_same_task(evaluations)
+    first = next(iter(evaluations.values()))
+    tables = []
+    titles = _TITLES
+    if first.protocol != "full" and all(
+        np.array_equal(each.ranks["masked"], each.ranks["allowed"]) for each in evaluations.values()
+    ):
+        titles = {"masked": "Seen items masked or allowed (the same: no target is in its own history)"}
+    for seen, title in titles.items():
         rows = {
-            name: [each.metrics[seen][metric] for metric in METRICS] for name, each in evaluations.items()
+            name: [each.metrics[seen][metric] for metric in each.metric_names]
+            for name, each in evaluations.items()
         }
-        parts.append(f"**{title}**\n\n{_table(METRICS, rows)}")
+        tables.append(Table(title, first.metric_names, rows))
     for kind, slices in first.slices.items():
         labels = [f"{label} ({part['users']} users)" for label, part in slices.items()]
         rows = {
-            name: [part["metrics"]["masked"][_SLICE_METRIC] for part in each.slices[kind].values()]
+            name: [part["metrics"]["masked"][first.main_metric] for part in each.slices[kind].values()]
             for name, each in evaluations.items()
         }
-        parts.append(f"**{_SLICE_METRIC} by {kind}, seen items masked**\n\n{_table(labels, rows)}")
-    parts.append(
-        f"Leave one out, {first.split} targets, {len(first):,} users, all {first.num_items:,} items ranked. "
-        f"In brackets: 95 % bootstrap interval over users, {first.resamples:,} resamples. "
-        f"The best of each column is bold. Ties count against the target. Split `{first.split_hash}`."
+        tables.append(Table(f"{first.main_metric} by {kind}, seen items masked", labels, rows))
+    return tables, _how_measured(first)
+
+
+def comparison_table(evaluations: "Mapping[str, Evaluation]") -> str:
+    """The comparison as Markdown; see ``comparison_tables``."""
+    tables, note = comparison_tables(evaluations)
+    return "\n\n".join([*(f"**{table.title}**\n\n{_markdown(table)}" for table in tables), note]) + "\n"
+
+
+def comparison_latex(evaluations: "Mapping[str, Evaluation]") -> str:
+    """The comparison as LaTeX tables, which need the package booktabs; see ``comparison_tables``."""
+    tables, note = comparison_tables(evaluations)
+    return "\n\n".join([*(_latex(table) for table in tables), latex_text(note)]) + "\n"
+
+
+def markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of ready cells."""
+    lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
+    lines[0] = "|" + "|".join(f" {name} " if name else " " for name in header) + "|"
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def latex_rows(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A LaTeX table of ready cells, by booktabs."""
+    body = "\n".join("    " + " & ".join(row) + r" \\" for row in rows)
+    return (
+        "\\begin{table}\n  \\centering\n"
+        f"  \\caption{{{latex_text(caption)}}}\n"
+        f"  \\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n    \\toprule\n"
+        f"    {' & '.join(map(latex_text, header))} \\\\\n    \\midrule\n{body}\n"
+        "    \\bottomrule\n  \\end{tabular}\n\\end{table}"
     )
-    return "\n\n".join(parts) + "\n"
 
 
-def _table(columns: "list[str] | tuple[str, ...]", rows: dict[str, list[Interval]]) -> str:
-    best = [
-        max(column) for column in zip(*([cell.value for cell in row] for row in rows.values()), strict=True)
+def latex_text(text: str) -> str:
+    """Text with the characters that LaTeX reads otherwise escaped, and Markdown's code marks taken out."""
+    text = text.replace("`", "").replace("\\", r"\textbackslash ")
+    for letter in "&%$#_{}":
+        text = text.replace(letter, "\\" + letter)
+    return text.replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ").replace("…", r"\dots ")
+
+
+def _markdown(table: Table) -> str:
+    bold = table.bold()
+    rows = [
+        [name, *(_cell(cell, "**" if mark else "") for cell, mark in zip(row, bold[name], strict=True))]
+        for name, row in table.rows.items()
     ]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, row in rows.items():
-        cells = [
-            _cell(cell, len(rows) > 1 and cell.value == top) for cell, top in zip(row, best, strict=True)
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown_rows(["", *table.columns], rows)
 
 
-def _cell(interval: Interval, bold: bool) -> str:
-    value = f"**{interval.value:.4f}**" if bold else f"{interval.value:.4f}"
-    return f"{value} [{interval.low:.4f}, {interval.high:.4f}]"
+def _cell(cell: Interval, mark: str) -> str:
+    return f"{mark}{cell.value:.4f}{mark} [{cell.low:.4f}, {cell.high:.4f}]"
+
+
+def _latex(table: Table) -> str:
+    bold = table.bold()
+
+    def cell(interval: Interval, mark: bool) -> str:
+        value = f"\\textbf{{{interval.value:.4f}}}" if mark else f"{interval.value:.4f}"
+        return f"{value} {{\\scriptsize [{interval.low:.4f}, {interval.high:.4f}]}}"
+
+    rows = [
+        [latex_text(name), *(cell(*pair) for pair in zip(row, bold[name], strict=True))]
+        for name, row in table.rows.items()
+    ]
+    return latex_rows(table.title, ["", *table.columns], rows)
+
+
+def _how_measured(first: "Evaluation") -> str:
+    if first.protocol == "full":
+        ranked = f"all {first.num_items:,} items ranked"
+        drawn = ""
+    else:
+        ranked = (
+            f"{first.num_ranked} candidates each: the target and {first.num_ranked - 1} uniform negatives"
+        )
+        drawn = f" Candidates `{first.candidates_hash}`, seed {first.candidates_seed}."
+    return (
+        f"Leave one out, {first.split} targets, {len(first):,} users, {ranked}. "
+        f"In brackets: 95 % bootstrap interval over users, {first.resamples:,} resamples. "
+        f"The best of each column is bold. Ties count against the target"
+        f"{', but for half in AUC' if 'AUC' in first.metric_names else ''}. Split `{first.split_hash}`.{drawn}"
+    )

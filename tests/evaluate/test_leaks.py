@@ -5,9 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speeder.data import PreparedData
 from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
 from speeder.evaluate import LeakError, check_split, check_training_hash, training_hash
+from speeder.evaluation.leaks import check_features
+from speeder.recipe import recipe_from_dict
+from speeder.training import train
 
 
 def interactions_of(sequences):
@@ -81,3 +86,45 @@ def test_only_a_fit_on_training_alone_passes():
     for seen in (SEQUENCES, SOUND.histories("test"), SOUND.training()[:-1]):
         with pytest.raises(LeakError, match="features: fitted on"):
             check_training_hash(training_hash(seen), SOUND, "features")
+
+
+def prepared(record):
+    """A world whose collaborative features claim to be fitted as the record says."""
+    world = synthetic_world(num_users=20, history=8)
+    encoders = (
+        {} if record is None else {"collaborative": {"name": "sasrec", "training_hash": record(world.split)}}
+    )
+    return PreparedData(world.catalogue, world.interactions, {"encoders": encoders})
+
+
+def test_features_fitted_on_training_rows_pass():
+    check_features(prepared(lambda split: training_hash(split.training())))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (lambda split: training_hash(split.histories("test")), "collaborative features: fitted on"),
+        (lambda split: training_hash(split.training()[:-1]), "collaborative features: fitted on"),
+        (None, "no record of the interactions"),
+    ],
+)
+def test_features_fitted_on_test_rows_are_caught_before_training(record, message, tmp_path):
+    data = prepared(record)
+    with pytest.raises(LeakError, match=message):
+        check_features(data)
+    recipe = recipe_from_dict({"stages": [{"name": "text", "open": ["text"]}], "backbone": "never loaded"})
+    with pytest.raises(LeakError, match=message):
+        train(recipe, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_test_item_in_a_training_row_stops_training(tmp_path):
+    data = prepared(lambda split: training_hash(split.training()))
+    longer = [*data.split.training()]
+    longer[3] = np.append(longer[3], data.split.targets("test")[3])
+    data.split.training = lambda: longer
+    recipe = recipe_from_dict({"stages": [{"name": "text", "open": ["text"]}], "backbone": "never loaded"})
+    with pytest.raises(LeakError, match="user 3: the training part is not the validation history"):
+        train(recipe, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

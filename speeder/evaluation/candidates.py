@@ -1,0 +1,164 @@
+"""Candidate files: the negatives that stand beside each user's target, drawn once, versioned and hashed.
+
+Every user has an endless stream of uniform items that follows from the seed, the split's name and the user's number
+alone. Negatives are its first items outside the history, the target left out. The target thus decides on nothing but
+its own absence, and anyone can draw a file again and compare.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from speeder.data.files import atomic_path, read_json
+from speeder.errors import SpeederError
+
+if TYPE_CHECKING:
+    from speeder.data.interactions import LeaveOneOut
+
+FORMAT = "speeder-candidates-1"
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_BLOCK = 64  # items drawn at once
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Negatives of every user of a split.
+
+    Attributes:
+        split: "test" or "validation".
+        split_hash: of the split that they were drawn for.
+        num_items: items in the catalogue.
+        seed: what they were drawn from.
+        users: `(n,)` int64, in the split's order.
+        negatives: `(n, N)` int64 item indices, in the order in which they were drawn.
+    """
+
+    split: str
+    split_hash: str
+    num_items: int
+    seed: int
+    users: np.ndarray
+    negatives: np.ndarray
+
+    @classmethod
+    def draw(
+        cls, split: "LeaveOneOut", name: str, num_items: int, negatives: int, seed: int = 0
+    ) -> "Candidates":
+        """Draw them.
+
+        Args:
+            split: a leave-one-out split.
+            name: "test" or "validation".
+            num_items: items in the catalogue.
+            negatives: how many a user, `N`.
+
+        Raises:
+            SpeederError: a user has fewer than `N` items outside the history.
+        """
+        if negatives < 1:
+            raise SpeederError(f"negatives: expected at least 1, got {negatives}")
+        users = split.users(name)
+        rows = zip(users, split.histories(name), split.targets(name), strict=True)
+        drawn = [
+            draw_items(seed, name, int(user), negatives, num_items, {*history.tolist(), int(target)})
+            for user, history, target in rows
+        ]
+        table = np.array(drawn, dtype=np.int64).reshape(len(users), negatives)
+        return cls(name, split.hash(), num_items, seed, users, table)
+
+    def listed(self, targets: np.ndarray) -> np.ndarray:
+        """Negatives and `(n,)` targets as `(n, N + 1)` items, in the order in which a prompt lists them.
+
+        That order follows from a second stream over users and items: where the target stands says nothing of it.
+        """
+        items = np.concatenate([self.negatives, np.asarray(targets, dtype=np.int64)[:, None]], axis=1)
+        keys = _chain(self.seed, f"order {self.split}", self.users.astype(np.uint64)[:, None], items)
+        return np.take_along_axis(items, keys.argsort(axis=1), axis=1)
+
+    def hash(self) -> str:
+        """SHA-256 over all that the file holds: equal hashes mean the very same candidates."""
+        digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
+        for part in (self.users, self.negatives):
+            digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write a JSON file, one line a user, atomically."""
+        header = json.dumps(self._header() | {"hash": self.hash()}, sort_keys=True)
+        rows = ",\n".join(
+            f"[{user},{row.tolist()}]" for user, row in zip(self.users, self.negatives, strict=True)
+        )
+        with atomic_path(path) as temporary:
+            temporary.write_text(f'{header[:-1]}, "negatives": [\n{rows}\n]}}\n', encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Candidates":
+        """Read what `save` wrote.
+
+        Raises:
+            SpeederError: the file is missing, damaged, or of another version.
+        """
+        content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise SpeederError(f"{path}: expected candidates of {FORMAT}, got {content.get('format')!r}")
+        try:
+            users = np.array([user for user, _ in content["negatives"]], dtype=np.int64)
+            table = np.array([row for _, row in content["negatives"]], dtype=np.int64)
+            header = {name: content[name] for name in ("split", "split_hash", "num_items", "seed")}
+            loaded = cls(**header, users=users, negatives=table.reshape(len(users), -1))
+            if loaded.hash() != content["hash"]:
+                raise ValueError("its content has changed: the hash is not the one that it was saved with")
+        except (KeyError, TypeError, ValueError) as error:
+            raise SpeederError(f"{path}: not readable candidates: {error}") from error
+        return loaded
+
+    def _header(self) -> dict:
+        fields = {name: getattr(self, name) for name in ("split", "split_hash", "num_items", "seed")}
+        return fields | {"format": FORMAT, "count": int(self.negatives.shape[1])}
+
+
+def draw_items(
+    seed: int, stream: str, key: int, count: int, num_items: int, excluded: Collection[int]
+) -> list[int]:
+    """The first `count` different items outside `excluded` of the stream `(seed, stream, key)`.
+
+    Raises:
+        SpeederError: there are not so many.
+    """
+    taken, seen = [], set(excluded)
+    if num_items - len(seen) < count:
+        raise SpeederError(
+            f"negatives: expected at most {num_items - len(seen)}, the items outside the history of {stream} "
+            f"number {key}, got {count}"
+        )
+    start = 0
+    while True:
+        words = _chain(seed, stream, np.uint64(key), np.arange(start, start + _BLOCK))
+        for item in (words % np.uint64(num_items)).tolist():
+            if item not in seen:
+                seen.add(item)
+                taken.append(item)
+                if len(taken) == count:
+                    return taken
+        start += _BLOCK
+
+
+def _chain(seed: int, stream: str, key: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """64 random bits for every (seed, stream, key, number), by the SplitMix64 finaliser.
+
+    It is written out here, since numpy's generators may change their streams between versions.
+    """
+    name = np.uint64(int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little"))
+    word = np.uint64(seed % 2**64)
+    with np.errstate(over="ignore"):
+        for part in (name, key, np.asarray(numbers).astype(np.uint64)):
+            word = (word ^ part) + _GOLDEN
+            word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            word = word ^ (word >> np.uint64(31))
+    return word
