@@ -35,13 +35,8 @@ class HostDeviceError(AssertionError):
 def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     """Compile `cuda_host/<name>.cpp` over the kernels in `csrc`; returns the program."""
     program = folder / name
-    command = [
-        os.environ.get("CXX", "g++"),
-        *FLAGS,
-        f"-I{csrc}",
-        f"-I{SOURCES}",
-        str(SOURCES / f"{name}.cpp"),
-    ]
+    flags = ["-std=c++17", "-O1", "-g1", *WARNINGS, *SANITIZERS, f"-I{csrc}", f"-I{SOURCES}"]
+    command = [os.environ.get("CXX", "g++"), *flags, str(SOURCES / f"{name}.cpp")]
     result = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-8000:]
     return program
