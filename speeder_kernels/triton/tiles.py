@@ -25,6 +25,9 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("pack_tokens", 4): {80: dict(elements=1024, num_warps=4)},
     ("sum_rows", 2): {80: dict(elements=2048, num_warps=4)},
     ("sum_rows", 4): {80: dict(elements=1024, num_warps=4)},
+    ("sum_parts",): {80: dict(BLOCK_P=16, BLOCK_L=64, num_warps=4)},
+    ("compress_items",): {80: dict(elements=2048, num_warps=4)},
+    ("compress_items_backward",): {80: dict(elements=1024, num_warps=4)},
 }
 
 

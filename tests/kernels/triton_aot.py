@@ -53,7 +53,8 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 # --- what is called: for each op, the calls whose kernels differ -------------------------------------------
 
-WIDTHS = (576, 577)  # rows that start at multiples of 16 bytes, and rows that do not
+# Rows that start at multiples of 16 bytes, rows that do not, and the number that Triton makes a constant.
+WIDTHS = (576, 577, 1)
 ODD = "-odd"  # ends the names of cases that are compiled for ODD_ARCH only: they cost much and add little elsewhere
 ODD_ARCH = "90"
 
@@ -73,8 +74,23 @@ def pack_tokens(dtype: torch.dtype) -> Iterator[Case]:
         yield width(hidden), functools.partial(sum_rows, grad, ids, starts)
 
 
+def compress_items(dtype: torch.dtype) -> Iterator[Case]:
+    """All gradients at once: where fewer are wanted, parts of the same kernel are left out."""
+    from speeder_kernels.triton.compress_items import compress_items, compress_items_backward
+
+    for hidden in (*WIDTHS, 8192):
+        modalities = 1 if hidden == 1 else 3
+        experts, weight = meta(5000, modalities, hidden, dtype=dtype), meta(hidden)
+        logits, present = meta(5000, modalities), meta(5000, modalities, dtype=torch.bool)
+        args = (experts, logits, present, weight, 1e-6)
+        yield width(hidden), functools.partial(compress_items, *args)
+        grad = meta(5000, hidden, dtype=dtype)
+        yield width(hidden), functools.partial(compress_items_backward, grad, logits, *args, 7)
+
+
 CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "pack_tokens": pack_tokens,
+    "compress_items": compress_items,
 }
 
 
