@@ -28,7 +28,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-CUDA_ARCHS = (80, 90, 100)  # A100, H100, B200
+# A100, H100, B200. Without the suffix of sm_90a: the kernels use no instruction that is one GPU's own (the
+# tests compile them for sm_90a and sm_100a too), and plain code runs on the others of a family as well.
+CUDA_ARCHS = (80, 90, 100)
 TORCH_TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10, the oldest we support
 
 # Compiled once for each: what the instruction set's name in C++ is, and the flags that allow it.
@@ -38,8 +40,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 
-# Those that register CPU kernels with torch.
+# Those that register CPU kernels with torch, and CUDA kernels. Every csrc/cuda/*.cu is compiled beside them.
 BINDINGS = ("ops", "ops_items")
+CUDA_BINDINGS = ("ops_cuda",)
 # Those that share an op's work out among threads, compiled once.
 SHARED_SOURCES = ("pack_tokens", "compress_items", "spae_attention", "item_cross_entropy", "topk_items")
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
@@ -251,10 +254,9 @@ class BuildExt(build_ext):
         if self.cuda.nvcc:
             device = ["-O3", "-std=c++17", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
             device += gencode_flags(self.cuda.archs)
-            objects = [
-                ninja.compile("cuda/pack_tokens.cu", device),
-                ninja.compile("ops_cuda.cpp", torch_flags),
-            ]
+            kernels = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
+            objects = [ninja.compile(f"cuda/{name}", device) for name in kernels]
+            objects += [ninja.compile(f"{name}.cpp", torch_flags) for name in CUDA_BINDINGS]
             runtime = [f"-L{self.cuda.home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             ninja.add("link", self.output("_ops_cuda"), objects, [*torch_libraries, *runtime])
         ninja.run()

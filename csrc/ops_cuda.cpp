@@ -1,33 +1,11 @@
 // Registers the CUDA kernels with torch, on its stable ABI. Loaded only where torch has CUDA.
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
-#include "binding.h"
+#include "binding_compress.h"
+#include "binding_cuda.h"
+#include "cuda/compress_items.h"
 #include "cuda/pack_tokens.h"
 
 namespace speeder {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-// torch's current stream. The function lives in libtorch_cuda.so, which a CPU-only torch, with
-// which this file can be built too, does not have: so it is looked up when first called.
-void* current_stream(int32_t device) {
-  using GetStream = AOTITorchError (*)(int32_t, void**);
-  static const GetStream get_stream = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    STD_TORCH_CHECK(library != nullptr, "libtorch_cuda.so is not loaded: this torch has no CUDA");
-    return reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
-  STD_TORCH_CHECK(get_stream != nullptr, "libtorch_cuda.so cannot tell its current stream");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
-  return stream;
-}
-
-void check_launch(const char* error) {
-  STD_TORCH_CHECK(error == nullptr, "CUDA: ", error == nullptr ? "" : error);
-}
 
 Tensor pack_tokens_cuda(const Tensor& input_ids, const Tensor& text_embedding,
                         const Tensor& item_tokens, const Tensor& item_rows, const Tensor& ranks,
@@ -64,10 +42,58 @@ Tensor sum_rows_cuda(const Tensor& grad, const Tensor& order, const Tensor& star
   return out;
 }
 
+std::tuple<Tensor, Tensor> compress_items_cuda(const Tensor& experts, const Tensor& logits,
+                                               const Tensor& present, const Tensor& weight,
+                                               double eps) {
+  const DeviceGuard guard(experts.get_device_index());
+  CompressForward call{};
+  call.args = compress_args(experts, logits, present, weight, eps);
+  Tensor tokens = new_matrix(experts, call.args.items, call.args.size);
+  Tensor gates =
+      torch::stable::new_empty(experts, {call.args.items, call.args.modalities}, ScalarType::Float);
+  call.tokens = tokens.mutable_data_ptr();
+  call.gates = gates.mutable_data_ptr<float>();
+  void* stream = current_stream(experts.get_device_index());
+  check_launch(cuda::compress_items(call, dtype_of(experts), stream));
+  return {tokens, gates};
+}
+
+// `needs` has a bit for each of expert_outputs, gate_logits and norm_weight; what is not needed
+// comes back empty.
+std::tuple<Tensor, Tensor, Tensor> compress_items_backward_cuda(
+    const Tensor& grad_tokens, const Tensor& grad_gates, const Tensor& experts,
+    const Tensor& logits, const Tensor& present, const Tensor& weight, double eps, int64_t needs) {
+  const DeviceGuard guard(experts.get_device_index());
+  CompressBackward call{};
+  call.args = compress_args(experts, logits, present, weight, eps);
+  const CompressArgs& args = call.args;
+  const DType dtype = dtype_of(experts);
+  STD_TORCH_CHECK(grad_tokens.size(0) == args.items, "expected a gradient for each item");
+  call.grad_tokens = table(grad_tokens, args.size, dtype);
+  call.grad_gates = floats(grad_gates, args.items, args.modalities);
+  using torch::stable::new_empty;
+  Tensor grad_experts =
+      new_empty(experts, {needs & 1 ? args.items : 0, args.modalities, args.size});
+  Tensor grad_logits =
+      new_empty(experts, {needs & 2 ? args.items : 0, args.modalities}, ScalarType::Float);
+  Tensor grad_weight = new_empty(experts, {needs & 4 ? args.size : 0}, ScalarType::Float);
+  Tensor scratch =
+      new_empty(experts, {needs & 4 ? cuda::compress_scratch_floats(args) : 0}, ScalarType::Float);
+  if (needs & 1) call.grad_experts = grad_experts.mutable_data_ptr();
+  if (needs & 2) call.grad_logits = grad_logits.mutable_data_ptr<float>();
+  if (needs & 4) call.grad_weight = grad_weight.mutable_data_ptr<float>();
+  float* parts = needs & 4 ? scratch.mutable_data_ptr<float>() : nullptr;
+  void* stream = current_stream(experts.get_device_index());
+  check_launch(cuda::compress_items_backward(call, parts, dtype, stream));
+  return {grad_experts, grad_logits, grad_weight};
+}
+
 }  // namespace
 }  // namespace speeder
 
 STABLE_TORCH_LIBRARY_IMPL(speeder, CUDA, library) {
   library.impl("pack_tokens_kernel", TORCH_BOX(&speeder::pack_tokens_cuda));
   library.impl("sum_rows_kernel", TORCH_BOX(&speeder::sum_rows_cuda));
+  library.impl("compress_items_kernel", TORCH_BOX(&speeder::compress_items_cuda));
+  library.impl("compress_items_backward_kernel", TORCH_BOX(&speeder::compress_items_backward_cuda));
 }

@@ -1,83 +1,146 @@
-// pack_tokens on a GPU: the device code. It compiles as plain C++ too, where a test runs it block
-// by block and thread by thread; nothing here needs a barrier, so a loop over the grid will do.
+// pack_tokens on a GPU: the device code and its launch, over the device layer.
 //
-// A thread moves 16 bytes at a time where rows are whole multiples of 16 bytes, else one element.
-// sum_rows adds a row's tokens in the order they are listed, in one thread: no atomics, so the
-// gradient is the same to the last bit in every run.
+// A warp moves a part of one token's row, 16 bytes a lane and access where rows are whole multiples
+// of that, else an element; a lane has its loads on their way together. sum_rows adds a row's
+// tokens in the order they are listed, a column in one thread: no atomics, so the gradient is the
+// same to the last bit in every run.
 #pragma once
 
 #include <cstdint>
 
-#include "dtype.h"
+#include "cuda/device.h"
+#include "cuda/dispatch.h"
+#include "cuda/floats.h"
+#include "cuda/pack_tokens.h"
 
 namespace speeder {
 namespace cuda {
 
-// Where one thread stands in a one-dimensional grid.
-struct Place {
-  int64_t thread;   // over the whole grid
-  int64_t threads;  // in the whole grid
-};
-
-template <typename T>
-struct PackTables {
-  const T* text_embedding;
-  const T* item_tokens;
-  const T* position_prompts;
-};
-
-struct PackIndices {
-  const int64_t* input_ids;
-  const int64_t* item_rows;
-  const int64_t* ranks;
-};
-
-// N elements that load and store as one access.
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Vector {
-  T at[N];
-};
+constexpr int kPackWarps = 8;  // of a block, each with a token or row of its own
+constexpr int kPackLoads = 4;  // of a lane at once
 
 template <typename T, int N>
-SPEEDER_DEVICE void pack_tokens(Place place, const PackTables<T>& tables,
-                                const PackIndices& indices, T* out, int64_t tokens,
-                                int64_t hidden) {
-  using V = Vector<T, N>;
-  const int64_t vectors = hidden / N;
-  for (int64_t n = place.thread; n < tokens * vectors; n += place.threads) {
-    const int64_t token = n / vectors, column = n % vectors;
-    const int64_t row = indices.item_rows[token];
-    const T* source = row >= 0 ? tables.item_tokens + row * hidden
-                               : tables.text_embedding + indices.input_ids[token] * hidden;
-    V value = reinterpret_cast<const V*>(source)[column];
-    const int64_t rank = row >= 0 ? indices.ranks[token] : -1;
+struct PackTokens {
+  static constexpr int kThreads = kPackWarps * kWarp, kMinBlocks = 1;
+  static constexpr int kColumns = kWarp * kPackLoads;  // vectors of a warp
+
+  PackArgs args;
+
+  SPEEDER_DEVICE void operator()() const {
+    using V = Vector<T, N>;
+    const int64_t token = int64_t{block_index_x()} * kPackWarps + warp();
+    if (token >= args.tokens) return;
+    const int64_t row = args.item_rows[token];
+    const int64_t rank = row >= 0 ? args.ranks[token] : -1;
+    const T* source =
+        row >= 0 ? at(args.item_tokens, row) : at(args.text_embedding, args.input_ids[token]);
+    T* out = static_cast<T*>(args.out) + token * args.hidden;
+    const int64_t vectors = args.hidden / N;
+    const int64_t first = int64_t{block_index_y()} * kColumns + lane();
+
+    V values[kPackLoads];
+    SPEEDER_UNROLL
+    for (int i = 0; i < kPackLoads; ++i) {
+      const int64_t column = first + i * kWarp;
+      if (column < vectors) values[i] = reinterpret_cast<const V*>(source)[column];
+    }
     if (rank >= 0) {
-      const T* prompt_row = tables.position_prompts + rank * hidden;
-      const V prompt = reinterpret_cast<const V*>(prompt_row)[column];
-      for (int c = 0; c < N; ++c) {
-        value.at[c] = from_float<T>(to_float(value.at[c]) + to_float(prompt.at[c]));
+      const T* prompt = at(args.position_prompts, rank);
+      SPEEDER_UNROLL
+      for (int i = 0; i < kPackLoads; ++i) {
+        const int64_t column = first + i * kWarp;
+        if (column < vectors) add(values[i], reinterpret_cast<const V*>(prompt)[column]);
       }
     }
-    reinterpret_cast<V*>(out + token * hidden)[column] = value;
+    SPEEDER_UNROLL
+    for (int i = 0; i < kPackLoads; ++i) {
+      const int64_t column = first + i * kWarp;
+      if (column < vectors) reinterpret_cast<V*>(out)[column] = values[i];
+    }
   }
-}
+
+ private:
+  SPEEDER_DEVICE const T* at(const void* table, int64_t row) const {
+    return static_cast<const T*>(table) + row * args.hidden;
+  }
+
+  static SPEEDER_DEVICE void add(Vector<T, N>& value, const Vector<T, N>& prompt) {
+    SPEEDER_UNROLL
+    for (int c = 0; c < N; ++c) {
+      value.at[c] = from_float<T>(to_float(value.at[c]) + to_float(prompt.at[c]));
+    }
+  }
+};
 
 template <typename T, int N>
-SPEEDER_DEVICE void sum_rows(Place place, const T* grad, const int64_t* order,
-                             const int64_t* starts, T* out, int64_t rows, int64_t hidden) {
-  using V = Vector<T, N>;
-  const int64_t vectors = hidden / N;
-  for (int64_t n = place.thread; n < rows * vectors; n += place.threads) {
-    const int64_t row = n / vectors, column = n % vectors;
-    float total[N] = {};
-    for (int64_t s = starts[row]; s < starts[row + 1]; ++s) {
-      const V value = reinterpret_cast<const V*>(grad + order[s] * hidden)[column];
-      for (int c = 0; c < N; ++c) total[c] += to_float(value.at[c]);
+struct SumRows {
+  static constexpr int kThreads = kPackWarps * kWarp, kMinBlocks = 1;
+
+  SumArgs args;
+
+  SPEEDER_DEVICE void operator()() const {
+    const int64_t row = int64_t{block_index_x()} * kPackWarps + warp();
+    const int64_t column = (int64_t{block_index_y()} * kWarp + lane()) * N;
+    if (row >= args.rows || column >= args.hidden) return;
+    const T* grad = static_cast<const T*>(args.grad) + column;
+    const int64_t end = args.starts[row + 1];
+    int64_t s = args.starts[row];
+    Floats<N> total;
+    for (; s + kPackLoads <= end; s += kPackLoads) {
+      Floats<N> values[kPackLoads];
+      SPEEDER_UNROLL
+      for (int i = 0; i < kPackLoads; ++i) {
+        values[i] = load_floats<N>(grad + args.order[s + i] * args.hidden);
+      }
+      SPEEDER_UNROLL
+      for (int i = 0; i < kPackLoads; ++i) add(total, values[i]);
     }
-    V sum;
-    for (int c = 0; c < N; ++c) sum.at[c] = from_float<T>(total[c]);
-    reinterpret_cast<V*>(out + row * hidden)[column] = sum;
+    for (; s < end; ++s) add(total, load_floats<N>(grad + args.order[s] * args.hidden));
+    store_floats<N>(static_cast<T*>(args.out) + row * args.hidden + column, total);
   }
+
+ private:
+  static SPEEDER_DEVICE void add(Floats<N>& total, const Floats<N>& value) {
+    SPEEDER_UNROLL
+    for (int c = 0; c < N; ++c) total.at[c] += value.at[c];
+  }
+};
+
+template <typename T, int N, typename Launcher>
+void launch_pack(const PackArgs& args, Launcher& launcher) {
+  using Kernel = PackTokens<T, N>;
+  const int64_t parts = divide_up(args.hidden / N, Kernel::kColumns);
+  launcher.launch(Grid{divide_up(args.tokens, kPackWarps), parts, 1, Kernel::kThreads},
+                  Kernel{args});
+}
+
+template <typename T, int N, typename Launcher>
+void launch_sum(const SumArgs& args, Launcher& launcher) {
+  using Kernel = SumRows<T, N>;
+  const int64_t parts = divide_up(args.hidden / N, kWarp);
+  launcher.launch(Grid{divide_up(args.rows, kPackWarps), parts, 1, Kernel::kThreads}, Kernel{args});
+}
+
+template <typename Launcher>
+void launch_pack_tokens(const PackArgs& args, DType dtype, Launcher& launcher) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int N = kVector<T>;
+    const bool wide = args.hidden % N == 0 && aligned(args.text_embedding) &&
+                      aligned(args.item_tokens) && aligned(args.position_prompts) &&
+                      aligned(args.out);
+    wide ? launch_pack<T, N>(args, launcher) : launch_pack<T, 1>(args, launcher);
+  });
+}
+
+template <typename Launcher>
+void launch_sum_rows(const SumArgs& args, DType dtype, Launcher& launcher) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int N = kVector<T>;
+    const bool wide = args.hidden % N == 0 && aligned(args.grad) && aligned(args.out);
+    wide ? launch_sum<T, N>(args, launcher) : launch_sum<T, 1>(args, launcher);
+  });
 }
 
 }  // namespace cuda

@@ -10,12 +10,13 @@ finds ends it: that raises too, with the report, and the next call starts it ane
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,8 +29,21 @@ WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
+Argument = torch.Tensor | int | float | torch.dtype | None
+
+
 class HostDeviceError(AssertionError):
     """A kernel did what a GPU would punish; the message says what, and which block and thread it was."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and its template arguments, blocks in x, y and z, threads of a block and its bytes of shared memory."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared: int
 
 
 def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc") -> Path:
@@ -42,11 +56,11 @@ def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc") -> Path
     return program
 
 
-def plant(folder: Path, edits: Mapping[str, tuple[str, str]]) -> Path:
-    """A copy of csrc/ in `folder` in which each file named has the text that must occur once replaced."""
+def plant(folder: Path, *edits: tuple[str, str, str]) -> Path:
+    """A copy of csrc/ in `folder` with faults: `(file, sound text, faulty text)`, where the sound text occurs once."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
-    for name, (sound, faulty) in edits.items():
+    for name, sound, faulty in edits:
         text = (csrc / name).read_text()
         assert text.count(sound) == 1, f"{name}: {sound!r} occurs {text.count(sound)} times"
         (csrc / name).write_text(text.replace(sound, faulty))
@@ -66,23 +80,23 @@ class HostDevice:
 
     def __exit__(self, *_) -> None:
         if self._process is not None:
-            self._process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
             self._process.stdout.close()
             self._process.wait()
             self._process = None
 
-    def call(
-        self, kernel: str, *arguments: torch.Tensor | int | float | torch.dtype | None, seed: int = 0
-    ) -> None:
-        """Run one kernel. Tensors must be contiguous; all are written back, as a device would leave them.
+    def call(self, function: str, *arguments: Argument, seed: int = 0, dry: bool = False) -> list[Launch]:
+        """Launch kernels by one of the program's functions; returns what was launched.
 
-        `seed` draws the order in which blocks and threads run.
+        Tensors must be contiguous; all are written back, as a device would leave them. `seed` draws the order in
+        which blocks and threads run. `dry` runs nothing: any tensor will do then, and None where only its place counts.
 
         Raises:
             HostDeviceError: what is wrong with the kernel.
         """
-        request = [struct.pack("<I", len(kernel)), kernel.encode(), struct.pack("<QI", seed, len(arguments))]
-        request += [_packed(x) for x in arguments]
+        request = [struct.pack("<I", len(function)), function.encode()]
+        request += [struct.pack("<Q?I", seed, dry, len(arguments)), *map(_packed, arguments)]
         if self._process is None:
             pipe = subprocess.PIPE
             with self._report.open("wb") as report:
@@ -92,13 +106,17 @@ class HostDevice:
             self._process.stdin.flush()
         except BrokenPipeError:
             self._died()
-        error = self._take(*struct.unpack("<I", self._take(4)))
+        error, launches = (self._take(*struct.unpack("<I", self._take(4))).decode() for _ in range(2))
         if error:
-            raise HostDeviceError(error.decode())
+            raise HostDeviceError(error)
         for x in arguments:
             if isinstance(x, torch.Tensor) and x.numel():
-                data = self._take(x.nbytes)
-                ctypes.memmove(x.data_ptr(), data, x.nbytes)
+                ctypes.memmove(x.data_ptr(), self._take(x.nbytes), x.nbytes)
+        rows = [line.split("\t") for line in launches.splitlines()]
+        return [
+            Launch(name, tuple(map(int, grid)), int(threads), int(shared))
+            for name, *grid, threads, shared in rows
+        ]
 
     def _take(self, count: int) -> bytes:
         data = self._process.stdout.read(count)
@@ -112,7 +130,7 @@ class HostDevice:
         raise HostDeviceError(self._report.read_text()[:8000] or "the program ended without a word")
 
 
-def _packed(x: torch.Tensor | int | float | torch.dtype | None) -> bytes:
+def _packed(x: Argument) -> bytes:
     if x is None:
         return b"n"
     if isinstance(x, torch.dtype):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -53,14 +54,20 @@ def leaves(args: dict, dtype=None) -> tuple[dict, list[torch.Tensor]]:
     seed=st.integers(0, 10_000),
 )
 def test_matches_the_loop(backend, tokens, sizes, hidden, dtype, seed):
-    """The output to the last bit (it is one addition), the gradients by the rule for errors."""
     args = make(tokens, *sizes, hidden, dtype, seed)
+    check_against_the_loop(functools.partial(pack_tokens, backend=backend), args)
+
+
+def check_against_the_loop(run, args):
+    """`run` is pack_tokens, by whatever means: its output holds to the last bit (it is one addition), its gradients
+    by the rule for errors."""
+    tokens, dtype = len(args["input_ids"]), args["text_embedding"].dtype
     (ours, inputs), (exact, exact_inputs), (same, same_inputs) = (
         leaves(args),
         leaves(args, torch.float64),
         leaves(args),
     )
-    out, out_torch = pack_tokens(**ours, backend=backend), naive.pack_tokens(**same)
+    out, out_torch = run(**ours), naive.pack_tokens(**same)
     assert out.dtype == dtype and torch.equal(out, out_torch)
     grads, exact_grads, torch_grads = (
         naive.gradients(o, x)

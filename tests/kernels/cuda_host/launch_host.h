@@ -1,7 +1,10 @@
 // Runs kernels on the host: the counterpart of csrc/cuda/launch.cuh.
 #pragma once
 
+#include <cxxabi.h>
+
 #include <string>
+#include <typeinfo>
 #include <vector>
 
 #include "cuda/device.h"
@@ -11,7 +14,8 @@ namespace cuda {
 
 class HostLauncher {
  public:
-  explicit HostLauncher(uint64_t seed) { host::block().seed(seed); }
+  // `dry`: notes what would be launched, and launches nothing.
+  HostLauncher(uint64_t seed, bool dry) : dry_(dry) { host::block().seed(seed); }
 
   // Block by block, in an order drawn from the seed.
   template <typename Kernel>
@@ -25,6 +29,8 @@ class HostLauncher {
                std::to_string(grid.shared_bytes) + " bytes of shared memory";
       return;
     }
+    note(typeid(Kernel).name(), grid);
+    if (dry_) return;
     std::vector<int64_t> order(grid.x * grid.y * grid.z);
     for (size_t n = 0; n < order.size(); ++n) {
       const size_t place = block.random(static_cast<uint32_t>(n + 1));
@@ -49,7 +55,22 @@ class HostLauncher {
   // Null, or what went wrong.
   const char* error() const { return error_.empty() ? nullptr : error_.c_str(); }
 
+  // A line for each launch: kernel, blocks in x, y and z, threads, bytes of shared memory; by tabs.
+  const std::string& launches() const { return launches_; }
+
  private:
+  void note(const char* mangled, const Grid& grid) {
+    char* name = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+    launches_ += name;
+    free(name);
+    for (int64_t n : {grid.x, grid.y, grid.z, int64_t{grid.threads}, grid.shared_bytes}) {
+      launches_ += '\t' + std::to_string(n);
+    }
+    launches_ += '\n';
+  }
+
+  bool dry_;
+  std::string launches_;
   std::string error_;
 };
 

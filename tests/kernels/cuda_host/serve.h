@@ -1,11 +1,11 @@
 // A program that runs kernels for host_device.py: requests come on standard input and are answered
 // on standard output.
 //
-// Request: length and name of the kernel, the seed of the order in which threads run, the number of
-// arguments, and each of them: a letter, then an integer (i, eight bytes), a float64 (d), nothing
-// (n: a null pointer) or a tensor (t: its bytes, their number first, and where it lies between two
-// multiples of 16). Answer: length and text of the error, then, if there is none, the tensors'
-// bytes.
+// Request: length and name of the function, the seed of the order in which threads run, whether to
+// run nothing and only tell what would be launched, the number of arguments, and each of them: a
+// letter, then an integer (i, eight bytes), a float64 (d), nothing (n: a null pointer) or a tensor
+// (t: its bytes, their number first, and where it lies between two multiples of 16). Answer: length
+// and text of the error, then, if there is none, the tensors' bytes.
 #pragma once
 
 #include <cstdint>
@@ -104,7 +104,8 @@ inline int serve(const Entry (&entries)[kCount]) {
   for (;;) {
     std::string name(Arguments::take<uint32_t>(), ' ');
     Arguments::take_bytes(&name[0], static_cast<int64_t>(name.size()));
-    HostLauncher launcher(Arguments::take<uint64_t>());
+    const uint64_t seed = Arguments::take<uint64_t>();
+    HostLauncher launcher(seed, Arguments::take<bool>());
     Arguments arguments;
     arguments.read();
     const Entry* found = nullptr;
@@ -117,9 +118,11 @@ inline int serve(const Entry (&entries)[kCount]) {
     }
     found->run(arguments, launcher);
     const std::string error = launcher.error() == nullptr ? "" : launcher.error();
-    const uint32_t length = static_cast<uint32_t>(error.size());
-    fwrite(&length, sizeof(length), 1, stdout);
-    fwrite(error.data(), 1, length, stdout);
+    for (const std::string& text : {error, launcher.launches()}) {
+      const uint32_t length = static_cast<uint32_t>(text.size());
+      fwrite(&length, sizeof(length), 1, stdout);
+      fwrite(text.data(), 1, length, stdout);
+    }
     if (error.empty()) arguments.write();
     fflush(stdout);
   }
