@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 
 from speeder_kernels import compress_items
 from tests.kernels import naive
+from tests.kernels.places import at, places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,7 +42,7 @@ def torch_compress(experts, logits, present, weight):
 BACKENDS = ("reference", "cpu")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), places("compress_items"))
 @settings(max_examples=40, deadline=None)
 @given(
     items=st.integers(1, 7),
@@ -53,9 +52,9 @@ BACKENDS = ("reference", "cpu")
     float32_gates=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_matches_the_loop(backend, items, modalities, hidden, dtype, float32_gates, seed):
+def test_matches_the_loop(backend, device, items, modalities, hidden, dtype, float32_gates, seed):
     args = make(items, modalities, hidden, dtype, torch.float32 if float32_gates else None, seed)
-    check_against_the_loop(functools.partial(compress_items, backend=backend), args)
+    check_against_the_loop(at(compress_items, backend, device), args)
 
 
 def check_against_the_loop(run, args):
@@ -90,12 +89,12 @@ def test_gates_sum_to_one_over_what_is_present():
     assert gates[~present].eq(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_absent_modalities_are_never_read(backend):
+@pytest.mark.parametrize(("backend", "device"), places("compress_items"))
+def test_absent_modalities_are_never_read(backend, device):
     """NaN in an absent row changes neither results nor gradients, and gets zero gradient itself."""
 
     def run(args, inputs):
-        out = compress_items(*args, backend=backend)
+        out = at(compress_items, backend, device)(*args)
         return [*out, *naive.gradients(out, inputs)]
 
     clean = run(*leaves(make(items=20)))
@@ -114,10 +113,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda e, g, w: compress_items(e, g, present, w), inputs)
 
 
-def test_gradients_are_bit_identical():
+@pytest.mark.parametrize(("backend", "device"), places("compress_items"))
+def test_gradients_are_bit_identical(backend, device):
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help
     args, inputs = leaves(make(items=2000, hidden=64, dtype=torch.bfloat16))
-    first, *others = [naive.gradients(compress_items(*args), inputs) for _ in range(4)]
+    run = at(compress_items, backend, device)
+    first, *others = [naive.gradients(run(*args), inputs) for _ in range(4)]
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
 

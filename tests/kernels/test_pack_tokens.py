@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 from speeder_kernels import _host, pack_tokens
 from tests.kernels import naive
+from tests.kernels.places import at, places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", "cpu")
@@ -44,7 +44,7 @@ def leaves(args: dict, dtype=None) -> tuple[dict, list[torch.Tensor]]:
     return {**args, **made}, list(made.values())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), places("pack_tokens"))
 @settings(max_examples=30, deadline=None)
 @given(
     tokens=st.integers(1, 40),
@@ -53,9 +53,9 @@ def leaves(args: dict, dtype=None) -> tuple[dict, list[torch.Tensor]]:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
 )
-def test_matches_the_loop(backend, tokens, sizes, hidden, dtype, seed):
+def test_matches_the_loop(backend, device, tokens, sizes, hidden, dtype, seed):
     args = make(tokens, *sizes, hidden, dtype, seed)
-    check_against_the_loop(functools.partial(pack_tokens, backend=backend), args)
+    check_against_the_loop(at(pack_tokens, backend, device), args)
 
 
 def check_against_the_loop(run, args):
@@ -121,18 +121,19 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "device"), places("pack_tokens"))
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_gradients_are_bit_identical(backend, threads):
+def test_gradients_are_bit_identical(backend, device, threads):
     """From run to run, and for the compiled kernel whatever the number of threads."""
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help
     args, inputs = leaves(make(tokens=4000, hidden=128))
-    first = naive.gradients(pack_tokens(**args, backend=backend), inputs)
+    run = at(pack_tokens, backend, device)
+    first = naive.gradients(run(**args), inputs)
     before = torch.get_num_threads()
     torch.set_num_threads(threads if backend == "cpu" else before)
     try:
         for _ in range(3):
-            again = naive.gradients(pack_tokens(**args, backend=backend), inputs)
+            again = naive.gradients(run(**args), inputs)
             assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     finally:
         torch.set_num_threads(before)
