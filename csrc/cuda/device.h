@@ -12,8 +12,8 @@
 //   load_matrices, multiply_fragments      ldmatrix and mma.sync, for tile_product.h
 //   atomic_add                             for nothing but the fault that a test plants
 //
-// Blocks are one-dimensional in threads and hold whole warps. Global memory is read and written
-// through raw pointers.
+// Blocks are one-dimensional in threads and hold whole warps. Global memory may be read and written
+// through raw pointers too.
 //
 // A kernel is a struct of its arguments: `static constexpr int kThreads` (the most threads of a
 // block) and `kMinBlocks` (those that a multiprocessor is to hold at once), and an `operator()`

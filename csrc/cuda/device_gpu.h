@@ -33,6 +33,32 @@ SPEEDER_DEVICE unsigned char* shared_memory() {
   return speeder_shared_memory;
 }
 
+// Accesses of 16 bytes are written out: one to a struct of eight elements the compiler may split.
+template <typename V>
+SPEEDER_DEVICE V read_global(const V* from) {
+  if constexpr (sizeof(V) == 16) {
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+    V value;
+    memcpy(&value, &raw, sizeof(V));
+    return value;
+  } else {
+    return *from;
+  }
+}
+
+template <typename V>
+SPEEDER_DEVICE void write_global(V* to, const V& value) {
+  if constexpr (sizeof(V) == 16) {
+    uint32_t raw[4];
+    memcpy(raw, &value, sizeof(V));
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(raw[0]), "r"(raw[1]), "r"(raw[2]), "r"(raw[3])
+                 : "memory");
+  } else {
+    *to = value;
+  }
+}
+
 template <typename V>
 SPEEDER_DEVICE V read_shared(SharedRange range, int byte) {
   return *reinterpret_cast<const V*>(shared_memory() + range.start + byte);

@@ -22,7 +22,7 @@ SPEEDER_DEVICE Floats<N> load_floats(const T* from) {
   Floats<N> out;
   SPEEDER_UNROLL
   for (int n = 0; n < N; n += kP) {
-    const Vector<T, kP> piece = *reinterpret_cast<const Vector<T, kP>*>(from + n);
+    const auto piece = read_global(reinterpret_cast<const Vector<T, kP>*>(from + n));
     SPEEDER_UNROLL
     for (int i = 0; i < kP; ++i) out.at[n + i] = to_float(piece.at[i]);
   }
@@ -37,7 +37,7 @@ SPEEDER_DEVICE void store_floats(T* to, const Floats<N>& x) {
     Vector<T, kP> piece;
     SPEEDER_UNROLL
     for (int i = 0; i < kP; ++i) piece.at[i] = from_float<T>(x.at[n + i]);
-    *reinterpret_cast<Vector<T, kP>*>(to + n) = piece;
+    write_global(reinterpret_cast<Vector<T, kP>*>(to + n), piece);
   }
 }
 

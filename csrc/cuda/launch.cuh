@@ -21,24 +21,27 @@ class StreamLauncher {
   template <typename Kernel>
   void launch(const Grid& grid, const Kernel& kernel) {
     constexpr int64_t kFree = 48 * 1024;  // shared memory that needs no asking for
-    if (error_ != cudaSuccess || grid.x * grid.y * grid.z == 0) return;
-    if (grid.shared_bytes > kFree) {
-      error_ = cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(grid.shared_bytes));
-      if (error_ != cudaSuccess) return;
+    if (error_ != nullptr || grid.x * grid.y * grid.z == 0) return;
+    if (grid.shared_bytes > kFree &&
+        cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(grid.shared_bytes)) != cudaSuccess) {
+      cudaGetLastError();  // it would be told once more by the next launch
+      error_ = "these sizes need more shared memory than a block has on this GPU";
+      return;
     }
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                       static_cast<unsigned>(grid.z));
     run<Kernel><<<blocks, grid.threads, grid.shared_bytes, stream_>>>(kernel);
-    error_ = cudaGetLastError();
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) error_ = cudaGetErrorString(error);
   }
 
-  // Null, or CUDA's message of what went wrong.
-  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+  // Null, or what went wrong.
+  const char* error() const { return error_; }
 
  private:
   cudaStream_t stream_;
-  cudaError_t error_ = cudaSuccess;
+  const char* error_ = nullptr;
 };
 
 }  // namespace cuda

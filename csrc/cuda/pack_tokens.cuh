@@ -32,36 +32,36 @@ struct PackTokens {
     if (token >= args.tokens) return;
     const int64_t row = args.item_rows[token];
     const int64_t rank = row >= 0 ? args.ranks[token] : -1;
-    const T* source =
+    const V* source =
         row >= 0 ? at(args.item_tokens, row) : at(args.text_embedding, args.input_ids[token]);
-    T* out = static_cast<T*>(args.out) + token * args.hidden;
     const int64_t vectors = args.hidden / N;
+    V* out = static_cast<V*>(args.out) + token * vectors;
     const int64_t first = int64_t{block_index_y()} * kColumns + lane();
 
     V values[kPackLoads];
     SPEEDER_UNROLL
     for (int i = 0; i < kPackLoads; ++i) {
       const int64_t column = first + i * kWarp;
-      if (column < vectors) values[i] = reinterpret_cast<const V*>(source)[column];
+      if (column < vectors) values[i] = read_global(source + column);
     }
     if (rank >= 0) {
-      const T* prompt = at(args.position_prompts, rank);
+      const V* prompt = at(args.position_prompts, rank);
       SPEEDER_UNROLL
       for (int i = 0; i < kPackLoads; ++i) {
         const int64_t column = first + i * kWarp;
-        if (column < vectors) add(values[i], reinterpret_cast<const V*>(prompt)[column]);
+        if (column < vectors) add(values[i], read_global(prompt + column));
       }
     }
     SPEEDER_UNROLL
     for (int i = 0; i < kPackLoads; ++i) {
       const int64_t column = first + i * kWarp;
-      if (column < vectors) reinterpret_cast<V*>(out)[column] = values[i];
+      if (column < vectors) write_global(out + column, values[i]);
     }
   }
 
  private:
-  SPEEDER_DEVICE const T* at(const void* table, int64_t row) const {
-    return static_cast<const T*>(table) + row * args.hidden;
+  SPEEDER_DEVICE const Vector<T, N>* at(const void* table, int64_t row) const {
+    return static_cast<const Vector<T, N>*>(table) + row * (args.hidden / N);
   }
 
   static SPEEDER_DEVICE void add(Vector<T, N>& value, const Vector<T, N>& prompt) {

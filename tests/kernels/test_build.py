@@ -156,3 +156,22 @@ def test_cuda_compiles_without_spills(build, source, arch):
         pytest.skip(f"CUDA {cuda.version} does not know sm_{arch}")
     rows = cuda_resources.compile_kernels(cuda.nvcc, source, arch)
     assert not [row for row in rows if row["stack"] or row["spill_stores"] or row["spill_loads"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["pack_tokens", "compress_items"])
+def test_cuda_moves_16_bytes_at_once(build, tmp_path, op):
+    """Where rows allow it (all kernels but those of width 1), elements come and go in the widest access."""
+    cuda = build.find_cuda()
+    if cuda.missing:
+        pytest.skip(f"no CUDA compiler: {cuda.missing}")
+    source, ptx = ROOT / "csrc" / "cuda" / f"{op}.cu", tmp_path / "out.ptx"
+    flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_80"]
+    subprocess.run([cuda.nvcc, *flags, "-ptx", str(source), "-o", str(ptx)], check=True)
+    kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
+    wide = [text for text in kernels if re.match(r"\w*Li[48]E", text)]
+    assert len(wide) == 6  # three dtypes, two kernels
+    for text in wide:
+        accesses = re.findall(r"(?:ld|st)\.global\.(?:nc\.)?(?:v\d\.)?[bfus]\d+", text)
+        assert {"ld.global.nc.v4.u32", "st.global.v4.u32"} <= set(accesses)
+        assert not [access for access in accesses if access.endswith("16")], accesses

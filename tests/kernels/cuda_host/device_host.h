@@ -49,8 +49,19 @@ T shuffle_xor(T value, int mask, const char* file = __builtin_FILE(), int line =
   return value;
 }
 
-// --- shared memory
-// --------------------------------------------------------------------------------
+// --- global memory, which AddressSanitizer watches ---
+
+template <typename V>
+V read_global(const V* from) {
+  return *from;
+}
+
+template <typename V>
+void write_global(V* to, const V& value) {
+  *to = value;
+}
+
+// --- shared memory ---
 
 namespace host {
 
@@ -85,8 +96,7 @@ void write_shared(SharedRange range, int byte, const V& value) {
               range, byte, sizeof(V));
 }
 
-// --- asynchronous copies: the bytes land at the wait, and no sooner
-// --------------------------------
+// --- asynchronous copies: the bytes land at the wait, and no sooner ---
 
 namespace host {
 
@@ -153,8 +163,7 @@ void wait_copies() {
   bytes.erase(bytes.begin(), bytes.begin() + landed * static_cast<int>(sizeof(host::Copy)));
 }
 
-// --- tiles
-// ----------------------------------------------------------------------------------------
+// --- tiles ---
 
 template <int kCount, bool kTransposed>
 void load_matrices(uint32_t (&out)[kCount], SharedRange range, int byte,
