@@ -1,41 +1,34 @@
 // One block at a time: runs its threads as fibers, in an order drawn from a seed, from one point at
-// which they wait for each other to the next, and tells which thread did what is wrong.
+// which they wait for each other to the next, and tells which thread did what is wrong. Only
+// engine.cpp includes this.
 #pragma once
 
-#include <cstdarg>
 #include <cstdint>
-#include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
 #include "checked_memory.h"
+#include "cuda/device.h"
 #include "fiber.h"
 
 namespace speeder {
 namespace cuda {
 namespace host {
 
-// Where in the source a thread waits.
-struct Where {
-  const char* what;
-  const char* file;
-  int line;
+inline bool operator!=(const Where& a, const Where& b) {
+  return a.line != b.line || a.what != b.what || a.file != b.file;
+}
 
-  bool operator!=(const Where& other) const {
-    return line != other.line || what != other.what || file != other.file;
-  }
-  std::string text() const {
-    const std::string path(file);
-    return std::string(what) + " at " + path.substr(path.rfind('/') + 1) + ":" +
-           std::to_string(line);
-  }
-};
+inline std::string text(const Where& where) {
+  const std::string path(where.file);
+  return std::string(where.what) + " at " + path.substr(path.rfind('/') + 1) + ":" +
+         std::to_string(where.line);
+}
 
 class Block {
  public:
   static constexpr int kThreadsMost = 1024;
-  static constexpr int kLanes = 32;
-  static constexpr int kSlotBytes = 64;
 
   struct Fiber : Thread {
     enum State { kReady, kAtBarrier, kAtWarp, kEnded };
@@ -45,18 +38,17 @@ class Block {
     Where where{};
     bool started = false;
     int warp_turn = 0;         // collectives of the warp that were passed
-    std::vector<char> copies;  // see device_host.h
+    std::vector<Copy> copies;  // on their way, oldest first
+    std::vector<int> groups;   // how many of them each closed group has
+    int open = 0;              // and how many are in none yet
   };
 
   CheckedMemory memory;
-  int64_t index[3] = {};
-  int64_t blocks[3] = {};
-  int threads = 0;
 
-  Block() : stacks_(kThreadsMost), fibers_(kThreadsMost), warps_(kThreadsMost / kLanes) {
+  Block() : stacks_(kThreadsMost), fibers_(kThreadsMost), warps_(kThreadsMost / kWarp) {
     for (int n = 0; n < kThreadsMost; ++n) {
       fibers_[n].index = n;
-      fibers_[n].warp = n / kLanes;
+      fibers_[n].warp = n / kWarp;
     }
   }
 
@@ -70,7 +62,7 @@ class Block {
 
   // Runs the block; returns whether all went well, else `error` says what did not.
   bool run(void (*body)(const void*), const void* kernel, int thread_count, int64_t shared_bytes) {
-    threads = thread_count;
+    now.threads = threads = thread_count;
     body_ = body;
     kernel_ = kernel;
     at_barrier_ = ended_ = 0;
@@ -86,12 +78,14 @@ class Block {
       fiber.state = Fiber::kReady;
       fiber.warp_turn = 0;
       fiber.copies.clear();
+      fiber.groups.clear();
+      fiber.open = 0;
       ready_.push_back(n);
     }
     for (Warp& warp : warps_) warp.arrived = 0;
     error.clear();
     if (Fiber* first = pick()) {
-      current = first;
+      start(first);
       switch_context(main_, first->context);
     }
     if (error.empty() && ended_ < threads) error = place(-1) + stuck();
@@ -101,11 +95,11 @@ class Block {
     return error.empty();
   }
 
-  void wait_for_block(const Where& where) {
+  void meet_block(const Where& where) {
     if (at_barrier_ == 0) barrier_ = where;
     if (barrier_ != where) {
       fail("barrier in divergent code: others wait in %s, this thread in %s",
-           barrier_.text().c_str(), where.text().c_str());
+           text(barrier_).c_str(), text(where).c_str());
     }
     current->state = Fiber::kAtBarrier;
     current->where = where;
@@ -117,37 +111,29 @@ class Block {
     yield();
   }
 
-  // Every lane brings `bytes` from `mine`; the last to come calls `combine` (where there is one) on
-  // all that came; each gets the warp's slots, which stay until it comes here twice more.
-  char* meet_warp(const void* mine, int bytes, const Where& where,
-                  void (*combine)(char* slots) = nullptr) {
+  char* meet_warp(const void* mine, int bytes, const Where& where, void (*combine)(char* slots)) {
     Warp& warp = warps_[current->warp];
     if (warp.arrived == 0) warp.where = where;
     if (warp.where != where) {
       fail("warp in divergent code: other lanes wait in %s, this one in %s",
-           warp.where.text().c_str(), where.text().c_str());
+           text(warp.where).c_str(), text(where).c_str());
     }
     char* slots = warp.slots[current->warp_turn++ % 2];
-    if (bytes > 0) memcpy(slots + current->index % kLanes * kSlotBytes, mine, bytes);
+    if (bytes > 0) memcpy(slots + current->index % kWarp * kSlotBytes, mine, bytes);
     current->state = Fiber::kAtWarp;
     current->where = where;
-    if (++warp.arrived == kLanes) {
+    if (++warp.arrived == kWarp) {
       if (combine != nullptr) combine(slots);
       warp.arrived = 0;
-      for (int n = 0; n < kLanes; ++n) wake(current->warp * kLanes + n);
+      for (int n = 0; n < kWarp; ++n) wake(current->warp * kWarp + n);
     }
     yield();
     return slots;
   }
 
-  // Says what is wrong and gives the block up: does not return.
-  void fail(const char* format, ...) {
-    char text[512];
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(text, sizeof(text), format, arguments);
-    va_end(arguments);
-    error = place(current->index) + text;
+  // Does not return.
+  void give_up(const char* wrong) {
+    error = place(current->index) + wrong;
     switch_context(current->context, main_);
   }
 
@@ -158,7 +144,7 @@ class Block {
   struct Warp {
     int arrived = 0;
     Where where{};
-    alignas(16) char slots[2][kLanes * kSlotBytes];
+    alignas(16) char slots[2][kWarp * kSlotBytes];
   };
 
   // A fiber's whole life: one block after the other.
@@ -187,27 +173,29 @@ class Block {
     return fiber;
   }
 
+  void start(Fiber* fiber) {
+    current = fiber;
+    now.thread = fiber->index;
+  }
+
   // On to another thread that can go on; back to run() where there is none.
   void yield() {
     Fiber* const from = current;
     Fiber* const to = pick();
     if (to == from) return;
-    if (to != nullptr) current = to;
+    if (to != nullptr) start(to);
     switch_context(from->context, to == nullptr ? main_ : to->context);
   }
 
   std::string place(int thread) const {
-    char text[128];
-    int length =
-        snprintf(text, sizeof(text), "block (%lld, %lld, %lld)", static_cast<long long>(index[0]),
-                 static_cast<long long>(index[1]), static_cast<long long>(index[2]));
-    if (thread >= 0) snprintf(text + length, sizeof(text) - length, ", thread %d", thread);
-    return std::string(text) + ": ";
+    std::string name = "block (";
+    for (int n = 0; n < 3; ++n) name += (n > 0 ? ", " : "") + std::to_string(now.block[n]);
+    return name + (thread < 0 ? "): " : "), thread " + std::to_string(thread) + ": ");
   }
 
   // No thread can go on, and not all have ended.
   std::string stuck() const {
-    std::string text = "not every thread reaches a barrier:";
+    std::string found = "not every thread reaches a barrier:";
     const char* separator = " ";
     for (int state : {Fiber::kAtBarrier, Fiber::kAtWarp, Fiber::kEnded}) {
       int count = 0, first = 0;
@@ -215,11 +203,12 @@ class Block {
         if (fibers_[n].state == state) ++count, first = n;
       }
       if (count == 0) continue;
-      text += separator + std::to_string(count) + " (thread " + std::to_string(first) + ", ...) ";
-      text += state == Fiber::kEnded ? "have ended" : "wait in " + fibers_[first].where.text();
+      found += separator + std::to_string(count) + " (thread " + std::to_string(first) + ", ...) ";
+      found +=
+          state == Fiber::kEnded ? "have ended" : "wait in " + host::text(fibers_[first].where);
       separator = ", ";
     }
-    return text;
+    return found;
   }
 
   Stacks stacks_;
@@ -231,6 +220,7 @@ class Block {
   const void* kernel_ = nullptr;
   int at_barrier_ = 0;
   int ended_ = 0;
+  int threads = 0;
   Where barrier_{};
   uint64_t random_ = 1;
 };

@@ -15,13 +15,12 @@ namespace cuda {
 class HostLauncher {
  public:
   // `dry`: notes what would be launched, and launches nothing.
-  HostLauncher(uint64_t seed, bool dry) : dry_(dry) { host::block().seed(seed); }
+  HostLauncher(uint64_t seed, bool dry) : dry_(dry) { host::seed(seed); }
 
   // Block by block, in an order drawn from the seed.
   template <typename Kernel>
   void launch(const Grid& grid, const Kernel& kernel) {
     if (!error_.empty()) return;
-    host::Block& block = host::block();
     constexpr int64_t kSharedMost = 227 * 1024;  // on sm_90 and sm_100
     if (grid.threads <= 0 || grid.threads % kWarp != 0 || grid.threads > Kernel::kThreads ||
         grid.shared_bytes > kSharedMost || grid.y > 65535 || grid.z > 65535) {
@@ -33,20 +32,21 @@ class HostLauncher {
     if (dry_) return;
     std::vector<int64_t> order(grid.x * grid.y * grid.z);
     for (size_t n = 0; n < order.size(); ++n) {
-      const size_t place = block.random(static_cast<uint32_t>(n + 1));
+      const size_t place = host::random_below(static_cast<uint32_t>(n + 1));
       order[n] = order[place];
       order[place] = static_cast<int64_t>(n);
     }
-    block.blocks[0] = grid.x;
-    block.blocks[1] = grid.y;
-    block.blocks[2] = grid.z;
+    host::now.blocks[0] = grid.x;
+    host::now.blocks[1] = grid.y;
+    host::now.blocks[2] = grid.z;
     for (int64_t n : order) {
-      block.index[0] = n % grid.x;
-      block.index[1] = n / grid.x % grid.y;
-      block.index[2] = n / grid.x / grid.y;
+      host::now.block[0] = n % grid.x;
+      host::now.block[1] = n / grid.x % grid.y;
+      host::now.block[2] = n / grid.x / grid.y;
       const auto body = [](const void* code) { (*static_cast<const Kernel*>(code))(); };
-      if (!block.run(body, &kernel, grid.threads, grid.shared_bytes)) {
-        error_ = block.error;
+      const char* wrong = host::run_block(body, &kernel, grid.threads, grid.shared_bytes);
+      if (wrong != nullptr) {
+        error_ = wrong;
         return;
       }
     }
