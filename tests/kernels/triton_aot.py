@@ -88,9 +88,22 @@ def compress_items(dtype: torch.dtype) -> Iterator[Case]:
         yield width(hidden), functools.partial(compress_items_backward, grad, logits, *args, 7)
 
 
+def item_cross_entropy(dtype: torch.dtype) -> Iterator[Case]:
+    """One width: all are padded to a multiple of 16."""
+    from speeder_kernels.triton.item_cross_entropy import item_cross_entropy, item_cross_entropy_backward
+
+    h, table = meta(8192, 576, dtype=dtype), meta(12101, 576, dtype=dtype)
+    targets, rows = meta(8192, dtype=I64), meta(8192)
+    for name, log_q in (("H576", None), ("H576-log_q", meta(12101))):
+        yield name, functools.partial(item_cross_entropy, h, table, targets, 0.05, log_q)
+        args = (rows, h, table, targets, rows, 0.05, log_q, 3)
+        yield name, functools.partial(item_cross_entropy_backward, *args)
+
+
 CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "pack_tokens": pack_tokens,
     "compress_items": compress_items,
+    "item_cross_entropy": item_cross_entropy,
 }
 
 
