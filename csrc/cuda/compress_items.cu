@@ -1,5 +1,5 @@
 // compress_items on a GPU: its kernels, compiled, and their launch on a stream.
-#include "cuda/compress_items.cuh"
+#include "cuda/compress_items_backward.cuh"
 #include "cuda/launch.cuh"
 
 namespace speeder {

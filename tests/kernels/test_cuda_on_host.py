@@ -219,7 +219,7 @@ def test_an_off_by_one_bound_is_caught(tmp_path):
 def test_an_atomic_in_place_of_the_fixed_order_is_caught(tmp_path):
     """The gradient is as accurate as before, and other bits come with another order of the threads."""
     edit = (
-        "cuda/compress_items.cuh",
+        "cuda/compress_items_backward.cuh",
         "    sums.set(thread_index(), total);\n",
         "    if (warp() == 0 && d < size) grad_weight[d] = 0.0f;\n"
         "    sync_block();\n"
