@@ -16,7 +16,7 @@ ARCHITECTURES = (80, 90, 100)  # A100, H100, B200: a GPU takes the newest row th
 
 Tile = dict[str, int]
 
-# (kernel, what else the row depends on...) -> architecture -> row. `item` keys are bytes of an element. Rows of
+# (kernel, what else the row depends on...) -> architecture -> row. A number is the bytes of an element. Rows of
 # 80 also serve sm_86, sm_89 and sm_120, which have 99 KiB of shared memory a block: they must stay below that.
 # A row of an older architecture serves where a newer one has none of its own.
 TILES: dict[tuple, dict[int, Tile]] = {
@@ -28,6 +28,101 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("sum_parts",): {80: dict(BLOCK_P=16, BLOCK_L=64, num_warps=4)},
     ("compress_items",): {80: dict(elements=2048, num_warps=4)},
     ("compress_items_backward",): {80: dict(elements=1024, num_warps=4)},
+    # item_cross_entropy and topk_items: bytes of an element. float32 has no tensor cores here.
+    ("item_cross_entropy", 2): {
+        80: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=3),
+        90: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=3),
+        # Unless told, ptxas spills a few bytes here to fit one more block on a processor.
+        100: dict(BLOCK_N=128, BLOCK_I=64, BLOCK_H=64, num_warps=8, num_stages=4, maxnreg=168),
+    },
+    ("item_cross_entropy", 4): {80: dict(BLOCK_N=64, BLOCK_I=128, BLOCK_H=16, num_warps=8, num_stages=3)},
+    ("combine_loss",): {80: dict(BLOCK_N=16, BLOCK_H=128, num_warps=4)},
+    ("logit_gradient", 2): {
+        80: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=3),
+        90: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=3),
+        100: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=4),
+    },
+    ("logit_gradient", 4): {80: dict(BLOCK_N=64, BLOCK_I=128, BLOCK_H=16, num_warps=8, num_stages=3)},
+    ("grad_hidden", 2): {
+        80: dict(BLOCK_N=128, BLOCK_H=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        90: dict(BLOCK_N=128, BLOCK_H=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        100: dict(BLOCK_N=128, BLOCK_H=128, BLOCK_K=64, num_warps=8, num_stages=4),
+    },
+    ("grad_hidden", 4): {80: dict(BLOCK_N=64, BLOCK_H=128, BLOCK_K=16, num_warps=8, num_stages=3)},
+    ("grad_table", 2): {
+        80: dict(BLOCK_I=128, BLOCK_H=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        90: dict(BLOCK_I=128, BLOCK_H=128, BLOCK_K=64, num_warps=8, num_stages=3),
+        100: dict(BLOCK_I=128, BLOCK_H=128, BLOCK_K=64, num_warps=8, num_stages=4),
+    },
+    ("grad_table", 4): {80: dict(BLOCK_I=64, BLOCK_H=128, BLOCK_K=16, num_warps=8, num_stages=3)},
+    ("topk_items", 2): {
+        80: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=3),
+        90: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=3),
+        100: dict(BLOCK_N=128, BLOCK_I=128, BLOCK_H=64, num_warps=8, num_stages=4),
+    },
+    ("topk_items", 4): {80: dict(BLOCK_N=64, BLOCK_I=128, BLOCK_H=16, num_warps=8, num_stages=3)},
+    ("candidate_keys",): {80: dict(BLOCK_K=32, num_warps=4)},
+    # spae_attention: kernel, head size, bytes of an element.
+    ("spae_attention", "forward", 16, 2): {80: dict(block_q=128, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "forward", 32, 2): {80: dict(block_q=128, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "forward", 64, 2): {80: dict(block_q=128, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "forward", 128, 2): {80: dict(block_q=128, block_k=64, num_warps=8, num_stages=2)},
+    ("spae_attention", "forward", 256, 2): {80: dict(block_q=128, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "forward", 16, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "forward", 32, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "forward", 64, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "forward", 128, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "forward", 256, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "decode", 16, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 32, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 64, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 128, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 256, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 16, 4): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 32, 4): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 64, 4): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 128, 4): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 256, 4): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "row_terms", 16, 2): {80: dict(block_q=256, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 32, 2): {80: dict(block_q=128, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 64, 2): {80: dict(block_q=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 128, 2): {80: dict(block_q=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 256, 2): {80: dict(block_q=16, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 16, 4): {80: dict(block_q=256, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 32, 4): {80: dict(block_q=128, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 64, 4): {80: dict(block_q=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 128, 4): {80: dict(block_q=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 256, 4): {80: dict(block_q=16, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 16, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 32, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 64, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 128, 2): {80: dict(block_q=64, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "keys", 256, 2): {80: dict(block_q=64, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "keys", 16, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 32, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 64, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 128, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "keys", 256, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 16, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 32, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 64, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 128, 2): {80: dict(block_q=64, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "queries", 256, 2): {80: dict(block_q=64, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "queries", 16, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 32, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 64, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 128, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 256, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 16, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 32, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 64, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 128, 2): {80: dict(block_q=64, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "relative", 256, 2): {80: dict(block_q=64, block_k=64, num_warps=8, num_stages=1)},
+    ("spae_attention", "relative", 16, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 32, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 64, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 128, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 256, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
 }
 
 
@@ -41,7 +136,7 @@ def architecture(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None:
         return ARCHITECTURES[0]
     major, minor = _capability(device.index)
-    if (major, minor) in ((8, 6), (8, 7), (8, 9)) or major > 10:  # less shared memory than their number says
+    if (major, minor) in ((8, 6), (8, 9)) or major > 10:  # less shared memory than their number says
         return ARCHITECTURES[0]
     return max((arch for arch in ARCHITECTURES if arch <= 10 * major + minor), default=ARCHITECTURES[0])
 

@@ -100,10 +100,21 @@ def item_cross_entropy(dtype: torch.dtype) -> Iterator[Case]:
         yield name, functools.partial(item_cross_entropy_backward, *args)
 
 
+def topk_items(dtype: torch.dtype) -> Iterator[Case]:
+    """One width: all are padded to a multiple of 16."""
+    from speeder_kernels.triton.topk_items import topk_items
+
+    h, table = meta(1024, 576, dtype=dtype), meta(12101, 576, dtype=dtype)
+    excluded = (meta(1025, dtype=I64), meta(50000, dtype=I64))
+    for name, lists in (("H576", (None, None)), ("H576-excluded", excluded)):
+        yield name, functools.partial(topk_items, h, table, 20, *lists)
+
+
 CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "pack_tokens": pack_tokens,
     "compress_items": compress_items,
     "item_cross_entropy": item_cross_entropy,
+    "topk_items": topk_items,
 }
 
 
