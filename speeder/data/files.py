@@ -81,15 +81,8 @@ def recover_folder(folder: str | Path) -> Path:
     return folder
 
 
-@contextmanager
-def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
-    """Yields a temporary folder that takes the place of `folder` on a clean exit.
-
-    The old content stays whole until the new one is complete. `owned` names the entries that may be replaced:
-    where `folder` holds anything else, `SpeederError` is raised and nothing is touched, as a swap would lose
-    it.
-    """
-    folder = recover_folder(folder)
+def check_owned(folder: Path, owned: set[str]) -> None:
+    """Raises `SpeederError` where `folder` is a file, or holds an entry that is not among `owned`."""
     if folder.exists():
         if not folder.is_dir():
             raise SpeederError(f"cannot save to {folder}: it is a file, and a folder was expected")
@@ -99,6 +92,18 @@ def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
                 f"cannot save to {folder}: it holds {strangers[0]!r}, which is not part of what is saved"
                 " there; choose an empty folder"
             )
+
+
+@contextmanager
+def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
+    """Yields a temporary folder that takes the place of `folder` on a clean exit.
+
+    The old content stays whole until the new one is complete. `owned` names the entries that may be replaced:
+    where `folder` holds anything else, `SpeederError` is raised and nothing is touched, as a swap would lose
+    it.
+    """
+    folder = recover_folder(folder)
+    check_owned(folder, owned)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

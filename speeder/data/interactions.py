@@ -49,8 +49,10 @@ class Interactions:
             )
         if len(item) and item.min() < 0:
             raise ValueError(f"item must not be negative, but holds {item.min()}")
-        order = np.lexsort((time, user))  # lexsort is stable
-        self.user, self.item, self.time = user[order], item[order], time[order]
+        if not _is_sorted(user, time):  # tens of millions of interactions that are need no second copy
+            order = np.lexsort((time, user))  # lexsort is stable
+            user, item, time = user[order], item[order], time[order]
+        self.user, self.item, self.time = user, item, time
 
     def __len__(self) -> int:
         return len(self.user)
@@ -92,6 +94,11 @@ class Interactions:
             raise SpeederError(f"{file} is missing") from None
         except (pa.ArrowException, OSError, KeyError, AttributeError, TypeError, ValueError) as error:
             raise SpeederError(f"{file} does not hold readable interactions: {error}") from error
+
+
+def _is_sorted(user: np.ndarray, time: np.ndarray) -> bool:
+    earlier = (user[1:] < user[:-1]) | ((user[1:] == user[:-1]) & (time[1:] < time[:-1]))
+    return not earlier.any()
 
 
 class LeaveOneOut:

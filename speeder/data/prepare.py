@@ -1,43 +1,79 @@
-"""From raw files to a folder that training reads: descriptions, plots, pictures and their frozen features."""
+"""From raw files to a folder that training reads: descriptions, pictures and their frozen features."""
 
-import hashlib
-import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol
 
-from torch import Tensor
-
-from speeder.data.catalogue import ItemCatalogue
-from speeder.data.files import sha256_file
-from speeder.data.interactions import LeaveOneOut
-from speeder.data.posters import Poster, match_posters
-from speeder.data.prepared import PreparedData
+from speeder.data.features import MODALITIES, EncodesImages, EncodesTexts, add_features, add_images
+from speeder.data.prepared import PreparedData, check_replaceable
+from speeder.data.read import read_raw, scratch_folder
+from speeder.data.readers import READERS
 from speeder.data.readers.ml100k import read_ml100k
-from speeder.encoders.collaborative import collaborative_features
-
-log = logging.getLogger(__name__)
-
-
-class EncodesTexts(Protocol):
-    """What `prepare` needs of a text encoder; `speeder.encoders.text.TextEncoder` is one."""
-
-    name: str
-    identity: str
-
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """`(N, F)` float32 and `(N,)` bool."""
+from speeder.data.readers.plain import TIME_UNITS, plain
+from speeder.errors import SpeederError
 
 
-class EncodesImages(Protocol):
-    """What `prepare` needs of an image encoder; `speeder.encoders.image.ImageEncoder` is one."""
+def prepare(
+    name: str,
+    path: str | Path,
+    out: str | Path,
+    *,
+    items: str | Path | None = None,
+    images: str | Path | None = None,
+    core: int | None = None,
+    min_rating: float | None = None,
+    repeats: bool = False,
+    time_unit: str = "s",
+    modalities: Collection[str] = MODALITIES,
+    text_encoder: EncodesTexts | None = None,
+    image_encoder: EncodesImages | None = None,
+) -> PreparedData:
+    """Reads raw files, filters, encodes what items have, and saves all, whole or not at all.
 
-    name: str
-    identity: str
+    Interrupted, it starts reading again, but keeps the texts and pictures that were encoded.
 
-    def encode(self, images: Sequence[str | None]) -> tuple[Tensor, Tensor, dict[str, str]]:
-        """`(N, F)` float32, `(N,)` bool, and `{path: reason}` of broken pictures."""
+    Args:
+        name: of [`READERS`].
+        path: the file of interactions, or a folder, as the reader takes it.
+        out: folder to write.
+        items: the file of items, where it is not in the folder.
+        images: folder of pictures named by item id (or by the item table's `image` column); None takes the one
+            that comes with the data, if any. Nothing is downloaded.
+        core: k of the k-core filter; None is the usual one of the format, 1 filters nothing.
+        min_rating: interactions rated lower are dropped.
+        repeats: whether a user may take an item several times; else the earliest counts.
+        time_unit: of `"plain"` data's times.
+        modalities: which features to add.
+        text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
+
+    Returns:
+        The saved data. The manifest holds nothing of the time or the machine: the same input gives the same manifest.
+
+    Raises `SpeederError` for files that cannot be read, or a setting that does not fit.
+    """
+    if name not in READERS:
+        raise SpeederError(f"expected one of {', '.join(READERS)}, got {name!r}")
+    if core is not None and core < 1:
+        raise SpeederError(f"k-core: expected at least 1, got {core}")
+    if time_unit not in TIME_UNITS or (time_unit != "s" and name != "plain"):
+        raise SpeederError(
+            f"time unit: expected one of {', '.join(TIME_UNITS)}, for plain data, got {time_unit!r}"
+        )
+    check_replaceable(out)
+    path, items = Path(path), Path(items) if items else None
+    if not path.exists():
+        raise SpeederError(f"{path} is missing")
+    raw = plain(path, items, time_unit) if name == "plain" else READERS[name].open(path, items)
+    with scratch_folder(Path(out)) as scratch:
+        data = read_raw(
+            raw,
+            scratch,
+            core=READERS[name].core if core is None else core,
+            min_rating=min_rating,
+            repeats=repeats,
+        )
+    data = add_images(data, images or raw.images, by_name=raw.images_by_name)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder)
 
 
 def prepare_ml100k(
@@ -48,80 +84,35 @@ def prepare_ml100k(
     include_plot: bool = True,
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
-    collaborative: bool = True,
+    modalities: Collection[str] = MODALITIES,
 ) -> PreparedData:
-    """Reads MovieLens-100K, encodes texts and, given `posters`, pictures, fits collaborative features, saves all.
+    """Prepares MovieLens-100K from the package index, whole: every rating counts, every film is in the catalogue.
 
     Args:
         out: folder to write, whole or not at all.
-        source: folder with the raw files; None fetches the `ml-100k` asset.
+        source: folder with the raw files (RecBole's atomic ones); None fetches the `ml-100k` asset.
         posters: as `match_posters` takes it; None prepares texts alone.
         include_plot: whether a plot that `posters` knows of is added to the film's text.
-        text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
-
-        collaborative: whether features fitted on the training part of the interactions are added.
+        text_encoder, image_encoder, modalities: as for `prepare`.
 
     Returns:
-        The saved data: modality `"text"`, `"image"` where there are posters, and `"collaborative"`. The manifest
-        holds nothing of the time or the machine: the same input gives the same manifest.
+        The saved data, as `prepare` returns it.
     """
-    data = read_ml100k(source)
-    catalogue, manifest = data.catalogue, dict(data.manifest)
-    if posters is not None:
-        found = match_posters(posters, catalogue.titles, catalogue.ids)
-        catalogue, manifest["posters"] = _with_posters(catalogue, found, include_plot)
-    if text_encoder is None:
-        from speeder.encoders.text import TextEncoder
-
-        text_encoder = TextEncoder()
-    features, present = text_encoder.encode(catalogue.texts)
-    catalogue = catalogue.with_features("text", features, present)
-    manifest["encoders"] = {"text": _encoder_record(text_encoder)}
-    if posters is not None:
-        if image_encoder is None:
-            from speeder.encoders.image import ImageEncoder
-
-            image_encoder = ImageEncoder()
-        features, present, broken = image_encoder.encode(catalogue.images)
-        for path, reason in broken.items():
-            log.warning("%s is no picture that can be read: %s", path, reason)
-        catalogue = catalogue.with_features("image", features, present)
-        manifest["encoders"]["image"] = _encoder_record(image_encoder)
-        manifest["posters"]["broken"] = {Path(path).name: reason for path, reason in sorted(broken.items())}
-    if collaborative:
-        fitted = collaborative_features(LeaveOneOut(data.interactions).training(), len(catalogue))
-        catalogue = catalogue.with_features("collaborative", fitted.features, fitted.present)
-        # what they were fitted on: evaluation refuses them beside another training part
-        manifest["encoders"]["collaborative"] = {"name": "sasrec", "training_hash": fitted.training_hash}
-    manifest["versions"] = {name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")}
-    prepared = PreparedData(catalogue, data.interactions, manifest)
-    prepared.save(out)
-    return prepared
+    check_replaceable(out)
+    data = add_images(read_ml100k(source), posters, include_plot=include_plot)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder)
 
 
-def _with_posters(
-    catalogue: ItemCatalogue, posters: Sequence[Poster | None], include_plot: bool
-) -> tuple[ItemCatalogue, dict]:
-    """The catalogue with pictures, and plots in its texts where wanted; and the manifest's record of both."""
-    posters = [poster or Poster() for poster in posters]
-    plots = [poster.plot if include_plot else None for poster in posters]
-    texts = [
-        f"{text} {plot}".strip() if plot else text for text, plot in zip(catalogue.texts, plots, strict=True)
-    ]
-    images = [poster.image for poster in posters]
-    record = {
-        "matched": sum(image is not None for image in images),
-        "missing": [id_ for id_, image in zip(catalogue.ids, images, strict=True) if image is None],
-        "plots": sum(plot is not None for plot in plots),
-        "sha256": _hash_all(images),
+def _encode_and_save(
+    data: PreparedData,
+    out: str | Path,
+    modalities: Collection[str],
+    text_encoder: EncodesTexts | None,
+    image_encoder: EncodesImages | None,
+) -> PreparedData:
+    data = add_features(data, modalities, text_encoder, image_encoder)
+    data.manifest["versions"] = {
+        name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")
     }
-    return ItemCatalogue(catalogue.ids, catalogue.titles, texts, images), record
-
-
-def _hash_all(paths: Sequence[str | None]) -> str:
-    """One hash over every picture's, in catalogue order."""
-    return hashlib.sha256("\n".join(sha256_file(path) if path else "" for path in paths).encode()).hexdigest()
-
-
-def _encoder_record(encoder: EncodesTexts | EncodesImages) -> dict[str, str]:
-    return {"name": encoder.name, "identity": encoder.identity}
+    data.save(out)
+    return data

@@ -8,6 +8,7 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import (
     atomic_folder,
     check_files,
+    check_owned,
     describe_files,
     read_json,
     recover_folder,
@@ -50,9 +51,7 @@ class PreparedData:
 
         An earlier prepared set there is replaced. Raises `SpeederError` where the folder holds anything else.
         """
-        recovered = recover_folder(folder)
-        owned = _ENTRIES if _is_prepared(recovered) else set()
-        with atomic_folder(recovered, owned) as temporary:
+        with atomic_folder(folder, check_replaceable(folder)) as temporary:
             self.interactions.save(temporary / "interactions.parquet")
             self.catalogue.save(temporary / "catalogue")
             content = {"format": FORMAT, "content": self.manifest, "files": describe_files(temporary, _FILES)}
@@ -72,6 +71,17 @@ class PreparedData:
             return cls(catalogue, interactions, manifest.get("content", {}))
         except ValueError as error:
             raise SpeederError(f"{folder} does not fit together: {error}") from error
+
+
+def check_replaceable(folder: str | Path) -> set[str]:
+    """The entries of a folder that `PreparedData.save` may replace; it need not exist.
+
+    Raises `SpeederError` where it holds anything else: better before hours of work than after.
+    """
+    folder = recover_folder(folder)
+    owned = _ENTRIES if _is_prepared(folder) else set()
+    check_owned(folder, owned)
+    return owned
 
 
 def _is_prepared(folder: Path) -> bool:

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.features import EncodesImages, EncodesTexts
 from speeder.data.interactions import SPLIT_RULE, Interactions
-from speeder.data.prepare import EncodesImages, EncodesTexts
 from speeder.data.prepared import PreparedData
 from speeder.data.synthetic_items import GROUPS, draw_pictures, write_descriptions
 

@@ -16,6 +16,7 @@ from speeder.data.titles import split_year, title_keys
 from speeder.encoders.image import ImageEncoder
 from speeder.encoders.text import TextEncoder
 
+CONTENT = ("text", "image")  # without collaborative features, which take longest
 RAW_ITEMS = """item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq
 1\tHeat\t1995\tAction
 2\tBlue Angel, The (Blaue Engel, Der)\t1930\tDrama
@@ -65,14 +66,14 @@ def test_pictures_plots_and_the_manifest(
     tmp_path: Path, raw: Path, posters: Path, cache: tuple[TextEncoder, ImageEncoder]
 ) -> None:
     encoders = {"text_encoder": cache[0], "image_encoder": cache[1]}
-    data = prepare_ml100k(tmp_path / "out", source=raw, posters=posters, collaborative=False, **encoders)
+    data = prepare_ml100k(tmp_path / "out", source=raw, posters=posters, modalities=CONTENT, **encoders)
     assert data.catalogue.texts[0] == "Heat (1995). Genres: Action. Robbers and a detective."
     assert data.catalogue.texts[1] == "The Blue Angel (Der Blaue Engel) (1930). Genres: Drama."
     assert data.catalogue.modalities == {"text": 384, "image": 1280}
     assert data.catalogue.present["text"].tolist() == [True, True, True, False]
     assert data.catalogue.present["image"].tolist() == [True, False, False, False]
     assert not data.catalogue.features["image"][1:].any()
-    record = data.manifest["posters"]
+    record = data.manifest["images"]
     assert (record["matched"], record["missing"], record["plots"]) == (2, ["3", "4"], 1)
     assert list(record["broken"]) == ["2.jpg"] and "truncated" in record["broken"]["2.jpg"]
     assert set(data.manifest["encoders"]) == {"text", "image"}
@@ -80,24 +81,24 @@ def test_pictures_plots_and_the_manifest(
     assert loaded.manifest == data.manifest
     assert torch.equal(loaded.catalogue.features["image"], data.catalogue.features["image"])
 
-    again = prepare_ml100k(tmp_path / "again", source=raw, posters=posters, collaborative=False, **encoders)
+    again = prepare_ml100k(tmp_path / "again", source=raw, posters=posters, modalities=CONTENT, **encoders)
     assert again.manifest == data.manifest
     for file in (tmp_path / "out").rglob("*"):
         if file.is_file():
             assert (tmp_path / "again" / file.relative_to(tmp_path / "out")).read_bytes() == file.read_bytes()
 
     plain = prepare_ml100k(
-        tmp_path / "plain", source=raw, posters=posters, include_plot=False, collaborative=False, **encoders
+        tmp_path / "plain", source=raw, posters=posters, include_plot=False, modalities=CONTENT, **encoders
     )
     assert plain.catalogue.texts[0] == "Heat (1995). Genres: Action."
-    assert plain.manifest["posters"]["plots"] == 0
+    assert plain.manifest["images"]["plots"] == 0
 
 
 def test_without_posters_there_is_text_alone(
     tmp_path: Path, raw: Path, cache: tuple[TextEncoder, ImageEncoder]
 ) -> None:
-    data = prepare_ml100k(tmp_path / "out", source=raw, text_encoder=cache[0], collaborative=False)
-    assert data.catalogue.modalities == {"text": 384} and "posters" not in data.manifest
+    data = prepare_ml100k(tmp_path / "out", source=raw, text_encoder=cache[0], modalities=CONTENT)
+    assert data.catalogue.modalities == {"text": 384} and "images" not in data.manifest
 
 
 @pytest.mark.skipif(
