@@ -1,4 +1,4 @@
-"""The `speeder` command: assets, prepare, train, evaluate, compare, recommend, demo."""
+"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, recommend, demo."""
 
 from __future__ import annotations
 
@@ -73,13 +73,82 @@ def build_parser() -> argparse.ArgumentParser:
     prepare = command(
         "prepare",
         run_prepare,
-        "Make a catalogue with features and a split from raw data.",
-        "speeder prepare ml-100k --out data/ml-100k --posters posters/",
+        "Make a catalogue with features and a split from raw files, or from an asset (ml-100k without PATH).",
+        "speeder prepare amazon-2018 raw/ --out data/beauty --k-core 5\n"
+        "  speeder prepare ml-100k --out data/ml-100k --posters posters/",
     )
-    prepare.add_argument("name", choices=["ml-100k"], help="which data set")
+    prepare.add_argument(
+        "name",
+        choices=["amazon-2014", "amazon-2018", "amazon-2023", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-latest",
+                 "microlens", "plain", "sequences"],
+        metavar="NAME",
+        help="the raw format: %(choices)s",
+    )  # fmt: skip
+    prepare.add_argument(
+        "path", type=Path, nargs="?", metavar="PATH", help="file of interactions, or the folder of all files"
+    )
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     prepare.add_argument(
-        "--posters", type=Path, metavar="DIR", help="folder of pictures, for the image modality"
+        "--items", type=Path, metavar="FILE", help="file of items, if PATH is no folder with it"
+    )
+    prepare.add_argument(
+        "--images",
+        "--posters",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures named by item id, for the image modality",
+    )
+    prepare.add_argument(
+        "--k-core",
+        type=int,
+        metavar="K",
+        help="drop users and items with fewer interactions, again and again; 1 keeps all"
+        " (default: 5 for amazon-*, else 1)",
+    )
+    prepare.add_argument("--min-rating", type=float, metavar="STARS", help="drop interactions rated lower")
+    prepare.add_argument(
+        "--repeats",
+        action="store_true",
+        help="let a user take an item several times (default: the earliest counts)",
+    )
+    prepare.add_argument(
+        "--time-unit",
+        choices=["s", "ms", "us", "ns"],
+        default="s",
+        help="of the times of plain data (default: s)",
+    )
+    prepare.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=["text", "image", "collaborative"],
+        metavar="MODALITY",
+        help="leave out text, image or collaborative features",
+    )
+    prepare.add_argument(
+        "--text-encoder", metavar="MODEL", help="an asset, a folder or a Hub id (default: minilm)"
+    )
+    prepare.add_argument(
+        "--image-encoder",
+        metavar="MODEL",
+        help="an asset, a folder or a Hub id (default: efficientnet-lite0)",
+    )
+
+    describe = command(
+        "describe",
+        run_describe,
+        "Print what prepared data hold: sizes, history lengths, modalities, costs in tokens.",
+        "speeder describe data/beauty --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+    describe.add_argument("data", type=Path, metavar="DIR", help="prepared data")
+    describe.add_argument(
+        "--tokenizer",
+        default="smollm2-135m",
+        metavar="MODEL",
+        help="counts what a text costs: an asset, a folder or a Hub id (default: %(default)s)",
+    )
+    describe.add_argument(
+        "--tokens-per-item", type=int, default=1, metavar="K", help="of Speeder (default: 1)"
     )
 
     train = command(
@@ -180,14 +249,64 @@ def run_assets(options: argparse.Namespace) -> None:
 
 
 def run_prepare(options: argparse.Namespace) -> None:
-    from speeder.data.prepare import prepare_ml100k
+    from speeder.data.features import MODALITIES
+    from speeder.data.prepare import prepare, prepare_ml100k
 
-    data = prepare_ml100k(options.out, posters=options.posters)
+    modalities = [name for name in MODALITIES if name not in options.without]
+    settings: dict = {"modalities": modalities}
+    if options.text_encoder and "text" in modalities:
+        from speeder.encoders.text import TextEncoder
+
+        settings["text_encoder"] = TextEncoder(options.text_encoder)
+    if options.image_encoder and "image" in modalities:
+        from speeder.encoders.image import ImageEncoder
+
+        settings["image_encoder"] = ImageEncoder(options.image_encoder)
+    filters = {
+        "core": options.k_core,
+        "min_rating": options.min_rating,
+        "repeats": options.repeats,
+        "time_unit": options.time_unit,
+    }
+    if options.path is not None:
+        data = prepare(
+            options.name,
+            options.path,
+            options.out,
+            items=options.items,
+            images=options.images,
+            **filters,
+            **settings,
+        )
+    elif options.name != "ml-100k":
+        raise SpeederError(f"prepare: expected the PATH of the raw files of {options.name}")
+    elif options.items or filters != {"core": None, "min_rating": None, "repeats": False, "time_unit": "s"}:
+        raise SpeederError(
+            "prepare: ml-100k is taken whole without PATH; filters need its raw files (u.data, u.item)"
+        )
+    else:
+        data = prepare_ml100k(options.out, posters=options.images, **settings)
     modalities = ", ".join(
         f"{name} ({int(data.catalogue.present[name].sum())} of {len(data.catalogue)} items)"
         for name in data.catalogue.modalities
     )
-    print(f"{options.out}: {len(data.interactions)} interactions, modalities: {modalities}")
+    print(
+        f"{options.out}: {len(data.interactions)} interactions of {len(data.interactions.user_ids)} users with"
+        f" {len(data.catalogue)} items, modalities: {modalities or 'none'}"
+    )
+    dropped = data.manifest["interactions"]["dropped"]
+    if dropped:
+        reasons = ", ".join(f"{lines} {reason}" for reason, lines in sorted(dropped.items()))
+        print(f"dropped: {reasons}; more: speeder describe {options.out}")
+
+
+def run_describe(options: argparse.Namespace) -> None:
+    from speeder.data.prepared import PreparedData
+    from speeder.describe import describe
+
+    if options.tokens_per_item < 1:
+        raise SpeederError(f"--tokens-per-item: expected at least 1, got {options.tokens_per_item}")
+    print(describe(PreparedData.load(options.data), options.tokenizer, options.tokens_per_item))
 
 
 def run_train(options: argparse.Namespace) -> None:
