@@ -106,7 +106,7 @@ def combine_loss_kernel(
     logit = tl.sum(products, axis=1) * scale
     if CORRECTED:
         logit -= tl.load(log_q + target, mask=in_batch, other=0.0)
-    log_sum = base + tl.log(total)
+    log_sum = base + tl.log(tl.where(in_batch, total, 1.0))
     tl.store(lse + row, log_sum, mask=in_batch)
     tl.store(loss + row, log_sum - logit, mask=in_batch)
 
@@ -220,7 +220,7 @@ def item_cross_entropy(
     tensors = (largest, total, hidden, item_table, q)
     grid = (row_blocks, splits)
     launch(item_cross_entropy_kernel, grid, *tensors, scale, n, i, h, share, **correction, **row, fuse=True)
-    loss, lse = hidden.new_empty(2, n, dtype=torch.float32)
+    loss, lse = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
     row = tile(device, "combine_loss")
     tensors = (loss, lse, largest, total, hidden, item_table, targets, q)
     grid = (cdiv(n, row["BLOCK_N"]),)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from speeder_kernels import item_cross_entropy, reference
 from tests.kernels import naive
+from tests.kernels.places import at, places
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,7 +38,8 @@ def chunk(request, monkeypatch) -> int:
 
 
 @pytest.mark.parametrize(
-    ("backend", "items_per_chunk"), [("reference", 1), ("reference", 4), ("reference", 8192), ("cpu", 8192)]
+    ("backend", "device", "items_per_chunk"),
+    [("reference", "cpu", 1), ("reference", "cpu", 4), *((*p, 8192) for p in places("item_cross_entropy"))],
 )
 @settings(max_examples=25, deadline=None)
 @given(
@@ -49,10 +51,13 @@ def chunk(request, monkeypatch) -> int:
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10_000),
 )
-def test_matches_the_loop(backend, items_per_chunk, rows, items, hidden, scale, corrected, dtype, seed):
+def test_matches_the_loop(
+    backend, device, items_per_chunk, rows, items, hidden, scale, corrected, dtype, seed
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ITEMS_PER_CHUNK", items_per_chunk)
-        check(naive.item_cross_entropy, backend, rows, items, hidden, scale, corrected, dtype, seed)
+        run = at(item_cross_entropy, backend, device)
+        check(naive.item_cross_entropy, run, rows, items, hidden, scale, corrected, dtype, seed)
 
 
 @settings(max_examples=25, deadline=None)
@@ -71,7 +76,8 @@ def test_blocks_of_rows_and_items(rows, items, hidden, scale, corrected, dtype, 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        check(full_logits, "cpu", rows, items, hidden, scale / hidden**0.5, corrected, dtype, seed)
+        run = at(item_cross_entropy, "cpu", "cpu")
+        check(full_logits, run, rows, items, hidden, scale / hidden**0.5, corrected, dtype, seed)
     finally:
         torch.set_num_threads(before)
 
@@ -84,12 +90,13 @@ def full_logits(hidden, table, targets, scale, log_q):
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def check(exactly, backend, rows, items, hidden, scale, corrected, dtype, seed):
-    """The op in `dtype` against `exactly` in float64, with PyTorch's own error in `dtype` as the measure."""
+def check(exactly, run, rows, items, hidden, scale, corrected, dtype, seed):
+    """`run`, the op by whatever means, in `dtype` against `exactly` in float64; PyTorch's own error in `dtype` is
+    the measure."""
     h, table, targets, log_q = make(rows, items, hidden, dtype, seed)
     log_q = log_q if corrected else None
     ours, exact, same = leaves(h, table), leaves(h, table, torch.float64), leaves(h, table)
-    loss = item_cross_entropy(*ours, targets, scale=scale, log_q=log_q, backend=backend)
+    loss = run(*ours, targets, scale=scale, log_q=log_q)
     loss_exact = exactly(*exact, targets, scale, None if log_q is None else log_q.double())
     loss_torch = full_logits(*same, targets, scale, log_q)
     largest = 1 + scale * (h.float().norm(dim=1).max() * table.float().norm(dim=1).max()).item()
@@ -238,7 +245,7 @@ def test_opcheck_compile_and_autocast(corrected):
         ({"scale": float("nan")}, ValueError, r"scale: expected a number above 0, got nan"),
         ({"log_q": torch.zeros(4)}, ValueError, r"log_q: expected shape \(11,\), got \(4,\)"),
         ({"log_q": torch.zeros(11, requires_grad=True)}, ValueError, r"log_q: expected a constant, got"),
-        ({"backend": "triton"}, ValueError, r"'triton' cannot run item_cross_entropy here"),
+        ({"backend": "cuda"}, ValueError, r"'cuda' cannot run item_cross_entropy here"),
     ],
 )
 def test_bad_arguments(changes, error, message):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from speeder_kernels import reference, topk_items
 from tests.kernels import naive
+from tests.kernels.places import at, places
 
 
 def csr(excluded: list[list[int]]) -> dict:
@@ -18,11 +19,11 @@ def csr(excluded: list[list[int]]) -> dict:
 
 
 @st.composite
-def cases(draw):
+def cases(draw, dtypes=(torch.float32, torch.bfloat16, torch.float16)):
     """Small whole numbers, so that scores are exact in every dtype and ties are common."""
     rows, items, hidden = draw(st.integers(1, 5)), draw(st.integers(1, 20)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    dtype = draw(st.sampled_from(dtypes))
     h = torch.randint(-3, 4, (rows, hidden), generator=generator).to(dtype)
     table = torch.randint(-3, 4, (items, hidden), generator=generator).to(dtype)
     excluded = [draw(st.lists(st.integers(0, items - 1), max_size=items)) for _ in range(rows)]
@@ -31,19 +32,26 @@ def cases(draw):
 
 
 @pytest.mark.parametrize(
-    ("backend", "items_per_chunk"), [("reference", 1), ("reference", 4), ("reference", 8192), ("cpu", 8192)]
+    ("backend", "device", "items_per_chunk"),
+    [("reference", "cpu", 1), ("reference", "cpu", 4), *((*p, 8192) for p in places("topk_items"))],
 )
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
-def test_matches_sorting(backend, items_per_chunk, case):
-    h, table, excluded, k = case
+def test_matches_sorting(backend, device, items_per_chunk, case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "ITEMS_PER_CHUNK", items_per_chunk)
-        if k == 0:
-            with pytest.raises(ValueError, match="k: expected at most 0, the items that row"):
-                topk_items(h, table, 1, **csr(excluded), backend=backend)
-            return
-        scores, items = topk_items(h, table, k, **csr(excluded), backend=backend)
+        if device == "cuda":
+            patch.setenv("SPEEDER_CHECK", "1")
+        check_against_sorting(at(topk_items, backend, device), *case)
+
+
+def check_against_sorting(run, h, table, excluded, k):
+    """`run` is topk_items, by whatever means; k is 0 where some row may be given nothing."""
+    if k == 0:
+        with pytest.raises(ValueError, match="k: expected at most 0, the items that row"):
+            run(h, table, 1, **csr(excluded))
+        return
+    scores, items = run(h, table, k, **csr(excluded))
     exact = h.double() @ table.double().T
     assert items.tolist() == naive.topk_items(exact, k, [set(row) for row in excluded])
     assert scores.dtype == torch.float32 and items.dtype == torch.int64
