@@ -1,0 +1,75 @@
+"""Every Triton kernel as it can be launched, compiled for each architecture with no GPU at hand: no register is
+spilled, and shared memory stays within what the architecture has."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels import triton_aot
+
+SCRIPT = Path(triton_aot.__file__)
+ROW = {"op", "kernel", "arch", "case", "dtype", "constants", "num_warps", "num_stages"}
+ROW |= {"registers", "stack", "shared", "occupancy"}
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, env={**kept, **environ}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> list[dict]:
+    path = tmp_path_factory.mktemp("triton") / "table.json"
+    result = run("--out", str(path), "--jobs", "2")
+    assert result.returncode == 0, result.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nothing_is_spilled(table):
+    spilled = [row for row in table if row["stack"]]
+    assert not spilled, "\n".join(map(str, spilled))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shared_memory_fits(table):
+    too_large = [row for row in table if row["shared"] > triton_aot.SHARED_LIMIT[row["arch"]]]
+    assert not too_large, "\n".join(map(str, too_large))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_table_is_complete(table):
+    """Every op for every target and dtype; the script itself refuses a kernel or a row of tiles that is left out."""
+    assert all(set(row) == ROW for row in table)
+    expected = {
+        (op, arch, str(dtype).removeprefix("torch."))
+        for op in triton_aot.CASES
+        for arch, dtypes in triton_aot.TARGETS.items()
+        for dtype in dtypes
+    }
+    assert {(row["op"], row["arch"], row["dtype"]) for row in table} >= expected
+    assert all(row["arch"].startswith("gfx") or 0 < row["occupancy"] <= 1 for row in table)
+
+
+def test_interpreted_kernels_are_refused(tmp_path):
+    result = run("--out", str(tmp_path / "table.json"), TRITON_INTERPRET="1")
+    assert result.returncode != 0 and "TRITON_INTERPRET is set" in result.stderr
+
+
+def test_occupancy():
+    """By registers (64 a thread: half), by shared memory (100 KiB: two blocks), by warps of a block."""
+    assert triton_aot.occupancy(registers=32, shared=0, warps=4, arch=90) == 1.0
+    assert triton_aot.occupancy(registers=64, shared=0, warps=4, arch=90) == 0.5
+    assert triton_aot.occupancy(registers=32, shared=100 << 10, warps=8, arch=90) == 0.25
+    assert triton_aot.occupancy(registers=32, shared=100 << 10, warps=8, arch=80) == 0.125
+    assert triton_aot.occupancy(registers=255, shared=0, warps=8, arch=90) == 0.125
