@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from speeder_kernels.dispatch import backends
+from speeder_kernels.dispatch import backends, interprets_triton
 
 try:
     from speeder_kernels import _host
@@ -28,6 +28,8 @@ def describe() -> str:
     lines.append("backends")
     for backend in backends().values():
         state = "available: " + ", ".join(backend.ops) if backend.available else "no: " + backend.reason
+        if backend.name == "triton" and backend.available and interprets_triton():
+            state += " (interpreted: slow, and only where asked for)"
         lines.append(f"  {backend.name:<16} {state}")
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import speeder_kernels as sk
+from speeder_kernels.triton import tiles
 from tests.kernels import naive
 from tests.kernels import test_compress_items as compress
 from tests.kernels import test_item_cross_entropy as cross_entropy
@@ -31,6 +32,20 @@ processors = st.sampled_from([1, 2, 5])
 
 def triton(op):
     return at(op, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((8, 0), 80), ((8, 6), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100), ((12, 0), 80)],
+)
+def test_a_gpu_takes_the_newest_row_that_fits(capability, arch, monkeypatch):
+    """sm_120 is newer than sm_100 and has less shared memory than sm_80."""
+    monkeypatch.setattr(tiles, "_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = torch.device("cuda", 0)
+    assert tiles.architecture(device) == arch
+    monkeypatch.setitem(tiles.TILES, ("test",), {80: {"block": 1}, 90: {"block": 2}})
+    assert tiles.tile(device, "test") == {"block": 1 if arch == 80 else 2}
 
 
 @settings(max_examples=20, deadline=None)
