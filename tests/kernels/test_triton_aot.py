@@ -15,7 +15,8 @@ from tests.kernels import triton_aot
 
 SCRIPT = Path(triton_aot.__file__)
 ROW = {"op", "kernel", "arch", "case", "dtype", "constants", "num_warps", "num_stages"}
-ROW |= {"registers", "stack", "shared", "occupancy"}
+ROW |= {"registers", "stack", "shared", "occupancy", "matrix"}
+PRODUCTS = ("item_cross_entropy", "logit_gradient", "grad_hidden", "grad_table", "item_codes")
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess:
@@ -59,6 +60,17 @@ def test_the_table_is_complete(table):
     }
     assert {(row["op"], row["arch"], row["dtype"]) for row in table} >= expected
     assert all(row["arch"].startswith("gfx") or 0 < row["occupancy"] <= 1 for row in table)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_products_use_the_matrix_instruction_of_their_architecture(table):
+    """And float32 is multiplied as such, not cut to 10 bits of mantissa (TF32)."""
+    rows = [row for row in table if row["kernel"].removesuffix("_kernel") in PRODUCTS]
+    assert len(rows) > 20
+    for row in rows:
+        wanted = {None} if row["dtype"] == "float32" else {triton_aot.MATRIX[row["arch"]]}
+        assert row["matrix"] in wanted, row
 
 
 def test_interpreted_kernels_are_refused(tmp_path):

@@ -10,7 +10,8 @@ launches, or a row of the table of tiles that none uses, is an error.
 Run it as a process of its own, without TRITON_INTERPRET. The table is a JSON list of rows:
     op, kernel, arch, case, dtype; constants, num_warps, num_stages; registers (a thread), stack (bytes a thread:
     spilled registers, for these kernels have nothing else to put there), shared (bytes a block), occupancy
-    (share of the processor's warps that can be resident; null for AMD).
+    (share of the processor's warps that can be resident; null for AMD), matrix (the instruction that multiplies
+    matrices, of those in `MATRIX`, or null: float32 is multiplied without one).
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ TARGETS: dict[str, tuple[torch.dtype, ...]] = {
 }
 # Bytes a block. An A100 has 163 KiB, but its rows serve smaller GPUs of its generation and after it, too.
 SHARED_LIMIT = {"80": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
+# The instruction that multiplies matrices: an older one would leave most of a GPU's rate unused.
+MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
 PROCESSORS = {"80": 108, "90": 132, "100": 148, "gfx942": 304}
 
 
@@ -190,6 +193,8 @@ def measure(compiled, options: dict) -> dict:
     metadata = compiled.metadata
     constants = {name: value for name, value in options.items() if name.isupper()}
     row = {"constants": constants, "num_warps": metadata.num_warps, "num_stages": metadata.num_stages}
+    assembly = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    row["matrix"] = next((name for name in reversed(MATRIX.values()) if name in assembly), None)
     if "amdgcn" in compiled.asm:
         found = {
             name: int(re.search(rf"\.{name}:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
