@@ -408,10 +408,10 @@ def load_model(folder: Path) -> SpeederForCausalLM:
     """The recommender in a folder; SpeederError where a file of it is missing or damaged."""
     from safetensors import SafetensorError
 
-    from speeder.model import SpeederForCausalLM
+    from speeder.baselines.registry import load_recommender
 
     try:
-        return SpeederForCausalLM.from_pretrained(folder)
+        return load_recommender(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise SpeederError(f"{folder}: not a readable recommender: {str(error).splitlines()[0]}") from error
 

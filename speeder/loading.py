@@ -53,7 +53,8 @@ def from_backbone(
             beside attention), the catalogue lacks a modality, or a setting is unknown.
         ValueError: a setting is out of its range.
     """
-    every, inherited = ({f.name for f in dataclasses.fields(c)} for c in (SpeederConfig, PretrainedConfig))
+    kinds = (cls.config_class, PretrainedConfig)
+    every, inherited = ({f.name for f in dataclasses.fields(kind)} for kind in kinds)
     unknown = sorted(set(config) - (every - inherited - DERIVED))
     if unknown:
         known = ", ".join(sorted(every - inherited - DERIVED))
@@ -68,7 +69,7 @@ def from_backbone(
         raise SpeederError(f"modalities: expected some of {known}, got {', '.join(unknown)}")
     expected = probe_logits(backbone)
     backbone.set_attn_implementation(ATTENTION_NAME)
-    settings = SpeederConfig(
+    settings = cls.config_class(
         text_config=backbone.config,
         num_items=len(catalogue),
         num_warm_items=len(catalogue) if config.get("item_embedding") else 0,
@@ -185,16 +186,20 @@ def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
     config.num_hidden_layers = layers
 
 
-def check_saved_model(name_or_path: str | Path, **kwargs) -> None:
+def check_saved_model(name_or_path: str | Path, model_type: str, **kwargs) -> None:
     """Refuse a local folder that holds another kind of model before its weights are read.
+
+    Args:
+        model_type: the kind that is expected, as `config.json` names it.
 
     Raises:
         SpeederError: its `config.json` names another `model_type`.
     """
     path = Path(name_or_path) / kwargs.get("subfolder", "") / "config.json"
-    if path.is_file() and (kind := read_json(path).get("model_type")) != SpeederConfig.model_type:
+    if path.is_file() and (kind := read_json(path).get("model_type")) != model_type:
+        wanted = "Speeder" if model_type == SpeederConfig.model_type else model_type
         raise SpeederError(
-            f"{path.parent}: expected a Speeder model, got one of type {kind!r}; see from_backbone"
+            f"{path.parent}: expected a {wanted} model, got one of type {kind!r}; see from_backbone"
         )
 
 

@@ -334,7 +334,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         if prompts is None:
             prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
         items = table.new_zeros(0, table.shape[1])
-        if item_table is not None:
+        if item_table is not None and bool(item_mask.any()):
             items = (item_table.flatten(0, 1) * self.config.embedding_rms).to(table.dtype)
         slots = item_slots(item_mask, layout.rank_q, k)
         packed = pack_tokens(
@@ -399,7 +399,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         Raises:
             SpeederError: it is no Speeder model, or the catalogue is missing, changed or damaged.
         """
-        check_saved_model(pretrained_model_name_or_path, **kwargs)
+        check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
         kwargs["use_safetensors"] = True
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded

@@ -16,6 +16,13 @@ MODALITIES = ("text", "image", "collaborative")  # what the encoders make; prepa
 # What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
 PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
 
+# The text baselines (`speeder/baselines/`): what they have to train, and how they may be supervised.
+BASELINES = {
+    "text-prompt": (("item", "head", "lora", "backbone", "embeddings"), ("all", "last")),
+    "title-generation": (("lora", "backbone", "embeddings"), ("last",)),
+    "yes-no": (("lora", "backbone", "embeddings"), ("last",)),
+}
+
 
 @dataclass
 class Stage:
@@ -33,7 +40,7 @@ class Stage:
     """
 
     name: str
-    open: list[str]
+    open: list[str] = field(default_factory=list)
     train: list[str] = field(default_factory=lambda: ["experts", "gate", "item", "head", "spae", "backbone"])
     epochs: float = 1.0
     steps: int | None = None
@@ -42,9 +49,12 @@ class Stage:
     ramp_steps: int = 20
 
     def __post_init__(self):
-        for key in ("open", "train"):
+        for key, least in (
+            ("open", 0),
+            ("train", 1),
+        ):  # a baseline has nothing to open; `Recipe` sees to the rest
             names = getattr(self, key)
-            if not names or not all(isinstance(name, str) for name in names):
+            if len(names) < least or not all(isinstance(name, str) for name in names):
                 raise SpeederError(f"stage {self.name!r}: {key}: expected at least one name, got {names}")
         for part in self.train:
             name, _, last = part.partition(":")
@@ -64,6 +74,8 @@ class Recipe:
 
     Attributes:
         backbone: Hub id, folder, or an asset's name.
+        baseline: one of [`BASELINES`], which is trained in place of Speeder; stages then open nothing, and parts that
+            the baseline does not have are left out of what they train.
         layers: keep the backbone's first so many layers; None keeps all.
         random_weights: draw the backbone's weights afresh (for ablations).
         template: the prompt around the history; `"{history}"` is items only.
@@ -83,6 +95,7 @@ class Recipe:
 
     stages: list[Stage]
     backbone: str = "smollm2-135m"
+    baseline: str | None = None
     layers: int | None = None
     random_weights: bool = False
     template: str = "{history}"
@@ -114,8 +127,31 @@ class Recipe:
         for name in ("batch_users", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise SpeederError(f"recipe: {name}: expected at least 1, got {getattr(self, name)}")
+        if self.baseline is not None:
+            self._fit_baseline()
+        for stage in self.stages:
+            if not stage.open and self.baseline is None:
+                raise SpeederError(
+                    f"stage {stage.name!r}: open: expected at least one name, got {stage.open}"
+                )
         if self.lora is None and any("lora" in stage.train for stage in self.stages):
             raise SpeederError("recipe: a stage trains 'lora', but the recipe has no 'lora' section")
+
+    def _fit_baseline(self) -> None:
+        if self.baseline not in BASELINES:
+            raise SpeederError(
+                f"recipe: baseline: expected one of {', '.join(BASELINES)}, got {self.baseline!r}"
+            )
+        parts, supervisions = BASELINES[self.baseline]
+        if self.supervision not in supervisions:
+            raise SpeederError(
+                f"recipe: supervision: expected 'last' for {self.baseline!r}, got {self.supervision!r}"
+            )
+        for stage in self.stages:
+            train = [part for part in stage.train if part.partition(":")[0] in parts]
+            if not train:
+                raise SpeederError(f"stage {stage.name!r}: train: expected some of {', '.join(parts)}")
+            stage.train, stage.open = train, ["item"] if "item" in parts else []
 
     def for_modalities(self, available: list[str]) -> tuple[Recipe, list[str]]:
         """The recipe over the modalities at hand: others are left out, and stages that then open nothing new.
@@ -126,6 +162,8 @@ class Recipe:
         Raises:
             SpeederError: a stage opens something that is no modality, or no stage is left.
         """
+        if self.baseline is not None:  # reads titles, whatever features there are
+            return self, []
         stages, notes, opened, noted = [], [], set(), set()
         known = {*available, *MODALITIES, "item"}
         for stage in self.stages:
@@ -212,6 +250,7 @@ def _build(cls: type, data: Any, where: str):
 
 _TYPES = {
     "str": str,
+    "str | None": (str, type(None)),
     "float": (int, float),
     "int": int,
     "int | None": (int, type(None)),

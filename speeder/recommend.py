@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.prompts import build_sequence, pack_batch
+from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
 
 
@@ -47,6 +47,12 @@ class RecommenderMixin:
         finally:
             self.train()
 
+    def sequence(
+        self, history: Sequence[int], target: int | None = None, supervision: str = "all"
+    ) -> TokenSequence:
+        """A history of item indices, and in training the item that follows, as tokens; see `build_sequence`."""
+        return build_sequence(history, self.config, target, supervision)
+
     @torch.no_grad()
     def user_states(
         self, histories: Sequence[Sequence[int | str]], batch_size: int = 64
@@ -61,7 +67,7 @@ class RecommenderMixin:
                 chunk = [
                     self.catalogue.indices_of(history) for history in histories[start : start + batch_size]
                 ]
-                batch = pack_batch([build_sequence(history, self.config) for history in chunk])
+                batch = pack_batch([self.sequence(history) for history in chunk])
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 yield self.item_queries(self.last_states(**batch))
 

@@ -195,7 +195,7 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
 
 
 def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:
-    """Write `training.png`, `gates.png` and `gate_distribution.png` of a run into `out/plots`."""
+    """Write `training.png` and, where there are gates, `gates.png` and `gate_distribution.png` into `out/plots`."""
     curves, gates, spans, start = {}, {}, {}, 0
     for name, log in stage_logs(run).items():
         losses = [(start + entry["step"], entry["loss"]) for entry in log if "loss" in entry]
@@ -209,6 +209,8 @@ def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> Non
         spans[name] = (start, end)
         start = end
     plot_training(curves, out / "plots" / "training.png")
+    if not gates:  # a baseline without item tokens
+        return
     plot_gates(gates, out / "plots" / "gates.png", spans)
     present = model.mrc.presence()
     weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}

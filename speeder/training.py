@@ -20,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from speeder.baselines.registry import baseline_class
 from speeder.config import SpeederConfig
 from speeder.data.files import read_json, write_json
 from speeder.data.interactions import LeaveOneOut
@@ -42,27 +43,43 @@ class TrainingSequences(Dataset):
 
     Args:
         sequences: item indices by user, oldest first; those of fewer than two items teach nothing and are left out.
+        example: lays out one example, given window, number of the example and the user's whole sequence; by default
+            `build_sequence`.
+        per_window: examples that are made of each window.
     """
 
-    def __init__(self, sequences: list[np.ndarray], config: SpeederConfig, supervision: str):
+    def __init__(
+        self,
+        sequences: list[np.ndarray],
+        config: SpeederConfig,
+        supervision: str,
+        example: Callable[[list[int], int, np.ndarray], TokenSequence] | None = None,
+        per_window: int = 1,
+    ):
         self.config, self.supervision = config, supervision
+        self.example, self.per_window = example, per_window
         self.windows: list[np.ndarray] = []
+        self.whole: list[np.ndarray] = []  # of the user of each window
         for sequence in sequences:
             if supervision == "last":  # one example an item that has a history
                 ends = range(len(sequence), 1, -1)
             else:  # windows share one item, so that each item but a user's first is asked for once
                 ends = range(len(sequence), 1, -config.max_history)
             self.windows += [sequence[max(0, end - config.max_history - 1) : end] for end in ends]
+            self.whole += [sequence] * len(ends)
         if not self.windows:
             raise SpeederError(
                 "training data: expected a user with at least two training interactions, got none"
             )
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return len(self.windows) * self.per_window
 
     def __getitem__(self, index: int) -> TokenSequence:
-        *history, target = self.windows[index].tolist()
+        window = index // self.per_window
+        *history, target = self.windows[window].tolist()
+        if self.example is not None:
+            return self.example([*history, target], index, self.whole[window])
         return build_sequence(history, self.config, target, self.supervision)
 
 
@@ -90,8 +107,12 @@ class SpeederTrainer(Trainer):
     ) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         with self.autocast_smart_context_manager():
-            ranking = evaluate(model, self.split, "validation", resamples=1)
-        metrics = {f"{metric_key_prefix}_{m}": ranking.mean(m) for m in ("NDCG@10", "HR@10")}
+            if hasattr(model, "validation_metrics"):  # a baseline that ranks candidates alone
+                found = model.validation_metrics(self.split)
+            else:
+                ranking = evaluate(model, self.split, "validation", resamples=1)
+                found = {name: ranking.mean(name) for name in ("NDCG@10", "HR@10")}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -144,7 +165,8 @@ def train(
     state = _read_state(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)
-    processor = SpeederProcessor(tokenizer, model.config, data.catalogue)
+    # a baseline keeps its tokenizer itself
+    processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
     # only now, with nothing left that a mistake could stop, is the folder a run
     where = data_folder or (read_json(run / "recipe.json").get("data") if resume else None)
     place = {"data": str(Path(where).resolve()) if where else None}
@@ -179,6 +201,8 @@ def _stage_folder(run: Path, number: int, name: str) -> Path:
 
 
 def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
+    if recipe.baseline is not None:
+        return
     for stage in recipe.stages:
         for name in stage.open:
             if name == "item" and recipe.model.get("item_embedding"):
@@ -220,19 +244,24 @@ def _read_state(run: Path, recipe: Recipe, data: PreparedData, resume: bool) -> 
 
 
 def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, tokenizer) -> SpeederForCausalLM:
+    kind = SpeederForCausalLM if recipe.baseline is None else baseline_class(recipe.baseline)
     if state["model"]:
-        return SpeederForCausalLM.from_pretrained(run / state["model"])
+        return kind.from_pretrained(run / state["model"])
     set_seed(recipe.seed)
     opened = {name for stage in recipe.stages for name in stage.open}
     try:
-        prefix, suffix = template_ids(tokenizer, recipe.template)
-        model = SpeederForCausalLM.from_backbone(
+        if recipe.baseline is not None:
+            own = {"tokenizer": tokenizer, "template": recipe.template, "lora": recipe.lora}
+        else:
+            prefix, suffix = template_ids(tokenizer, recipe.template)
+            own = {"lora": recipe.lora, "prompt_prefix": prefix, "prompt_suffix": suffix}
+            own["modalities"] = [name for name in data.catalogue.modalities if name in opened]
+        model = kind.from_backbone(
             recipe.backbone,
             data.catalogue,
             layers=recipe.layers,
-            modalities=[name for name in data.catalogue.modalities if name in opened],
             random_weights=recipe.random_weights,
-            **{"lora": recipe.lora, "prompt_prefix": prefix, "prompt_suffix": suffix} | recipe.model,
+            **own | recipe.model,
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise SpeederError(f"recipe: model: {' '.join(str(error).split())}") from error
@@ -253,7 +282,8 @@ def _run_stage(
 ) -> None:
     folder = _stage_folder(run, number, stage.name)
     checkpoint = _last_checkpoint(folder)
-    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision)
+    own = {} if recipe.baseline is None else model.training_examples(recipe.supervision)
+    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **own)
     batches = math.ceil(len(sequences) / recipe.batch_users)
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
     ramp = GateRamp(stage, opened, steps)
@@ -321,7 +351,7 @@ def _finish_stage(
     number: int,
     stage: Stage,
     model: SpeederForCausalLM,
-    processor: SpeederProcessor,
+    processor: SpeederProcessor | None,
     run: Path,
     state: dict,
     last: bool,
@@ -331,7 +361,8 @@ def _finish_stage(
     temporary = run / f".{name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
-    processor.save_pretrained(temporary)
+    if processor is not None:
+        processor.save_pretrained(temporary)
     shutil.rmtree(run / name, ignore_errors=True)
     temporary.rename(run / name)
     before, state["model"] = state["model"], name

@@ -13,7 +13,7 @@ from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.synthetic import synthetic_world
 from tests.model.worlds import save_tiny_backbone
 
-COMMANDS = ("assets", "prepare", "train", "evaluate", "recommend", "demo")
+COMMANDS = ("assets", "prepare", "train", "evaluate", "compare", "recommend", "demo")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +158,21 @@ def test_evaluate_writes_the_table_beside_baselines(run, capsys):
     results = json.loads((run / "results.json").read_text())
     assert set(results) == {"popularity", "SASRec (cross-entropy)", "Speeder"}
     assert (run / "plots" / "comparison.png").stat().st_size > 1000
+    assert "\\toprule" in (run / "results.tex").read_text()
+    for protocol, column in (("vhr", "VHR@1"), ("sampled", "AUC")):  # from the same checkpoint and SASRec
+        assert main(["evaluate", str(run), "--protocol", protocol]) == 0
+        table = capsys.readouterr().out
+        assert column in table and all(f"| {row}" in table for row in ("popularity", "SASRec", "Speeder"))
+        assert (run / f"results-test-{protocol}.md").read_text().strip() == table.strip()
+    files = {path.name for path in (run / "candidates").iterdir()}
+    assert files == {"test-19-seed0.json", "test-20-seed0.json"}
+    sasrec = run / "evaluations" / "test" / "sasrec__cross-entropy_.json"
+    assert main(["compare", str(run), str(sasrec), "--out", str(run / "compared")]) == 0
+    assert "| run | sasrec__cross-entropy_ |" in capsys.readouterr().out
+    planted = run / "candidates" / "test-19-seed0.json"
+    planted.write_text(planted.read_text().replace('"seed": 0', '"seed": 1'))
+    assert main(["evaluate", str(run), "--protocol", "vhr"]) == 1
+    assert "content has changed" in capsys.readouterr().err
 
 
 def test_assets_are_listed_without_fetching(capsys, monkeypatch, tmp_path):
