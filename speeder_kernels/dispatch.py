@@ -133,8 +133,9 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
         ValueError: the backend asked for has no such name or cannot run this; the message says which can.
     """
     if backend is None:
-        candidates = NAMES[1:] if interprets_triton() else NAMES
-        return next(name for name in candidates if not _refusal(op, name, tensor))
+        for name in NAMES:
+            if (name != "triton" or not interprets_triton()) and not _refusal(op, name, tensor):
+                return name
     if backend not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(NAMES)}, got {backend!r}")
     reason = _refusal(op, backend, tensor)
