@@ -3,11 +3,14 @@
 import hashlib
 import logging
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 from torch import Tensor
 
+from speeder.baselines.sasrec import BEAUTY, MOVIELENS, SASRecConfig
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import sha256_file
 from speeder.data.posters import Poster, match_posters
@@ -17,6 +20,7 @@ from speeder.errors import SpeederError
 
 log = logging.getLogger(__name__)
 
+_SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 MODALITIES = ("text", "image", "collaborative")
 
 
@@ -80,13 +84,24 @@ def add_features(
         manifest["images"] = {**manifest.get("images", {}), "broken": broken}
     if "collaborative" in modalities:
         try:
-            fitted = collaborative_features(data.split.training(), len(catalogue))
+            training = data.split.training()
+            config = sasrec_config(training)
+            fitted = collaborative_features(training, len(catalogue), config=config)
         except ValueError as error:  # such as no training sequence of two items
             raise SpeederError(f"collaborative features cannot be fitted: {error}") from error
         catalogue = catalogue.with_features("collaborative", fitted.features, fitted.present)
         # what they were fitted on: evaluation refuses them beside another training part
-        encoders["collaborative"] = {"name": "sasrec", "training_hash": fitted.training_hash}
+        encoders["collaborative"] = {
+            "name": "sasrec",
+            "settings": asdict(config),
+            "training_hash": fitted.training_hash,
+        }
     return PreparedData(catalogue, data.interactions, {**manifest, "encoders": encoders})
+
+
+def sasrec_config(training: Sequence[Sequence[int]]) -> SASRecConfig:
+    """Settings for many short histories, in larger batches, or for few long ones, by their median length."""
+    return BEAUTY if np.median([len(items) for items in training]) < _SHORT_HISTORY else MOVIELENS
 
 
 def add_images(

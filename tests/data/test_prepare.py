@@ -8,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from speeder.baselines.sasrec import BEAUTY, MOVIELENS
 from speeder.data import PreparedData
+from speeder.data.features import sasrec_config
 from speeder.data.posters import match_posters
 from speeder.data.prepare import prepare_ml100k
 from speeder.data.readers.ml100k import read_ml100k
@@ -118,3 +120,8 @@ def test_real_posters_match_real_titles(ml100k_folder: Path) -> None:
             assert year == split_year(title)[1] and set(title_keys(name)) & set(
                 title_keys(split_year(title)[0])
             )
+
+
+def test_settings_of_the_collaborative_features_follow_the_histories() -> None:
+    assert sasrec_config([[1, 2, 3]] * 5 + [[1] * 90] * 4) is BEAUTY
+    assert sasrec_config([[1, 2, 3]] * 4 + [[1] * 90] * 5) is MOVIELENS
