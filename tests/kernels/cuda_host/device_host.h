@@ -73,7 +73,11 @@ inline void copy_shared_async16(SharedRange to, int byte, const void* from, bool
   if (valid && reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     host::fail("copy_async16 from an address that is no multiple of 16");
   }
-  host::start_copy({valid ? from : nullptr, to, byte});
+  host::start_copy({valid ? from : nullptr, to, byte, 16});
+}
+
+inline void copy_shared_async4(SharedRange to, int byte, const void* from, bool valid) {
+  host::start_copy({valid ? from : nullptr, to, byte, 4});
 }
 
 inline void commit_copies() { host::commit_copies(); }
@@ -82,7 +86,11 @@ template <int N>
 void wait_copies() {
   while (const host::Copy* copy = host::next_copy(N)) {
     Vector<uint64_t, 2> bytes{};
-    if (copy->from != nullptr) bytes = *static_cast<const Vector<uint64_t, 2>*>(copy->from);
+    if (copy->from != nullptr && copy->size == 16) {
+      bytes = *static_cast<const Vector<uint64_t, 2>*>(copy->from);
+    } else if (copy->from != nullptr) {
+      bytes.at[0] = *static_cast<const uint32_t*>(copy->from);
+    }
     host::land_copy(&bytes);
   }
 }

@@ -68,8 +68,8 @@ void write(SharedRange range, int byte, int size, const void* from) {
 
 void start_copy(const Copy& copy) {
   Block::Fiber& fiber = *block().current;
-  const int64_t at = place(copy.to, copy.byte, 16);
-  check(block().memory.start_copy(fiber, at, 16), copy.to, copy.byte, 16);
+  const int64_t at = place(copy.to, copy.byte, copy.size);
+  check(block().memory.start_copy(fiber, at, copy.size), copy.to, copy.byte, copy.size);
   fiber.copies.push_back(copy);
   ++fiber.open;
 }
@@ -95,7 +95,8 @@ void land_copy(const void* bytes) {
   fiber.copies.erase(fiber.copies.begin());
   --fiber.groups.front();
   const int64_t at = int64_t{copy.to.start} + copy.byte;
-  check(block().memory.land_copy(fiber, at, 16, bytes), copy.to, copy.byte, 16);
+  check(block().memory.land_copy(fiber, at, copy.size, bytes), copy.to, copy.byte,
+        copy.size);
 }
 
 namespace {

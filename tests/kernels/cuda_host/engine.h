@@ -51,11 +51,12 @@ void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void read(SharedRange range, int byte, int size, void* to);
 void write(SharedRange range, int byte, int size, const void* from);
 
-// An asynchronous copy of 16 bytes: null for zeros. What has landed is no longer waited for.
+// An asynchronous copy of 16 or 4 bytes: null for zeros. What has landed is no longer waited for.
 struct Copy {
   const void* from;
   SharedRange to;
   int byte;
+  int size;
 };
 void start_copy(const Copy& copy);
 void commit_copies();

@@ -1,0 +1,55 @@
+// spae_attention on a GPU: what the launchers check and how much working memory they ask for. The
+// kernels are compiled in spae_forward_*.cu and spae_backward_*.cu, for one element type each.
+#include "cuda/spae_types.h"
+
+namespace speeder {
+namespace cuda {
+namespace {
+
+constexpr int64_t kBlocksMost = 0x7FFFFFFF;
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// The finest grid of all passes has a block for 32 tokens and a head.
+const char* refusal(const AttentionArgs& args, const Extents& extents) {
+  if (args.size > kLargestHead) return "spae_attention: a head has at most 256 elements on a GPU";
+  const int64_t tiles = divide_up(std::max(extents.longest_q, extents.longest_k), 32);
+  if (tiles * args.sequences > kBlocksMost / args.heads) {
+    return "spae_attention: more sequences, or longer ones, than a grid has blocks for";
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+int64_t spae_attention_scratch(const AttentionArgs& args, const Extents& extents) {
+  return decodes(args, extents) ? DecodePlan(args, extents).floats(args.size) : 0;
+}
+
+int64_t spae_attention_backward_scratch(const AttentionBackward& call, const Extents& extents,
+                                        DType dtype) {
+  return BackwardPlan(call, extents, bytes_of(dtype)).floats;
+}
+
+const char* spae_attention(const AttentionForward& call, const Extents& extents, DType dtype,
+                           float* scratch, void* stream) {
+  if (const char* reason = refusal(call.args, extents)) return reason;
+  const char* error = nullptr;
+  with_dtype(dtype, [&](auto type) {
+    error = spae_forward_of<decltype(type)>(call, extents, scratch, stream);
+  });
+  return error;
+}
+
+const char* spae_attention_backward(const AttentionBackward& call, const Extents& extents,
+                                    DType dtype, float* scratch, void* stream) {
+  if (const char* reason = refusal(call.args, extents)) return reason;
+  const char* error = nullptr;
+  with_dtype(dtype, [&](auto type) {
+    error = spae_backward_of<decltype(type)>(call, extents, scratch, stream);
+  });
+  return error;
+}
+
+}  // namespace cuda
+}  // namespace speeder

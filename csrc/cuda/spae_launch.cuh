@@ -1,0 +1,148 @@
+// Launches the kernels of spae_attention by a launcher: a stream's, or that of the tests, which run
+// them on the host.
+#pragma once
+
+#include "cuda/dispatch.h"
+#include "cuda/spae_decode.cuh"
+#include "cuda/spae_grad_kv.cuh"
+#include "cuda/spae_grad_q.cuh"
+#include "cuda/spae_tables.cuh"
+
+namespace speeder {
+namespace cuda {
+
+// Whether load_rows may copy 16 bytes at a time.
+template <typename T>
+bool wide_rows(const TokenView& view) {
+  return aligned(view.data) && view.token_stride % kVector<T> == 0 &&
+         view.head_stride % kVector<T> == 0;
+}
+
+template <typename T>
+bool wide_rows(const AttentionArgs& args, const void* out) {
+  return args.size % kVector<T> == 0 && aligned(out) && wide_rows<T>(args.q) &&
+         wide_rows<T>(args.k) && wide_rows<T>(args.v);
+}
+
+// kSize, here and below: the head size to compile for, args.size or more.
+template <typename T, int kSize, typename Launcher>
+void launch_spae_decode(const AttentionForward& call, const Extents& extents, float* scratch,
+                        Launcher& launcher) {
+  const AttentionArgs& args = call.args;
+  const DecodePlan plan(args, extents);
+  const int rows = static_cast<int>(plan.rows), splits = static_cast<int>(plan.splits);
+  using Decode = SpaeDecode<T, kSize>;
+  const Decode decode{call, scratch, splits, rows, wide_rows<T>(args, call.out)};
+  const typename Decode::Memory memory;
+  launcher.launch({plan.pairs * splits, 1, 1, Decode::kThreads, memory.layout.bytes()}, decode);
+  using Combine = SpaeCombine<T>;
+  const Combine combine{call, scratch, splits * Decode::kWarps, rows};
+  const int64_t blocks = divide_up(plan.pairs * rows, Combine::kThreads / kWarp);
+  launcher.launch({blocks, 1, 1, Combine::kThreads, 0}, combine);
+}
+
+template <typename T, int kSize, typename Launcher>
+void launch_spae_forward(const AttentionForward& call, const Extents& extents, float* scratch,
+                         Launcher& launcher) {
+  const AttentionArgs& args = call.args;
+  if (decodes(args, extents)) {
+    return launch_spae_decode<T, kSize>(call, extents, scratch, launcher);
+  }
+  using Kernel = SpaeForward<T, kSize>;
+  const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
+  const Kernel kernel{call, static_cast<int>(tiles), wide_rows<T>(args, call.out)};
+  const typename Kernel::Memory memory;
+  const int64_t blocks = args.sequences * tiles * args.heads;
+  launcher.launch({blocks, 1, 1, Kernel::kThreads, memory.layout.bytes()}, kernel);
+}
+
+template <typename T, int kSize, bool kGradK, bool kGradV, typename Launcher>
+void launch_spae_grad_kv(const AttentionBackward& call, const Extents& extents, const float* delta,
+                         float* key_sums, bool wide, Launcher& launcher) {
+  using Kernel = SpaeGradKV<T, kSize, kGradK, kGradV>;
+  const AttentionArgs& args = call.args;
+  const int64_t tiles = divide_up(extents.longest_k, Kernel::kRows);
+  const Kernel kernel{call, delta, key_sums, extents.tokens_k, static_cast<int>(tiles), wide};
+  const typename Kernel::Memory memory;
+  launcher.launch(
+      {args.sequences * tiles * args.kv_heads, 1, 1, Kernel::kThreads, memory.layout.bytes()},
+      kernel);
+}
+
+// SpaeDelta, or SpaeGradQ where that finds delta itself.
+template <typename T, int kSize, typename Launcher>
+void launch_spae_grad_q(const AttentionBackward& call, const Extents& extents,
+                        const BackwardPlan& plan, float* scratch, bool wide, Launcher& launcher) {
+  const AttentionArgs& args = call.args;
+  const bool any_table = call.grad_relative != nullptr || call.grad_absolute != nullptr;
+  const bool find_delta = sizeof(T) == 2 && any_table;
+  float* delta = scratch + plan.delta;
+  if (!find_delta) {
+    using Delta = SpaeDelta<T>;
+    const int64_t blocks = divide_up(extents.tokens_q * args.heads, Delta::kThreads / kWarp);
+    launcher.launch({blocks, 1, 1, Delta::kThreads, 0}, Delta{call, delta, extents.tokens_q});
+    if (call.grad_q == nullptr && call.grad_relative == nullptr) return;
+  }
+  using Kernel = SpaeGradQ<T, kSize>;
+  float* tables = call.grad_relative != nullptr ? scratch + plan.relative : nullptr;
+  const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
+  const int shares = static_cast<int>(plan.relative_shares);
+  const Kernel kernel{call, delta, find_delta, tables, static_cast<int>(tiles), shares, wide};
+  const typename Kernel::Memory memory;
+  const int64_t bytes = tables != nullptr ? memory.layout.bytes() : memory.bytes_without_table;
+  launcher.launch({shares * args.heads, 1, 1, Kernel::kThreads, bytes}, kernel);
+}
+
+template <typename T, int kSize, typename Launcher>
+void launch_spae_grads(const AttentionBackward& call, const Extents& extents,
+                       const BackwardPlan& plan, float* scratch, Launcher& launcher) {
+  const AttentionArgs& args = call.args;
+  const bool wide = wide_rows<T>(args, call.grad_q) && wide_rows<T>(call.grad) &&
+                    aligned(call.grad_k) && aligned(call.grad_v);
+  launch_spae_grad_q<T, kSize>(call, extents, plan, scratch, wide, launcher);
+  const float* delta = scratch + plan.delta;
+  float* key_sums = call.grad_absolute != nullptr ? scratch + plan.key_sums : nullptr;
+  const bool score_grads = call.grad_k != nullptr || key_sums != nullptr;
+  if constexpr (kGradKVTogether<kSize>) {
+    if (score_grads || call.grad_v != nullptr) {
+      launch_spae_grad_kv<T, kSize, true, true>(call, extents, delta, key_sums, wide, launcher);
+    }
+  } else {
+    if (score_grads) {
+      launch_spae_grad_kv<T, kSize, true, false>(call, extents, delta, key_sums, wide, launcher);
+    }
+    if (call.grad_v != nullptr) {
+      launch_spae_grad_kv<T, kSize, false, true>(call, extents, delta, nullptr, wide, launcher);
+    }
+  }
+}
+
+template <typename Launcher>
+void launch_sum_tables(const float* tables, float* out, int64_t count, int64_t shares,
+                       Launcher& launcher) {
+  using Kernel = SpaeSumTables;
+  const Kernel kernel{tables, out, count, shares};
+  launcher.launch({divide_up(count, Kernel::kThreads), 1, 1, Kernel::kThreads, 0}, kernel);
+}
+
+template <typename T, int kSize, typename Launcher>
+void launch_spae_backward(const AttentionBackward& call, const Extents& extents, float* scratch,
+                          Launcher& launcher) {
+  const AttentionArgs& args = call.args;
+  const BackwardPlan plan(call, extents, sizeof(T));
+  launch_spae_grads<T, kSize>(call, extents, plan, scratch, launcher);
+  if (call.grad_relative != nullptr) {
+    launch_sum_tables(scratch + plan.relative, call.grad_relative, args.heads * args.buckets,
+                      plan.relative_shares, launcher);
+  }
+  if (call.grad_absolute == nullptr) return;
+  const SpaeAbsoluteSums sums{scratch + plan.key_sums, args.rank_k, scratch + plan.absolute,
+                              extents.tokens_k,        args.heads,  args.positions,
+                              plan.absolute_shares};
+  launcher.launch({plan.absolute_shares * args.heads, 1, 1, SpaeAbsoluteSums::kThreads, 0}, sums);
+  launch_sum_tables(scratch + plan.absolute, call.grad_absolute, args.heads * args.positions,
+                    plan.absolute_shares, launcher);
+}
+
+}  // namespace cuda
+}  // namespace speeder

@@ -1,0 +1,18 @@
+// The launchers of one element type, each compiled in a file of its own so that they compile side
+// by side.
+#pragma once
+
+#include "cuda/spae_geometry.h"
+
+namespace speeder {
+namespace cuda {
+
+template <typename T>
+const char* spae_forward_of(const AttentionForward& call, const Extents& extents, float* scratch,
+                            void* stream);
+template <typename T>
+const char* spae_backward_of(const AttentionBackward& call, const Extents& extents, float* scratch,
+                             void* stream);
+
+}  // namespace cuda
+}  // namespace speeder
