@@ -42,7 +42,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 # Those that register CPU kernels with torch, and CUDA kernels. Every csrc/cuda/*.cu is compiled beside them.
 BINDINGS = ("ops", "ops_items")
-CUDA_BINDINGS = ("ops_cuda",)
+CUDA_BINDINGS = ("ops_cuda", "ops_cuda_attention")
 # Those that share an op's work out among threads, compiled once.
 SHARED_SOURCES = ("pack_tokens", "compress_items", "spae_attention", "item_cross_entropy", "topk_items")
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it

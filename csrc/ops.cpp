@@ -1,5 +1,6 @@
 // Registers the CPU kernels with torch, on its stable ABI: one library serves every torch from
 // 2.10 on. The schemas are in speeder_kernels/ops.py.
+#include "binding_attention.h"
 #include "binding_cpu.h"
 #include "cpu/pack_tokens.h"
 #include "cpu/spae_attention.h"
@@ -51,55 +52,13 @@ Tensor sum_rows_cpu(const Tensor& grad, const Tensor& order, const Tensor& start
   return out;
 }
 
-TokenView token_view(const Tensor& tensor, int64_t tokens, int64_t heads, int64_t size,
-                     DType dtype) {
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype && tensor.dim() == 3 && tensor.size(0) == tokens &&
-                      tensor.size(1) == heads && tensor.size(2) == size &&
-                      (size == 1 || tensor.stride(2) == 1),
-                  "expected (tokens, heads, size) tensors of one dtype, the last dimension dense");
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
-}
-
-// A (heads, n) table; n goes to `columns`.
-const float* float_table(const Tensor& tensor, int64_t heads, int64_t* columns) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.dim() == 2 &&
-                      tensor.size(0) == heads && tensor.size(1) > 0 && tensor.is_contiguous(),
-                  "expected a contiguous float32 bias table with a row for each head");
-  *columns = tensor.size(1);
-  return tensor.const_data_ptr<float>();
-}
-
-// What the forward and the backward pass share.
-AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_q,
-                             const Tensor& cu_k, const Tensor& rank_q, const Tensor& rank_k,
-                             const std::optional<Tensor>& relative,
-                             const std::optional<Tensor>& absolute, double scale, bool causal) {
-  AttentionArgs args{};
-  const DType dtype = dtype_of(q);
-  args.sequences = cu_q.size(0) - 1;
-  args.heads = q.size(1);
-  args.kv_heads = k.size(1);
-  args.size = q.size(2);
-  args.q = token_view(q, q.size(0), args.heads, args.size, dtype);
-  args.k = token_view(k, k.size(0), args.kv_heads, args.size, dtype);
-  args.v = token_view(v, k.size(0), args.kv_heads, args.size, dtype);
-  args.cu_q = indices<int32_t>(cu_q, args.sequences + 1);
-  args.cu_k = indices<int32_t>(cu_k, args.sequences + 1);
-  args.rank_q = indices<int32_t>(rank_q, q.size(0));
-  args.rank_k = indices<int32_t>(rank_k, k.size(0));
-  if (relative) args.relative = float_table(*relative, args.heads, &args.buckets);
-  if (absolute) args.absolute = float_table(*absolute, args.heads, &args.positions);
-  args.scale = static_cast<float>(scale);
-  args.causal = causal;
-  return args;
-}
-
+// The longest lengths, which a GPU asks for, are not used: here cu_q and cu_k are read.
 std::tuple<Tensor, Tensor> spae_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                               const Tensor& cu_q, const Tensor& cu_k,
                                               const Tensor& rank_q, const Tensor& rank_k,
                                               const std::optional<Tensor>& relative,
-                                              const std::optional<Tensor>& absolute, double scale,
-                                              bool causal) {
+                                              const std::optional<Tensor>& absolute, int64_t,
+                                              int64_t, double scale, bool causal) {
   AttentionForward call{};
   call.args =
       attention_args(q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, scale, causal);
@@ -111,42 +70,20 @@ std::tuple<Tensor, Tensor> spae_attention_cpu(const Tensor& q, const Tensor& k, 
   return {out, lse};
 }
 
-// `needs` has a bit for each of q, k, v, relative and absolute; what is not needed comes back
-// empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spae_attention_backward_cpu(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const Tensor& cu_q, const Tensor& cu_k, const Tensor& rank_q,
     const Tensor& rank_k, const std::optional<Tensor>& relative,
-    const std::optional<Tensor>& absolute, double scale, bool causal, int64_t needs) {
+    const std::optional<Tensor>& absolute, int64_t, int64_t, double scale, bool causal,
+    int64_t needs) {
   AttentionBackward call{};
   call.args =
       attention_args(q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, scale, causal);
-  const AttentionArgs& args = call.args;
   const DType dtype = dtype_of(q);
-  call.grad = token_view(grad, q.size(0), args.heads, args.size, dtype);
-  const TokenView saved = token_view(out, q.size(0), args.heads, args.size, dtype);
-  STD_TORCH_CHECK(saved.head_stride == args.size && saved.token_stride == args.heads * args.size &&
-                      lse.is_contiguous() && lse.numel() == q.size(0) * args.heads,
-                  "expected out and lse as the forward pass gave them");
-  call.out = saved.data;
-  call.lse = lse.const_data_ptr<float>();
-  const bool need_q = needs & 1, need_k = needs & 2, need_v = needs & 4;
-  const bool need_relative = (needs & 8) && relative, need_absolute = (needs & 16) && absolute;
-  using torch::stable::new_empty;
-  Tensor grad_q = new_empty(q, {need_q ? q.size(0) : 0, q.size(1), q.size(2)});
-  Tensor grad_k = new_empty(k, {need_k ? k.size(0) : 0, k.size(1), k.size(2)});
-  Tensor grad_v = new_empty(v, {need_v ? v.size(0) : 0, v.size(1), v.size(2)});
-  Tensor grad_relative =
-      new_empty(q, {need_relative ? args.heads : 0, args.buckets}, ScalarType::Float);
-  Tensor grad_absolute =
-      new_empty(q, {need_absolute ? args.heads : 0, args.positions}, ScalarType::Float);
-  if (need_q) call.grad_q = grad_q.mutable_data_ptr();
-  if (need_k) call.grad_k = grad_k.mutable_data_ptr();
-  if (need_v) call.grad_v = grad_v.mutable_data_ptr();
-  if (need_relative) call.grad_relative = grad_relative.mutable_data_ptr<float>();
-  if (need_absolute) call.grad_absolute = grad_absolute.mutable_data_ptr<float>();
+  take_saved(grad, out, lse, q.size(0), dtype, call);
+  auto gradients = new_gradients(q, k, v, needs, call);
   spae_attention_backward(call, dtype, torch::stable::get_num_threads(), run_parallel);
-  return {grad_q, grad_k, grad_v, grad_relative, grad_absolute};
+  return gradients;
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ OPS = ("spae_attention", "pack_tokens", "compress_items", "item_cross_entropy", 
 # The ops that a compiled backend has a kernel for. The reference has them all, on any device.
 KERNELS: dict[str, tuple[str, ...]] = {
     "triton": tuple(op for op in OPS if (Path(__file__).parent / "triton" / f"{op}.py").exists()),
-    "cuda": ("pack_tokens", "compress_items"),
+    "cuda": ("spae_attention", "pack_tokens", "compress_items"),
     "cpu": OPS,
     "reference": OPS,
 }

@@ -58,9 +58,9 @@ def _needed(x: Tensor, shape: tuple, need: bool) -> Tensor:
 
 _SPAE_ARGS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
-    "Tensor? absolute_bias, float softmax_scale, bool causal"
+    "Tensor? absolute_bias, SymInt max_seqlen_q, SymInt max_seqlen_k, float softmax_scale, bool causal"
 )
-# What _ops.so implements. `needs` is a bit for each of q, k, v, relative_bias and absolute_bias.
+# What _ops.so and _ops_cuda.so implement. `needs` is a bit for each of q, k, v, relative_bias and absolute_bias.
 _LIBRARY.define(f"spae_attention_kernel(Tensor q, Tensor k, Tensor v, {_SPAE_ARGS}) -> (Tensor, Tensor)")
 _LIBRARY.define(
     f"spae_attention_backward_kernel(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
@@ -90,7 +90,7 @@ def _spae_attention(
             None if x is None else x.contiguous()
             for x in (cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
         )
-        return _OPS.spae_attention_kernel(*dense, *small, scale, causal)
+        return _kernel("spae_attention", backend)(*dense, *small, max_q, max_k, scale, causal)
     return reference_attention.spae_attention(
         q, k, v, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal
     )
@@ -109,13 +109,15 @@ def _(
     f"{_SPAE_ARGS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
-    *small, scale, causal, needs, backend = rest
+    *small, max_q, max_k, scale, causal, needs, backend = rest
     if backend == "reference":
         return reference_attention.spae_attention_backward(grad, q, k, v, lse, *small, scale, causal, needs)
     dense = (_dense_rows(x) for x in (grad, q, k, v))
     small = (None if x is None else x.contiguous() for x in small)
     bits = sum(need << n for n, need in enumerate(needs))
-    return _OPS.spae_attention_backward_kernel(*dense, out, lse, *small, scale, causal, bits)
+    lengths = () if backend == "triton" else (max_q, max_k)
+    kernel = _kernel("spae_attention", backend, "spae_attention_backward")
+    return kernel(*dense, out, lse, *small, *lengths, scale, causal, bits)
 
 
 @_fake("spae_attention_backward")
@@ -132,6 +134,8 @@ def _(
     rank_k,
     relative_bias,
     absolute_bias,
+    max_q,
+    max_k,
     scale,
     causal,
     needs,
@@ -146,17 +150,17 @@ def _(
 
 
 def _spae_setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, _, _, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend = inputs
+    q, k, v, cu_q, cu_k, max_q, max_k, rank_q, rank_k, *tables, scale, causal, backend = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, rank_q, rank_k, *tables)
     ctx.mark_non_differentiable(lse)
-    ctx.constants = (scale, causal, backend)
+    ctx.constants = (max_q, max_k, scale, causal)
+    ctx.backend = backend
 
 
 def _spae_backward(ctx, grad, _grad_lse):
     needs = [ctx.needs_input_grad[n] for n in (0, 1, 2, 9, 10)]
-    scale, causal, backend = ctx.constants
-    grads = _OPS.spae_attention_backward(grad, *ctx.saved_tensors, scale, causal, needs, backend)
+    grads = _OPS.spae_attention_backward(grad, *ctx.saved_tensors, *ctx.constants, needs, ctx.backend)
     q, k, v, relative, absolute = (g if need else None for g, need in zip(grads, needs, strict=True))
     return q, k, v, None, None, None, None, None, None, relative, absolute, None, None, None
 

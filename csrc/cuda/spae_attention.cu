@@ -1,5 +1,8 @@
-// spae_attention on a GPU: what the launchers check and how much working memory they ask for. The
-// kernels are compiled in spae_forward_*.cu and spae_backward_*.cu, for one element type each.
+// spae_attention on a GPU: what the launchers check, how much working memory they ask for, and the
+// kernels that all element types share. The others are compiled in spae_forward_*.cu and
+// spae_backward_*.cu, for one element type each.
+#include "cuda/launch.cuh"
+#include "cuda/spae_launch.cuh"
 #include "cuda/spae_types.h"
 
 namespace speeder {
@@ -44,11 +47,15 @@ const char* spae_attention(const AttentionForward& call, const Extents& extents,
 const char* spae_attention_backward(const AttentionBackward& call, const Extents& extents,
                                     DType dtype, float* scratch, void* stream) {
   if (const char* reason = refusal(call.args, extents)) return reason;
+  const BackwardPlan plan(call, extents, bytes_of(dtype));
   const char* error = nullptr;
   with_dtype(dtype, [&](auto type) {
-    error = spae_backward_of<decltype(type)>(call, extents, scratch, stream);
+    error = spae_backward_of<decltype(type)>(call, extents, plan, scratch, stream);
   });
-  return error;
+  if (error != nullptr) return error;
+  StreamLauncher launcher(stream);
+  launch_spae_tables(call, extents, plan, scratch, launcher);
+  return launcher.error();
 }
 
 }  // namespace cuda

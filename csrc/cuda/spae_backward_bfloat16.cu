@@ -2,5 +2,6 @@
 #include "cuda/spae_stream.cuh"
 
 template const char* speeder::cuda::spae_backward_of<speeder::BFloat16>(const AttentionBackward&,
-                                                                        const Extents&, float*,
+                                                                        const Extents&,
+                                                                        const BackwardPlan&, float*,
                                                                         void*);

@@ -2,4 +2,6 @@
 #include "cuda/spae_stream.cuh"
 
 template const char* speeder::cuda::spae_backward_of<speeder::Half>(const AttentionBackward&,
-                                                                    const Extents&, float*, void*);
+                                                                    const Extents&,
+                                                                    const BackwardPlan&, float*,
+                                                                    void*);

@@ -2,4 +2,5 @@
 #include "cuda/spae_stream.cuh"
 
 template const char* speeder::cuda::spae_backward_of<float>(const AttentionBackward&,
-                                                            const Extents&, float*, void*);
+                                                            const Extents&, const BackwardPlan&,
+                                                            float*, void*);

@@ -125,12 +125,11 @@ void launch_sum_tables(const float* tables, float* out, int64_t count, int64_t s
   launcher.launch({divide_up(count, Kernel::kThreads), 1, 1, Kernel::kThreads, 0}, kernel);
 }
 
-template <typename T, int kSize, typename Launcher>
-void launch_spae_backward(const AttentionBackward& call, const Extents& extents, float* scratch,
-                          Launcher& launcher) {
+// What turns the partial sums of a backward pass into the tables' gradients; for any element type.
+template <typename Launcher>
+void launch_spae_tables(const AttentionBackward& call, const Extents& extents,
+                        const BackwardPlan& plan, float* scratch, Launcher& launcher) {
   const AttentionArgs& args = call.args;
-  const BackwardPlan plan(call, extents, sizeof(T));
-  launch_spae_grads<T, kSize>(call, extents, plan, scratch, launcher);
   if (call.grad_relative != nullptr) {
     launch_sum_tables(scratch + plan.relative, call.grad_relative, args.heads * args.buckets,
                       plan.relative_shares, launcher);

@@ -31,11 +31,11 @@ const char* spae_forward_of(const AttentionForward& call, const Extents& extents
 }
 
 template <typename T>
-const char* spae_backward_of(const AttentionBackward& call, const Extents& extents, float* scratch,
-                             void* stream) {
+const char* spae_backward_of(const AttentionBackward& call, const Extents& extents,
+                             const BackwardPlan& plan, float* scratch, void* stream) {
   StreamLauncher launcher(stream);
   with_head_size(call.args.size, [&](auto size) {
-    launch_spae_backward<T, decltype(size)::value>(call, extents, scratch, launcher);
+    launch_spae_grads<T, decltype(size)::value>(call, extents, plan, scratch, launcher);
   });
   return launcher.error();
 }

@@ -1,5 +1,5 @@
-// The launchers of one element type, each compiled in a file of its own so that they compile side
-// by side.
+// The launchers of one element type, without those of the tables' last sums, each compiled in a
+// file of its own so that they compile side by side.
 #pragma once
 
 #include "cuda/spae_geometry.h"
@@ -11,8 +11,8 @@ template <typename T>
 const char* spae_forward_of(const AttentionForward& call, const Extents& extents, float* scratch,
                             void* stream);
 template <typename T>
-const char* spae_backward_of(const AttentionBackward& call, const Extents& extents, float* scratch,
-                             void* stream);
+const char* spae_backward_of(const AttentionBackward& call, const Extents& extents,
+                             const BackwardPlan& plan, float* scratch, void* stream);
 
 }  // namespace cuda
 }  // namespace speeder

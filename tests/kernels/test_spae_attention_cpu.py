@@ -179,7 +179,7 @@ def test_only_what_is_asked_for(wanted):
 
     def backward(needs):
         return torch.ops.speeder.spae_attention_backward(
-            grad, args["q"], args["k"], args["v"], out, lse, *rest, 0.25, True, needs, "cpu"
+            grad, args["q"], args["k"], args["v"], out, lse, *rest, 30, 30, 0.25, True, needs, "cpu"
         )
 
     everything = backward([True] * 5)

@@ -1,6 +1,6 @@
-// Runs csrc/cuda/spae_*.cuh on the host, for test_spae_attention_cuda_on_host.py. SPEEDER_TYPE is the
-// element type and SPEEDER_SIZES the head sizes to compile for, smallest first: all of them for all
-// types would take long.
+// Runs csrc/cuda/spae_*.cuh on the host, for test_spae_attention_cuda_on_host.py. SPEEDER_TYPE is
+// the element type and SPEEDER_SIZES the head sizes to compile for, smallest first: all of them for
+// all types would take long.
 #include <type_traits>
 
 #include "cuda/spae_launch.cuh"
@@ -63,7 +63,8 @@ void forward(host::Arguments& arguments, HostLauncher& launcher) {
       decodes(call.args, extents) ? DecodePlan(call.args, extents).floats(call.args.size) : 0;
   std::vector<float> scratch(floats, NAN);
   with_size<SPEEDER_SIZES>(call.args.size, [&](auto size) {
-    launch_spae_forward<SPEEDER_TYPE, decltype(size)::value>(call, extents, scratch.data(), launcher);
+    launch_spae_forward<SPEEDER_TYPE, decltype(size)::value>(call, extents, scratch.data(),
+                                                             launcher);
   });
 }
 
@@ -79,10 +80,13 @@ void backward(host::Arguments& arguments, HostLauncher& launcher) {
   call.grad_v = arguments.pointer<void>();
   call.grad_relative = arguments.pointer<float>();
   call.grad_absolute = arguments.pointer<float>();
-  std::vector<float> scratch(BackwardPlan(call, extents, sizeof(SPEEDER_TYPE)).floats, NAN);
+  const BackwardPlan plan(call, extents, sizeof(SPEEDER_TYPE));
+  std::vector<float> scratch(plan.floats, NAN);
   with_size<SPEEDER_SIZES>(call.args.size, [&](auto size) {
-    launch_spae_backward<SPEEDER_TYPE, decltype(size)::value>(call, extents, scratch.data(), launcher);
+    launch_spae_grads<SPEEDER_TYPE, decltype(size)::value>(call, extents, plan, scratch.data(),
+                                                           launcher);
   });
+  launch_spae_tables(call, extents, plan, scratch.data(), launcher);
 }
 
 }  // namespace
