@@ -115,11 +115,38 @@ def topk_items(dtype: torch.dtype) -> Iterator[Case]:
         yield name, functools.partial(topk_items, h, table, 20, *lists)
 
 
+def spae_attention(dtype: torch.dtype) -> Iterator[Case]:
+    """A head size for each padded one; without a bias, with frozen tables and without a mask at one size."""
+    from speeder_kernels.triton.spae_attention import spae_attention, spae_attention_backward
+
+    cu, rank, lse = meta(65, dtype=torch.int32), meta(8192, dtype=torch.int32), meta(8192, 32)
+    cases = [(f"D{size}", size, True, True, 31) for size in (16, 32, 64, 128, 256)]
+    if dtype != F32:
+        cases += [
+            ("D64-no_bias", 64, True, False, 7),
+            ("D64-frozen", 64, True, True, 7),
+            ("D64-not_causal", 64, False, True, 31),
+            (f"D80{ODD}", 80, True, True, 31),
+        ]
+    for name, size, causal, biased, needs in cases:
+        q = meta(8192, 32, size, dtype=dtype)
+        k = v = meta(8192, 8, size, dtype=dtype)
+        tables = (meta(32, 512), meta(32, 512)) if biased else (None, None)
+        arguments = (cu, cu, rank, rank, *tables)
+        yield name, functools.partial(spae_attention, q, k, v, *arguments, 512, 512, 0.1, causal)
+        yield name, functools.partial(spae_attention, q, k, v, *arguments, 1, 64, 0.1, causal)
+        one = (cu[:2], cu[:2], rank[:1], rank, *tables)
+        yield name, functools.partial(spae_attention, q[:1], k, v, *one, 1, 8192, 0.1, causal)
+        backward = (q, q, k, v, q, lse, *arguments, 0.1, causal, needs)
+        yield name, functools.partial(spae_attention_backward, *backward)
+
+
 CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
     "pack_tokens": pack_tokens,
     "compress_items": compress_items,
     "item_cross_entropy": item_cross_entropy,
     "topk_items": topk_items,
+    "spae_attention": spae_attention,
 }
 
 

@@ -1,0 +1,130 @@
+"""spae_attention for few queries against many keys, as when one token is decoded against a long cache.
+
+The queries of all heads that share a key head stand in one tile, so that keys and values are read once. The keys of a
+sequence are split among programs, and `combine_kernel` puts their results together in the order of the keys.
+
+Shape letters: Q rows of a tile (a query of one head each), K keys of a tile, D head size, S splits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from speeder_kernels.triton.spae_attention_bias import LN2, LOG2E, load_rows, sequence_span
+from speeder_kernels.triton.spae_attention_forward import softmax_step
+
+
+@triton.jit(do_not_specialize=["key_heads", "group", "splits", "blocks_q", "buckets", "positions"])
+def decode_kernel(
+    out,
+    lse,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    rank_q,
+    rank_k,
+    relative,
+    absolute,
+    q_stride,
+    q_head_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    key_heads,
+    group,
+    splits,
+    blocks_q,
+    buckets,
+    positions,
+    scale,
+    CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A program takes a block of rows of one sequence and key head, and one of the `splits` parts of the keys.
+
+    out (Tq, Hq, D) and lse (Tq, Hq). With SPLIT (Tq, Hq, splits, D) and (Tq, Hq, splits), in float32 and base 2.
+    """
+    program = tl.program_id(0)
+    split, program = program % splits, program // splits
+    block, program = program % blocks_q, program // blocks_q
+    key_head, sequence = program % key_heads, program // key_heads
+    start_q, length_q = sequence_span(cu_seqlens_q, sequence)
+    start_k, length_k = sequence_span(cu_seqlens_k, sequence)
+    row_Q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query_Q = row_Q // group
+    head_Q = key_head * group + row_Q % group
+    inside = query_Q < length_q
+    row_K, row_D = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    token_Q = (start_q + query_Q).to(tl.int64)
+    pointers = q + token_Q[:, None] * q_stride + head_Q.to(tl.int64)[:, None] * q_head_stride + row_D[None, :]
+    q_QD = tl.load(pointers, mask=inside[:, None] & (row_D < D)[None, :], other=0.0)
+    k += start_k.to(tl.int64) * k_stride + key_head.to(tl.int64) * k_head_stride
+    v += start_k.to(tl.int64) * v_stride + key_head.to(tl.int64) * v_head_stride
+    if relative is not None or absolute is not None:
+        rank_q_Q = tl.load(rank_q + token_Q, mask=inside, other=-1)
+    acc_QD = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    top_Q = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total_Q = tl.zeros((BLOCK_Q,), tl.float32)
+    shift = length_k - length_q
+    part = tl.cdiv(tl.cdiv(length_k, BLOCK_K), splits) * BLOCK_K
+    for first_k in range(split * part, tl.minimum(split * part + part, length_k), BLOCK_K):
+        k_KD = load_rows(k, first_k, k_stride, length_k, BLOCK_K, D, BLOCK_D, False)
+        scores_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee") * scale
+        key_K = first_k + row_K
+        visible = inside[:, None] & (key_K < length_k)[None, :]
+        if CAUSAL:
+            visible = visible & (key_K[None, :] <= query_Q[:, None] + shift)
+        if relative is not None or absolute is not None:
+            rank_k_K = tl.load(rank_k + start_k + key_K, mask=key_K < length_k, other=-1)
+            is_pair = visible & (rank_q_Q >= 0)[:, None] & (rank_k_K >= 0)[None, :]
+        if relative is not None:
+            bucket = tl.minimum(tl.maximum(rank_q_Q[:, None] - rank_k_K[None, :], 0), buckets - 1)
+            bias_QK = tl.load(relative + head_Q[:, None] * buckets + bucket, mask=is_pair, other=0.0)
+            scores_QK += bias_QK * LOG2E
+        if absolute is not None:
+            rows = absolute + head_Q[:, None] * positions
+            bias_QK = tl.load(rows + tl.minimum(rank_k_K, positions - 1)[None, :], mask=is_pair, other=0.0)
+            scores_QK += bias_QK * LOG2E
+        scores_QK = tl.where(visible, scores_QK, float("-inf"))
+        v_KD = load_rows(v, first_k, v_stride, length_k, BLOCK_K, D, BLOCK_D, False)
+        acc_QD, top_Q, total_Q = softmax_step(acc_QD, top_Q, total_Q, scores_QK, v_KD)
+    is_blind_Q = total_Q == 0.0
+    out_QD = acc_QD / tl.where(is_blind_Q, 1.0, total_Q)[:, None]
+    at_Q = token_Q * (key_heads * group) + head_Q
+    lse_Q = top_Q + tl.math.log2(tl.where(is_blind_Q, 1.0, total_Q))
+    if SPLIT:
+        at_Q = at_Q * splits + split
+    else:
+        lse_Q = tl.where(is_blind_Q, float("inf"), lse_Q * LN2)
+    tl.store(lse + at_Q, lse_Q, mask=inside)
+    pointers = out + at_Q[:, None] * D + row_D[None, :]
+    tl.store(pointers, out_QD.to(out.dtype.element_ty), mask=inside[:, None] & (row_D < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["splits"])
+def combine_kernel(
+    out, lse, parts, parts_lse2, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+):
+    """A program puts one row together: parts (Tq, Hq, splits, D) and parts_lse2 (Tq, Hq, splits) of decode_kernel."""
+    row = tl.program_id(0).to(tl.int64)
+    split_S, column_D = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    lse2_S = tl.load(parts_lse2 + row * splits + split_S, mask=split_S < splits, other=float("-inf"))
+    top = tl.max(lse2_S, axis=0)
+    is_blind = top == float("-inf")
+    weights_S = tl.math.exp2(lse2_S - tl.where(is_blind, 0.0, top))
+    total = tl.where(is_blind, 1.0, tl.sum(weights_S, axis=0))
+    mask = (split_S < splits)[:, None] & (column_D < D)[None, :]
+    parts_SD = tl.load(
+        parts + (row * splits + split_S)[:, None] * D + column_D[None, :], mask=mask, other=0.0
+    )
+    out_D = tl.sum(parts_SD * weights_S[:, None], axis=0) / total
+    tl.store(out + row * D + column_D, out_D.to(out.dtype.element_ty), mask=column_D < D)
+    tl.store(lse + row, tl.where(is_blind, float("inf"), (top + tl.math.log2(total)) * LN2))

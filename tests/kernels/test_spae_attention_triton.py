@@ -1,0 +1,529 @@
+"""spae_attention in Triton: a sweep with tiles so small that tiny shapes fill and overflow them, against float64 and
+PyTorch; programs in any order; planted faults. In the interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from speeder_kernels import spae_attention
+from speeder_kernels.triton import spae_attention as launcher
+from speeder_kernels.triton import tiles
+from tests.kernels import naive
+from tests.kernels.places import at
+from tests.kernels.test_spae_attention import NAMES, leaves, make
+from tests.kernels.test_spae_attention_cpu import GRADS, KINDS, set_ranks
+from tests.kernels.triton_tools import DEVICE, DTYPES, interpreted_only, programs_in_any_order
+
+# The modules in the order in which they import each other.
+MODULES = tuple(
+    "spae_attention" + part for part in ("_bias", "_forward", "_decode", "_backward", "_tables", "")
+)
+attend = at(spae_attention, "triton", DEVICE)
+
+
+@contextlib.contextmanager
+def small_attention_tiles(processors: int = 2, separate: int = 0) -> Iterator[None]:
+    """Blocks of 16 or 32 queries and keys; few `processors` share the tiles, and split the keys of one."""
+    rows = {}
+    for key in tiles.TILES:
+        if key[0] == "spae_attention":
+            most = 32 if key[1] == "queries" else 16  # tiles of "relative" divide those of "queries"
+            row = {name: min(value, most) for name, value in tiles.TILES[key][80].items()}
+            rows[key] = {80: {**row, "separate": separate} if key[1] == "keys" else row}
+    with (
+        mock.patch.dict(tiles.TILES, rows),
+        mock.patch.multiple(
+            sys.modules[launcher.__name__],
+            processors=lambda device: processors,
+            KEYS_OF_SPLIT=16,
+            KEYS_OF_BLOCK=16,
+            MOST_ROWS=6,  # so that short sequences are not all decoded
+        ),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def planted(folder: Path, module: str = "", *changes: tuple[str, str]) -> Iterator[None]:
+    """The op runs copies of its modules, one of them with its source changed: each text, found once, by another."""
+    with mock.patch.dict(sys.modules):
+        for name in MODULES:
+            full = f"speeder_kernels.triton.{name}"
+            source = Path(importlib.import_module(full).__file__).read_text()
+            for old, new in changes if name == module else ():
+                assert source.count(old) == 1, f"{name}: found {source.count(old)} times: {old}"
+                source = source.replace(old, new)
+            path = folder / f"{name}.py"
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location(full, path)
+            sys.modules[full] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[full])
+        yield
+
+
+def outputs(args: dict, causal: bool, how: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output and gradients by our kernels, by the reference in float64, or by PyTorch's own attention."""
+    copy, inputs = leaves(args, torch.float64 if how == "exact" else None)
+    if how == "torch":
+        out = naive.torch_attention(*(copy[name] for name in NAMES), causal)
+    else:
+        run = attend if how == "ours" else at(spae_attention, "reference", "cpu")
+        out = run(**copy, causal=causal)
+    return out, naive.gradients(out, inputs)
+
+
+def check(args: dict, causal: bool) -> None:
+    """The rule for errors, for the output and every gradient."""
+    (out, grads), (exact, grads_exact), (torchs, grads_torch) = (
+        outputs(args, causal, how) for how in ("ours", "exact", "torch")
+    )
+    naive.assert_accurate("out", out, exact, torchs, args["v"].abs().max().item())
+    # As in test_spae_attention: the dot products whose difference is a score's gradient.
+    products = 8 * args["v"].float().norm(dim=-1).max().item() * args["q"].shape[2] ** 0.5
+    largest = products * max(1.0, *(args[name].abs().max().item() for name in "qk"))
+    # It is also grad.v - grad.out, and `out` has been rounded to q's dtype: an error a row that the tables' gradients,
+    # which are float32, cannot be without. Twice its norm over the rows, as a magnitude that float32 rounds.
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    row_errors = (upstream.double() * (out.double() - exact)).sum(dim=-1)
+    rounding = 2 * row_errors.norm().item() / (4 * torch.finfo(torch.float32).eps)
+    names = [name for name in GRADS if args[name] is not None]
+    for name, a, b, c in zip(names, grads, grads_exact, grads_torch, strict=True):
+        magnitude = largest + (rounding if name.endswith("bias") else 0)
+        naive.assert_accurate(name, a, b, c, magnitude)
+
+
+def answered(args: dict) -> dict:
+    """As prompts are: text, items, text, and a last token that carries the next rank."""
+    args = set_ranks(args, "history")
+    for side in "qk":
+        ends = args[f"cu_seqlens_{side}"][1:].long()
+        for end in ends[ends > 3].tolist():
+            rank = args[f"rank_{side}"]
+            rank[end - 3 : end - 1], rank[end - 1] = -1, int(rank[end - 4]) + 1
+    return args
+
+
+def draw(kind: str, *shape, **options) -> dict:
+    args = make(*shape, **options)
+    return answered(args) if kind == "answered" else set_ranks(args, kind, options.get("seed", 0))
+
+
+@pytest.mark.slow
+# Shrinking a failure would take the interpreter minutes: the example as it was found has to do.
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 36), st.integers(0, 36)), min_size=1, max_size=2).filter(
+        lambda pairs: sum(a for a, _ in pairs) and sum(b for _, b in pairs)
+    ),
+    heads=st.sampled_from([(1, 1), (2, 2), (2, 1), (3, 1)]),
+    size=st.sampled_from([7, 16, 24, 64]),
+    buckets=st.tuples(st.sampled_from([None, 1, 2, 6, 40]), st.sampled_from([None, 1, 20])),
+    kind=st.sampled_from((*KINDS, "answered")),
+    causal=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    processors=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 10_000),
+)
+def test_matches_float64(lengths, heads, size, buckets, kind, causal, dtype, processors, seed):
+    lengths_q, lengths_k = zip(*lengths, strict=True)
+    args = draw(kind, lengths_q, lengths_k, *heads, size, buckets, dtype=dtype, seed=seed)
+    with small_attention_tiles(processors, separate=seed % 2):
+        check(args, causal)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "answered"])
+def test_more_keys_than_queries_of_every_kind(kind):
+    """Several tiles in both directions, far apart and near, for every kind of ranks."""
+    with small_attention_tiles():
+        check(draw(kind, [70], [90], 2, 1, 8, (20, 30), dtype=torch.float32), True)
+
+
+def test_tiles_of_the_relative_table_divide_those_of_the_queries():
+    """The one kernel leaves out what the other one has summed."""
+    for key, rows in tiles.TILES.items():
+        if key[:2] == ("spae_attention", "relative"):
+            for arch in tiles.ARCHITECTURES:
+                small, large = (
+                    options[max(row for row in options if row <= arch)]
+                    for options in (rows, tiles.TILES[("spae_attention", "queries", *key[2:])])
+                )
+                assert small["block_q"] <= small["block_k"], key  # for `add_diagonals`
+                for block in ("block_q", "block_k"):
+                    assert large[block] % small[block] == 0, (key, arch, block)
+
+
+@pytest.mark.parametrize("size", [80, 128, 256])
+def test_the_tiles_of_a_gpu(size):
+    """The rows that stand in the table of tiles, at head sizes that fill them and do not."""
+    check(draw("answered", [75, 3], [140, 3], 1, 1, size, (20, 9), dtype=DTYPES[-1]), True)
+
+
+@pytest.mark.parametrize("processors", [1, 40])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kind", ["answered", "far", "random"])
+def test_few_queries_against_many_keys(kind, causal, processors):
+    """The keys in one split or several, some of them without a key, a sequence that has none; a tile of all heads."""
+    lengths_q, lengths_k = [1, 3, 2, 0], [90, 2, 0, 5]
+    args = draw(kind, lengths_q, lengths_k, 6, 2, 24, (9, 5), dtype=DTYPES[-1])
+    with small_attention_tiles(processors), torch.no_grad():
+        check_forward(args, causal)
+
+
+def check_forward(args: dict, causal: bool) -> None:
+    exact = at(spae_attention, "reference", "cpu")(**leaves(args, torch.float64)[0], causal=causal)
+    torchs = naive.torch_attention(*(args[name] for name in NAMES), causal)
+    out = attend(**args, causal=causal)
+    naive.assert_accurate("out", out, exact, torchs, args["v"].abs().max().item())
+
+
+def raw(args: dict, causal: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    moved = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args.values()]
+    return torch.ops.speeder.spae_attention(*moved, 0.25, causal, "triton")
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_log_sum_exp(queries):
+    """As the reference has it, +inf where a query sees no key; decoded in splits, and not."""
+    args = draw("answered", [queries, 2], [70, 1], 2, 1, 8, (9, 5))
+    expected = torch.ops.speeder.spae_attention(*args.values(), 0.25, True, "reference")[1]
+    with small_attention_tiles(40):
+        lse = raw(args)[1].cpu()
+    assert torch.isinf(lse).any() and torch.equal(torch.isinf(lse), torch.isinf(expected))
+    torch.testing.assert_close(lse, expected)
+
+
+def test_rows_that_see_no_key_are_zero_and_take_no_gradient():
+    args, _ = leaves(make([40, 2], [20, 0]))
+    with small_attention_tiles():
+        out = attend(**args)
+        blind = [*range(20), 40, 41]
+        assert out[blind].eq(0).all() and out[20:40].ne(0).all()
+        grads = torch.autograd.grad(out.sum(), (args["q"], args["k"], args["v"]))
+    assert grads[0][blind].eq(0).all() and all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_a_sequence_does_not_see_its_neighbours():
+    """NaN in the tokens of one leaves the others alone, forward and backward."""
+    args = make([20, 9, 18], [20, 9, 18])
+    for name in "qkv":
+        args[name][20:29] = float("nan")
+    copy, inputs = leaves(args)
+    with small_attention_tiles():
+        out = attend(**copy)
+        grads = torch.autograd.grad(out[[*range(20), *range(29, 47)]].sum(), inputs[:3])
+    assert torch.isfinite(out[:20]).all() and torch.isfinite(out[29:]).all() and out[20:29].isnan().all()
+    for grad in grads:
+        assert torch.isfinite(grad[:20]).all() and torch.isfinite(grad[29:]).all()
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("queries", [1, 20])
+def test_strided_inputs(step, queries):
+    """Slices of a fused projection, heads before tokens, and a step in the last dimension, also of the gradient."""
+    fused = torch.randn(3, 2, 20, 8 * step)[..., ::step].transpose(1, 2)
+    args = {**make([queries], [20], 2, 2, 8), "q": fused[0, :queries], "k": fused[1], "v": fused[2]}
+    dense = {**args, **{name: args[name].contiguous() for name in "qkv"}}
+    up = torch.randn(2, queries, 8 * step)[..., ::step].transpose(0, 1)
+    results = []
+    with small_attention_tiles():
+        for case, upstream in ((args, up), (dense, up.contiguous())):
+            out, lse = raw(case)
+            rest = [case[name].to(DEVICE) for name in (*NAMES[3:7], *GRADS[3:])]
+            tensors = [x.to(DEVICE) for x in (upstream, case["q"], case["k"], case["v"])]
+            results.append((out, *backward(tensors, out, lse, rest, [True] * 5)))
+    assert not args["k"].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def backward(tensors, out, lse, rest, needs) -> tuple[torch.Tensor, ...]:
+    longest = [int(cu.diff().max()) for cu in rest[:2]]
+    options = (0.25, True, needs, "triton")
+    return torch.ops.speeder.spae_attention_backward(*tensors, out, lse, *rest, *longest, *options)
+
+
+@pytest.mark.parametrize("wanted", [(), ("q",), ("k",), ("v",), ("relative_bias",), ("v", "absolute_bias")])
+@pytest.mark.parametrize("separate", [0, 1])
+def test_only_what_is_asked_for(wanted, separate):
+    """A gradient nobody needs comes back empty, the others do not change, and no kernel runs that nobody needs."""
+    args = make([30, 5], [30, 9], 2, 1, 16)
+    grad, launched = torch.randn(35, 2, 16).to(DEVICE), []
+    out, lse = raw(args)
+    rest = [args[name].to(DEVICE) for name in (*NAMES[3:7], *GRADS[3:])]
+    tensors = [grad, *(args[name].to(DEVICE) for name in "qkv")]
+    launch = launcher.launch
+    with small_attention_tiles(separate=separate):
+        everything = backward(tensors, out, lse, rest, [True] * 5)
+
+        def note(kernel, *arguments, **options):
+            launched.append(kernel.fn.__name__)
+            launch(kernel, *arguments, **options)
+
+        with mock.patch.object(launcher, "launch", note):
+            some = backward(tensors, out, lse, rest, [name in wanted for name in GRADS])
+    for name, whole, part in zip(GRADS, everything, some, strict=True):
+        assert torch.equal(part, whole) if name in wanted else part.shape == (0, *whole.shape[1:])
+    assert ("keys_kernel" in launched) == bool({"k", "v", "absolute_bias"} & {*wanted})
+    assert ("queries_kernel" in launched) == bool({"q", "relative_bias"} & {*wanted})
+    assert ("relative_kernel" in launched) == ("relative_bias" in wanted)
+    assert ("absolute_kernel" in launched) == ("absolute_bias" in wanted)
+
+
+@pytest.mark.parametrize("buckets", [(5, 3), (None, None), (4, None)])
+def test_opcheck(buckets):
+    args, _ = leaves(make([3, 2], [3, 4], buckets=buckets))
+    moved = [
+        x.detach().to(DEVICE).requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for x in args.values()
+    ]
+    with small_attention_tiles():
+        torch.library.opcheck(torch.ops.speeder.spae_attention.default, (*moved, 0.5, True, "triton"))
+
+
+def test_compile():
+    args, inputs = leaves(make([3, 20], [3, 24]))
+    with small_attention_tiles():
+        out, eager = torch.compile(attend, backend="aot_eager")(**args), attend(**args)
+        assert torch.equal(out, eager)
+        for a, b in zip(naive.gradients(out, inputs), naive.gradients(eager, inputs), strict=True):
+            assert torch.equal(a, b)
+
+
+# --- the order of programs, and planted faults --------------------------------------------------------------
+
+
+def runs_in_any_order() -> list[list[torch.Tensor]]:
+    """The same batch, its programs in three orders (where there is a GPU: as it likes): output and gradients."""
+    args = draw("answered", [40, 20], [40, 20], 2, 1, 8, (20, 7))
+    runs = []
+    for order in range(3):
+        with small_attention_tiles(), contextlib.ExitStack() as stack:
+            if DEVICE == "cpu":
+                stack.enter_context(programs_in_any_order(order))
+            out, grads = outputs(args, True, "ours")
+        runs.append([out, *grads])
+    return runs
+
+
+def all_equal(runs: list[list[torch.Tensor]]) -> bool:
+    return all(torch.equal(a, b) for run in runs[1:] for a, b in zip(run, runs[0], strict=True))
+
+
+def test_gradients_are_bit_identical_in_any_order():
+    torch.use_deterministic_algorithms(False)  # it must hold without torch's help
+    assert all_equal(runs_in_any_order())
+
+
+def check_kind(kind: str, length: int, buckets: tuple[int, int], causal: bool = True) -> None:
+    with small_attention_tiles():
+        check(draw(kind, [length], [length], 1, 1, 8, buckets), causal)
+
+
+def check_decode() -> None:
+    with small_attention_tiles(processors=40):
+        check_forward(draw("answered", [2], [45], 2, 1, 8, (6, 7)), True)
+
+
+CHECKS = {
+    "answered": lambda: check_kind("answered", 36, (6, 7)),
+    "mixed": lambda: check_kind("mixed", 36, (6, 7)),
+    "all seen": lambda: check_kind("history", 40, (19, 7), causal=False),
+    "far": lambda: check_kind("far", 20, (6, 7)),
+    "history": lambda: check_kind("history", 100, (19, 7)),
+    "decode": check_decode,
+}
+
+
+@interpreted_only  # on a GPU a fault may bring down the process, or stay without effect
+@pytest.mark.parametrize("case", CHECKS)
+def test_without_a_fault_the_checks_pass(case, tmp_path):
+    """Also from copies of the sources, so that it is the fault that fails below."""
+    with planted(tmp_path):
+        CHECKS[case]()
+
+
+# Part, case that notices it, what it is, the sound text, and the faulty one.
+WRONG = [
+    (
+        "_bias",
+        "history",
+        "the last bucket's clamp",
+        "0), buckets - 1)\n    return tl.load(relative",
+        "0), buckets - 2)\n    return tl.load(relative",
+    ),
+    (
+        "_bias",
+        "answered",
+        "the first bucket's clamp",
+        "tl.maximum(first + tl.arange(0, WINDOW), 0)",
+        "tl.maximum(first + tl.arange(0, WINDOW), 1)",
+    ),
+    (
+        "_bias",
+        "mixed",
+        "text has a bias",
+        "tl.where(rank_q >= 0, rank_q - low_q, -4 * WINDOW)",
+        "rank_q - low_q",
+    ),
+    (
+        "_bias",
+        "answered",
+        "the position's clamp",
+        "tl.minimum(rank, positions - 1)",
+        "tl.minimum(rank, positions - 2)",
+    ),
+    (
+        "_bias",
+        "history",
+        "far one step too early",
+        "(BLOCK_K - 1) >= buckets - 1)",
+        "(BLOCK_K - 1) >= buckets - 3)",
+    ),
+    (
+        "_forward",
+        "answered",
+        "a query does not see itself",
+        "(first_k + row_K)[None, :] <= (first_q",
+        "(first_k + row_K)[None, :] < (first_q",
+    ),
+    (
+        "_forward",
+        "all seen",
+        "a key after the last",
+        "visible = (first_k + row_K < length_k)",
+        "visible = (first_k + row_K <= length_k)",
+    ),
+    (
+        "_forward",
+        "answered",
+        "a block that only some see taken for whole",
+        "whole = seen_by_all // BLOCK_K * BLOCK_K",
+        "whole = tl.cdiv(seen_by_all, BLOCK_K) * BLOCK_K",
+    ),
+    (
+        "_forward",
+        "far",
+        "wide tiles left out",
+        "            if any_wide:\n",
+        "            if any_wide & False:\n",
+    ),
+    (
+        "_decode",
+        "decode",
+        "a split that ends early",
+        "tl.minimum(split * part + part, length_k)",
+        "tl.minimum(split * part + part - 16, length_k)",
+    ),
+    (
+        "_decode",
+        "decode",
+        "splits weighed alike",
+        "tl.sum(parts_SD * weights_S[:, None], axis=0)",
+        "tl.sum(parts_SD, axis=0)",
+    ),
+    (
+        "_backward",
+        "answered",
+        "a key not seen by its own query",
+        "(first_k - shift + row_K)[None, :] <= (first_q",
+        "(first_k - shift + row_K)[None, :] < (first_q",
+    ),
+    (
+        "_backward",
+        "answered",
+        "masked queries taken for whole",
+        "whole = tl.cdiv(tl.maximum(first_k + BLOCK_K - 1 - shift, 0), BLOCK_Q) * BLOCK_Q",
+        "whole = tl.maximum(first_k + BLOCK_K - 1 - shift, 0) // BLOCK_Q * BLOCK_Q",
+    ),
+    (
+        "_tables",
+        "history",
+        "a diagonal on the wrong side",
+        "tl.where(key_QK < BLOCK_K, turned_QK, 0.0)",
+        "tl.where(key_QK <= BLOCK_K, turned_QK, 0.0)",
+    ),
+    (
+        "_tables",
+        "history",
+        "the far sums forgotten",
+        "far_Q += tl.load(far + at, mask=inside, other=0.0)",
+        "far_Q += 0.0",
+    ),
+    (
+        "_tables",
+        "answered",
+        "keys of one position not added up",
+        "tl.where(same_KK, sums_K[None, :], 0.0)",
+        "tl.where(place_K[:, None] == place_K[None, :], sums_K[None, :], 0.0)",
+    ),
+    (
+        "_tables",
+        "all seen",
+        "the padding forgotten",
+        "total += tl.where(bucket == 0, tl.sum(before, axis=0), 0.0)",
+        "total += 0.0",
+    ),
+]
+
+
+@interpreted_only
+@pytest.mark.parametrize(
+    ("part", "case", "fault", "old", "new"), WRONG, ids=[fault for _, _, fault, *_ in WRONG]
+)
+def test_a_wrong_kernel_is_noticed(part, case, fault, old, new, tmp_path):
+    with planted(tmp_path, "spae_attention" + part, (old, new)), pytest.raises(AssertionError):
+        CHECKS[case]()
+
+
+ATOMICS = {
+    "relative": (
+        (
+            "    row = partials + tl.program_id(0).to(tl.int64) * width\n    clear_row(row, width)\n",
+            "    row = partials + wide_head * width\n",
+        ),
+        ("    tl.store(near, tl.load(near) + near_K)\n", "    tl.atomic_add(near, near_K)\n"),
+        (
+            "    tl.store(near + BLOCK_K, tl.load(near + BLOCK_K) + far_K)\n",
+            "    tl.atomic_add(near + BLOCK_K, far_K)\n",
+        ),
+        (
+            "    tl.store(row + bucket, tl.load(row + bucket) + value)\n",
+            "    tl.atomic_add(row + bucket, value)\n",
+        ),
+    ),
+    "absolute": (
+        (
+            "    row = partials + tl.program_id(0).to(tl.int64) * positions\n    clear_row(row, positions)\n",
+            "    row = partials + head.to(tl.int64) * positions\n",
+        ),
+        (
+            "tl.store(row + position_K, tl.load(row + position_K, mask=mask_K, other=0.0) + total_K, mask",
+            "tl.atomic_add(row + position_K, total_K, mask",
+        ),
+    ),
+}
+
+
+@interpreted_only
+@pytest.mark.slow
+@pytest.mark.parametrize("table", ATOMICS)
+def test_an_atomic_sum_is_noticed(table, tmp_path):
+    """Its result is right, within rounding, and differs with the order in which programs run."""
+    right = runs_in_any_order()[0]
+    zeros = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    with planted(tmp_path, "spae_attention_tables", *ATOMICS[table]), zeros:
+        runs = runs_in_any_order()
+    for run in runs:
+        for a, b in zip(run, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not all_equal(runs)
