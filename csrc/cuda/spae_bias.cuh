@@ -84,24 +84,25 @@ class TileBias {
     Shared<int> ranks;
   };
 
-  // `row_ranks`: of the block's rows; `column_ranks`: of all columns of the sequence.
-  SPEEDER_DEVICE TileBias(const AttentionArgs& args, const Memory& memory, const int32_t* row_ranks,
-                          int rows, const int32_t* column_ranks, int columns)
+  // The block's rows are the tokens from `row_token` on, the columns those of a sequence that
+  // begins with `column_token`.
+  SPEEDER_DEVICE TileBias(const AttentionArgs& args, const Memory& memory, int row_token, int rows,
+                          int column_token, int columns)
       : args_(args),
         memory_(memory),
-        row_ranks_(row_ranks),
-        column_ranks_(column_ranks),
+        row_token_(row_token),
+        column_token_(column_token),
         rows_(rows),
         columns_(columns) {
     if (!any()) return;
     HeldRanks<kRows> held;
-    held.load(row_ranks, rows);
+    held.load(row_ranks(), rows);
     row_run_ = held.look(rows);
   }
 
   // Fetches the ranks of the tile that begins with column `first`: one tile before stage().
   SPEEDER_DEVICE void prefetch(int first) {
-    if (any()) next_.load(column_ranks_ + first, columns_ - first);
+    if (any()) next_.load(column_ranks() + first, columns_ - first);
   }
 
   // Starts to copy what the tile of column `first` needs; the caller waits for copies.
@@ -148,7 +149,7 @@ class TileBias {
   }
 
   // The ranks of a tile of which kind() is kAny.
-  SPEEDER_DEVICE int row_rank(int row) const { return row < rows_ ? row_ranks_[row] : -1; }
+  SPEEDER_DEVICE int row_rank(int row) const { return row < rows_ ? row_ranks()[row] : -1; }
   SPEEDER_DEVICE int column_rank(int column, int stage) const {
     return memory_.ranks.get(stage * kColumns + column);
   }
@@ -174,6 +175,12 @@ class TileBias {
   }
 
  private:
+  SPEEDER_DEVICE const int32_t* row_ranks() const {
+    return (kRowsAreKeys ? args_.rank_k : args_.rank_q) + row_token_;
+  }
+  SPEEDER_DEVICE const int32_t* column_ranks() const {
+    return (kRowsAreKeys ? args_.rank_q : args_.rank_k) + column_token_;
+  }
   SPEEDER_DEVICE bool any() const { return args_.relative != nullptr || args_.absolute != nullptr; }
   // The distance of diagonal 0, on which the last row meets column 0.
   SPEEDER_DEVICE int64_t distance_origin(int column_first) const {
@@ -265,8 +272,7 @@ class TileBias {
 
   const AttentionArgs& args_;
   const Memory& memory_;
-  const int32_t* row_ranks_;
-  const int32_t* column_ranks_;
+  int row_token_, column_token_;
   int rows_, columns_;
   RankRun row_run_;
   HeldRanks<kColumns> next_;

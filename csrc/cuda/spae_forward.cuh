@@ -74,8 +74,7 @@ struct SpaeForward {
     const int first = warp() * 16 * kRowTiles;  // of the warp's rows
     const int size = static_cast<int>(args.size);
     const Memory memory;
-    Bias bias(args, memory.bias, args.rank_q + span.q0 + tile.first, rows, args.rank_k + span.k0,
-              span.keys);
+    Bias bias(args, memory.bias, span.q0 + tile.first, rows, span.k0, span.keys);
 
     load_rows<T, kRows, kSize, kThreads>(memory.q, thread_index(), rows, size, wide,
                                          rows_of<T>(args.q, span.q0 + tile.first, tile.head));
@@ -132,7 +131,7 @@ struct SpaeForward {
                             const OnlineSoftmax<T, kRowTiles, kColumns, kSize>& softmax,
                             const Span& span, const QueryTile& tile, int rows, int first) const {
     const AttentionArgs& args = call.args;
-    const int64_t token = span.q0 + tile.first;
+    const int token = span.q0 + tile.first;
     wait_copies<0>();  // where there was no tile of keys, the queries are still on their way
     sync_block();
     keep_sums<T, kRowTiles, kSize>(memory.q, first, softmax.out,
@@ -143,12 +142,12 @@ struct SpaeForward {
       for (int half = 0; half < 2; ++half) {
         const int row = first + 16 * r + SumTile::row(2 * half);
         if (lane() % 4 != 0 || row >= rows) continue;
-        call.lse[(token + row) * args.heads + tile.head] =
+        call.lse[int64_t{token + row} * args.heads + tile.head] =
             log_sum_exp(softmax.top[r][half], softmax.total[r][half]);
       }
     }
     sync_block();
-    T* out = static_cast<T*>(call.out) + (token * args.heads + tile.head) * args.size;
+    T* out = static_cast<T*>(call.out) + (int64_t{token} * args.heads + tile.head) * args.size;
     store_rows<T, kRows, kSize, kThreads>(memory.q, rows, static_cast<int>(args.size), wide,
                                           Rows<T>{out, args.heads * args.size});
   }

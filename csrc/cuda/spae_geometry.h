@@ -49,11 +49,15 @@ struct GradQShape<2, 96> : TileShape<4, 1, 32, 2> {};
 template <>
 struct GradQShape<2, 128> : TileShape<4, 1, 32, 2> {};
 template <>
-struct GradQShape<2, 256> : TileShape<4, 1, 32, 1> {};
+struct GradQShape<2, 256> : TileShape<4, 1, 16, 1> {};
 template <int kSize>
 struct GradQShape<4, kSize> : TileShape<4, 1, 32, 1> {};
 template <>
 struct GradQShape<4, 256> : TileShape<2, 1, 16, 1> {};
+
+constexpr int64_t grad_q_rows(int64_t bytes, int64_t size) {
+  return bytes == 4 && size > 128 ? GradQShape<4, 256>::kRows : GradQShape<2, 64>::kRows;
+}
 
 // Rows are keys, columns queries.
 template <int kBytes, int kSize>
@@ -122,8 +126,7 @@ struct BackwardPlan {
   // `bytes`: of an element.
   BackwardPlan(const AttentionBackward& call, const Extents& extents, int64_t bytes) {
     const AttentionArgs& args = call.args;
-    const int64_t rows =
-        bytes == 4 && args.size > 128 ? GradQShape<4, 256>::kRows : GradQShape<2, 64>::kRows;
+    const int64_t rows = grad_q_rows(bytes, args.size);
     query_tiles = divide_up(extents.longest_q, rows) * args.sequences;
     relative_shares = call.grad_relative ? TablePlan::shares(query_tiles, args.heads * args.buckets)
                                          : query_tiles;

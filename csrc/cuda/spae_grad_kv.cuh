@@ -51,9 +51,9 @@ struct SpaeGradKV {
     const Span span(args, rest / tiles);
     if (tile_first >= span.keys) return;
     const int rows = smaller(kRows, span.keys - tile_first), first = warp() * 16;
-    const int64_t token = span.k0 + tile_first;
+    const int token = span.k0 + tile_first;
     const Memory memory;
-    Bias bias(args, memory.bias, args.rank_k + token, rows, args.rank_q + span.q0, span.queries);
+    Bias bias(args, memory.bias, token, rows, span.q0, span.queries);
     load_rows<T, kRows, kSize, kThreads>(memory.k, thread_index(), rows, size, wide,
                                          rows_of<T>(args.k, token, kv_head));
     load_rows<T, kRows, kSize, kThreads>(memory.v, thread_index(), rows, size, wide,
@@ -119,7 +119,8 @@ struct SpaeGradKV {
     }
     wait_copies<0>();
     sync_block();
-    const int64_t at = (token * kv_heads + kv_head) * args.size, stride = kv_heads * args.size;
+    const int64_t at = (int64_t{token} * kv_heads + kv_head) * args.size,
+                  stride = kv_heads * args.size;
     if constexpr (kGradK) store(call.grad_k, memory.k, grad_k, args.scale, at, stride, first, rows);
     if constexpr (kGradV) store(call.grad_v, memory.v, grad_v, 1.0f, at, stride, first, rows);
   }
@@ -199,7 +200,7 @@ struct SpaeGradKV {
   }
 
   // One head is done: its sums leave, and the next head's begin.
-  SPEEDER_DEVICE void keep_key_sums(float (&sums)[2], const Bias& bias, int head, int64_t token,
+  SPEEDER_DEVICE void keep_key_sums(float (&sums)[2], const Bias& bias, int head, int token,
                                     int first, int rows) const {
     SPEEDER_UNROLL
     for (int half = 0; half < 2; ++half) {

@@ -75,8 +75,8 @@ struct SpaeGradQ {
     const int end = larger(span.visible(tile.first + rows - 1, args.causal), 0);
     const int key_tiles = (end + kColumns - 1) / kColumns;
     const int first = warp() * 16, size = static_cast<int>(args.size);
-    const int64_t token = span.q0 + tile.first;
-    Bias bias(args, memory.bias, args.rank_q + token, rows, args.rank_k + span.k0, span.keys);
+    const int token = span.q0 + tile.first;
+    Bias bias(args, memory.bias, token, rows, span.k0, span.keys);
     sync_block();  // the last tile's shared memory is no longer in use
     load_rows<T, kRows, kSize, kThreads>(memory.q, thread_index(), rows, size, wide,
                                          rows_of<T>(args.q, token, tile.head));
@@ -91,7 +91,7 @@ struct SpaeGradQ {
     SPEEDER_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = first + SumTile::row(2 * half);
-      const int64_t at = (token + row) * args.heads + tile.head;
+      const int64_t at = int64_t{token + row} * args.heads + tile.head;
       row_lse[half] = row < rows ? call.lse[at] : infinity();
       row_delta[half] = row < rows && !find_delta ? delta[at] : 0.0f;
     }
@@ -151,20 +151,20 @@ struct SpaeGradQ {
     sync_block();
     keep_sums<T, 1, kSize>(memory.q, first, out, [&](int, int) { return args.scale; });
     sync_block();
-    T* to = static_cast<T*>(call.grad_q) + (token * args.heads + tile.head) * args.size;
+    T* to = static_cast<T*>(call.grad_q) + (int64_t{token} * args.heads + tile.head) * args.size;
     store_rows<T, kRows, kSize, kThreads>(memory.q, rows, size, wide,
                                           Rows<T>{to, args.heads * args.size});
   }
 
   // A row's sum over all keys, from what its four lanes have summed.
-  SPEEDER_DEVICE void keep_delta(float (&row_delta)[2], int64_t token, int head, int first,
+  SPEEDER_DEVICE void keep_delta(float (&row_delta)[2], int token, int head, int first,
                                  int rows) const {
     SPEEDER_UNROLL
     for (int half = 0; half < 2; ++half) {
       row_delta[half] = quad_sum(row_delta[half]);
       const int row = first + SumTile::row(2 * half);
       if (lane() % 4 == 0 && row < rows) {
-        delta[(token + row) * call.args.heads + head] = row_delta[half];
+        delta[int64_t{token + row} * call.args.heads + head] = row_delta[half];
       }
     }
   }

@@ -84,6 +84,7 @@ void launch_spae_grad_q(const AttentionBackward& call, const Extents& extents,
     if (call.grad_q == nullptr && call.grad_relative == nullptr) return;
   }
   using Kernel = SpaeGradQ<T, kSize>;
+  static_assert(Kernel::kRows == grad_q_rows(sizeof(T), kSize), "the plan counts these tiles");
   float* tables = call.grad_relative != nullptr ? scratch + plan.relative : nullptr;
   const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
   const int shares = static_cast<int>(plan.relative_shares);

@@ -9,8 +9,10 @@
 
 #ifdef __CUDACC__
 #define SPEEDER_ROLLED _Pragma("unroll 1")
+#define SPEEDER_UNROLL_BY_TIMES _Pragma("unroll kTimes")
 #else
 #define SPEEDER_ROLLED
+#define SPEEDER_UNROLL_BY_TIMES
 #endif
 
 namespace speeder {
@@ -53,17 +55,19 @@ template <typename T, int kRows, int kSize, int kThreads, typename Row>
 SPEEDER_DEVICE void load_rows(Shared<T> to, int thread, int count, int size, bool wide,
                               const Row& row) {
   constexpr int N = kVector<T>, kPerRow = kSize / N;
-  if (wide && kThreads % kPerRow == 0) {
+  if constexpr (kThreads % kPerRow == 0) {
     // A thread stays in one column, and goes down by the same step each time.
     constexpr int kStep = kThreads / kPerRow;
-    const int first = thread / kPerRow, column = thread % kPerRow * N;
-    SPEEDER_UNROLL
-    for (int r = 0; r < kRows; r += kStep) {
-      if (kRows % kStep != 0 && first + r >= kRows) break;
-      const bool valid = first + r < count && column < size;
-      copy_async16(to, (first + r) * kStride<T, kSize> + column, row(first + r) + column, valid);
+    if (wide) {
+      const int first = thread / kPerRow, column = thread % kPerRow * N;
+      SPEEDER_UNROLL
+      for (int r = 0; r < kRows; r += kStep) {
+        if (kRows % kStep != 0 && first + r >= kRows) break;
+        const bool valid = first + r < count && column < size;
+        copy_async16(to, (first + r) * kStride<T, kSize> + column, row(first + r) + column, valid);
+      }
+      return;
     }
-    return;
   }
   SPEEDER_ROLLED
   for (int n = thread; n < kRows * kPerRow; n += kThreads) {
@@ -130,7 +134,10 @@ SPEEDER_DEVICE void dot_products(SumTile (&sums)[kRowTiles][kColumns / 8], Share
     SPEEDER_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) sums[r][n] = SumTile{};
   }
-  SPEEDER_UNROLL
+  // Floats are multiplied one by one: a step is long enough as it is, and slow to compile.
+  constexpr int kTimes = sizeof(T) == 4 ? 1 : kSize / 16;
+  (void)kTimes;  // of which g++ does not know
+  SPEEDER_UNROLL_BY_TIMES
   for (int depth = 0; depth < kSize; depth += 16) {
     typename Product::A rows[kRowTiles];
     SPEEDER_UNROLL

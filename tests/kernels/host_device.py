@@ -47,12 +47,11 @@ class Launch:
     shared: int
 
 
-def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc", defines: tuple[str, ...] = ()) -> Path:
-    """Compile `cuda_host/<name>.cpp` over the kernels in `csrc`, with macros (`NAME=value`); returns the program."""
+def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc", extra: tuple[str, ...] = ()) -> Path:
+    """Compile `cuda_host/<name>.cpp` over the kernels in `csrc`, with `extra` flags; returns the program."""
     program = folder / name
     flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    flags += [f"-D{define}" for define in defines]
-    _compile(csrc, *flags, str(SOURCES / f"{name}.cpp"), str(_engine()), "-o", str(program))
+    _compile(csrc, *flags, *extra, str(SOURCES / f"{name}.cpp"), str(_engine()), "-o", str(program))
     return program
 
 
