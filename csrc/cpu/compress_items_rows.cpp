@@ -72,25 +72,36 @@ class Item {
   const bool* present = nullptr;
 };
 
-template <typename T>
-void forward(const CompressForward& call, int64_t begin, int64_t end, float* scratch) {
+template <bool kStream, typename T>
+void forward_rows(const CompressForward& call, int64_t begin, int64_t end, float* scratch) {
   const CompressArgs& args = call.args;
   Item<T> item(args, scratch);
   for (int64_t u = begin; u < end; ++u) {
     const float scale = item.mix(u);
     T* out = static_cast<T*>(call.tokens) + u * args.size;
     for_vectors(args.size, [&](int64_t d, int64_t count) {
-      store_row(out + d, load(item.mixed + d) * scale * load_row(args.weight + d, count), count);
+      const Vec weight = load_row(args.weight + d, count);
+      write<kStream>(out + d, load(item.mixed + d) * scale * weight, count);
     });
     for (int64_t m = 0; m < args.modalities; ++m) {
       call.gates[u * args.modalities + m] = item.gates[m];
     }
   }
+  if (kStream) finish_streams();
 }
 
 template <typename T>
-void backward(const CompressBackward& call, int64_t begin, int64_t end, float* grad_weight,
-              float* scratch) {
+void forward(const CompressForward& call, int64_t begin, int64_t end, float* scratch) {
+  if (streamed<T>(call.tokens, call.args.items, call.args.size)) {
+    forward_rows<true, T>(call, begin, end, scratch);
+  } else {
+    forward_rows<false, T>(call, begin, end, scratch);
+  }
+}
+
+template <bool kStream, typename T>
+void backward_rows(const CompressBackward& call, int64_t begin, int64_t end, float* grad_weight,
+                   float* scratch) {
   const CompressArgs& args = call.args;
   Item<T> item(args, scratch);
   const bool through = call.grad_experts != nullptr || call.grad_logits != nullptr;
@@ -126,7 +137,9 @@ void backward(const CompressBackward& call, int64_t begin, int64_t end, float* g
         for_vectors(args.size, [&](int64_t d, int64_t count) {
           const Vec grad_mixed = load(item.grad + d);
           dot += load_row(expert + d, count) * grad_mixed;
-          if (call.grad_experts != nullptr) store_row(out + d, grad_mixed * item.gates[m], count);
+          if (call.grad_experts != nullptr) {
+            write<kStream>(out + d, grad_mixed * item.gates[m], count);
+          }
         });
         item.grad_gates[m] = call.grad_gates[at] + sum(dot);
         total += item.gates[m] * item.grad_gates[m];
@@ -136,6 +149,19 @@ void backward(const CompressBackward& call, int64_t begin, int64_t end, float* g
       const float gradient = item.gates[m] * (item.grad_gates[m] - total);
       call.grad_logits[u * args.modalities + m] = item.present[m] ? gradient : 0.0f;
     }
+  }
+  if (kStream) finish_streams();
+}
+
+template <typename T>
+void backward(const CompressBackward& call, int64_t begin, int64_t end, float* grad_weight,
+              float* scratch) {
+  const CompressArgs& args = call.args;
+  if (call.grad_experts &&
+      streamed<T>(call.grad_experts, args.items * args.modalities, args.size)) {
+    backward_rows<true, T>(call, begin, end, grad_weight, scratch);
+  } else {
+    backward_rows<false, T>(call, begin, end, grad_weight, scratch);
   }
 }
 

@@ -11,10 +11,6 @@ namespace {
 
 constexpr int64_t kRowsAhead = 8;  // rows lie anywhere: hardware cannot guess the next one
 
-// An output larger than this is written past the caches: whoever reads it next would not find its
-// beginning there anyway, and the cache need not read what is overwritten.
-constexpr int64_t kStreamedBytes = int64_t{1} << 20;
-
 template <typename T>
 class Rows {
  public:
@@ -39,16 +35,6 @@ class Rows {
   const PackArgs& args_;
   const T *text_, *items_, *prompts_;
 };
-
-// Writes a vector of a row; `count` is kWidth where the output is streamed.
-template <bool kStream, typename T>
-inline void write(T* p, Vec x, int64_t count) {
-  if (kStream) {
-    stream(p, x);
-  } else {
-    store_row(p, x, count);
-  }
-}
 
 // Bit by bit: a NaN stays the one it is.
 template <bool kStream>
@@ -86,10 +72,7 @@ void pack_rows(const PackArgs& args, int64_t begin, int64_t end) {
 
 template <typename T>
 void pack(const PackArgs& args, int64_t begin, int64_t end) {
-  constexpr int64_t kLine = 64;
-  const int64_t bytes = args.hidden * static_cast<int64_t>(sizeof(T));
-  const bool aligned = reinterpret_cast<uintptr_t>(args.out) % kLine == 0 && bytes % kLine == 0;
-  if (aligned && args.tokens * bytes > kStreamedBytes) {
+  if (streamed<T>(args.out, args.tokens, args.hidden)) {
     pack_rows<true, T>(args, begin, end);
   } else {
     pack_rows<false, T>(args, begin, end);

@@ -14,7 +14,7 @@ namespace {
 static_assert(kDecodeRows <= kTileRows, "a key head's rows are one tile");
 
 constexpr int kKeysAtOnce = 4;         // times kTileRows rows: as many sums as registers hold
-constexpr int64_t kKeysTogether = 16;  // of one head before the next head
+constexpr int64_t kKeysTogether = 32;  // of one head before the next head
 static_assert(kKeysTogether % kWidth == 0 && kWidth % kKeysAtOnce == 0, "whole vectors of keys");
 
 // Rows that are read after those at hand, to be fetched meanwhile: memory delivers most when asked
@@ -27,7 +27,7 @@ struct Coming {
   Coming from(int64_t n) const { return {rows == nullptr ? nullptr : rows + n * stride, stride}; }
 
   void fetch_row(int64_t n, int64_t size) const {
-    if (rows != nullptr) fetch<3>(rows + n * stride, size * static_cast<int64_t>(sizeof(T)));
+    if (rows != nullptr) fetch<2>(rows + n * stride, size * static_cast<int64_t>(sizeof(T)));
   }
 };
 

@@ -187,6 +187,27 @@ inline void stream(T* p, Vec x) {
 #endif
 }
 
+// Whether rows of `size` elements are written so: where a vector never sticks out of a row, and the
+// output is so large that whoever reads it next would not find its beginning in the caches anyway.
+// Then the cache need not read what is overwritten.
+template <typename T>
+inline bool streamed(const void* out, int64_t rows, int64_t size) {
+  constexpr int64_t kLine = 64, kStreamedBytes = int64_t{1} << 20;
+  const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kLine == 0 && bytes % kLine == 0;
+  return aligned && rows * bytes > kStreamedBytes;
+}
+
+// Writes a vector of a row; `count` is kWidth where the output is streamed.
+template <bool kStream, typename T>
+inline void write(T* p, Vec x, int64_t count) {
+  if (kStream) {
+    stream(p, x);
+  } else {
+    store_row(p, x, count);
+  }
+}
+
 inline void finish_streams() {
 #if defined(__AVX2__)
   _mm_sfence();
