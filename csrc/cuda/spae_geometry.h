@@ -31,7 +31,7 @@ struct TileShape {
 template <int kBytes, int kSize>
 struct ForwardShape : TileShape<4, 2, 32, 2> {};
 template <>
-struct ForwardShape<2, 128> : TileShape<8, 1, 32, 1> {};
+struct ForwardShape<2, 128> : TileShape<8, 1, 64, 1> {};
 template <>
 struct ForwardShape<2, 256> : TileShape<8, 1, 32, 1> {};
 template <int kSize>

@@ -157,11 +157,22 @@ struct SpaeGradKV {
     dot_products<T, 1, kColumns, kSize>(weights, memory.k, first,
                                         memory.q.part(stage * Memory::kTile, Memory::kTile));
     bias.add(weights, first, head, stage, row_absolute);
-    // A key is seen by the queries from `from` on; the row below it by one query less.
+    // A key is seen by the queries from `from` on; the key after it by one query less.
     const int from = args.causal ? key + SumTile::row(0) - (span.keys - span.queries) : 0;
     const int low = from - column - SumTile::column(0);
     const int high = span.queries - column - SumTile::column(0);
-    const int step = args.causal ? 8 : 0;
+    if (from + 15 > column || column + kColumns > span.queries) {
+      const int step = args.causal ? 8 : 0;
+      SPEEDER_UNROLL
+      for (int n = 0; n < kColumns / 8; ++n) {
+        SPEEDER_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int c = 8 * n + i % 2;
+          const bool seen = c >= low + i / 2 * step && c < high;
+          weights[0][n].at[i] = seen ? weights[0][n].at[i] : -infinity();
+        }
+      }
+    }
     SPEEDER_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
       const Vector<float, 2> lse =
@@ -169,9 +180,7 @@ struct SpaeGradKV {
       SPEEDER_UNROLL
       for (int i = 0; i < 4; ++i) {
         float& weight = weights[0][n].at[i];
-        const int c = 8 * n + i % 2;
-        const bool seen = c >= low + i / 2 * step && c < high;
-        weight = seen ? exp2_fast((weight - lse.at[i % 2]) * kLog2E) : 0.0f;
+        weight = exp2_fast((weight - lse.at[i % 2]) * kLog2E);
       }
     }
   }
@@ -182,19 +191,28 @@ struct SpaeGradKV {
                                  float (&sums)[2]) const {
     SumTile grads[1][kColumns / 8];
     dot_products<T, 1, kColumns, kSize>(grads, memory.v, first, grad);
-    const bool counts = key_sums != nullptr && bias.kind() != Ranks::kNone;
     SPEEDER_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) {
-      const int at = 8 * n + SumTile::column(0);
-      const Vector<float, 2> of = memory.delta.template get_vector<2>(stage * kColumns + at);
+      const int at = stage * kColumns + 8 * n + SumTile::column(0);
+      const Vector<float, 2> of = memory.delta.template get_vector<2>(at);
+      SPEEDER_UNROLL
+      for (int i = 0; i < 4; ++i) weights[0][n].at[i] *= grads[0][n].at[i] - of.at[i % 2];
+    }
+    if (key_sums == nullptr || bias.kind() == Ranks::kNone) return;
+    if (bias.kind() == Ranks::kConsecutive) {
+      SPEEDER_UNROLL
+      for (int n = 0; n < kColumns / 8; ++n) {
+        SPEEDER_UNROLL
+        for (int i = 0; i < 4; ++i) sums[i / 2] += weights[0][n].at[i];
+      }
+      return;
+    }
+    SPEEDER_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n) {
       SPEEDER_UNROLL
       for (int i = 0; i < 4; ++i) {
-        float& weight = weights[0][n].at[i];
-        weight *= grads[0][n].at[i] - of.at[i % 2];
-        if (!counts) continue;
-        const bool item =
-            bias.kind() == Ranks::kConsecutive || bias.column_rank(at + i % 2, stage) >= 0;
-        if (item) sums[i / 2] += weight;
+        const int rank = bias.column_rank(8 * n + SumTile::column(i), stage);
+        sums[i / 2] += rank >= 0 ? weights[0][n].at[i] : 0.0f;
       }
     }
   }
