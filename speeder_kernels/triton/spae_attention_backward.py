@@ -271,7 +271,7 @@ def keys_kernel(
                 low_k, high_k, first_k, whole, length_q, length_q, shift, buckets, scale,
                 NEED_K, NEED_V, NEED_ABSOLUTE, False, False, D, BLOCK_D, BLOCK_Q, BLOCK_K,
             )  # fmt: skip
-            if relative is not None:  # noqa: SIM102: the one is decided when compiling
+            if relative is not None:  # noqa: SIM102 - the one is decided when compiling
                 if any_wide:
                     grad_k_KD, grad_v_KD, sums_K, any_wide = add_queries(
                         grad_k_KD, grad_v_KD, sums_K, any_wide, k_KD, v_KD, q_head, grad_head, lse2_head,
@@ -377,7 +377,7 @@ def add_keys(
         grad_scores_QK = weights_QK * (grad_weights_QK - delta_Q[:, None])
         if NEED_Q:
             grad_q_QD = tl.dot(grad_scores_QK.to(k_KD.dtype), k_KD, grad_q_QD, input_precision="ieee")
-        if NEED_FAR:  # noqa: SIM102: the one is decided when compiling
+        if NEED_FAR:  # noqa: SIM102 - the one is decided when compiling
             if is_far(kind_q, low_q, kind_k, low_k, buckets, BLOCK_K):
                 far_Q += tl.sum(grad_scores_QK, axis=1)
     return grad_q_QD, far_Q, any_wide
@@ -485,7 +485,7 @@ def queries_kernel(
             buckets, positions, scale, NEED_Q, NEED_FAR, CAUSAL, True, False, D, BLOCK_D, BLOCK_Q,
             BLOCK_K,
         )  # fmt: skip
-        if relative is not None:  # noqa: SIM102: the one is decided when compiling
+        if relative is not None:  # noqa: SIM102 - the one is decided when compiling
             if any_wide:
                 grad_q_QD, far_Q, any_wide = add_keys(
                     grad_q_QD, far_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v, k_stride, v_stride,

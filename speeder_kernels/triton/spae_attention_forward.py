@@ -205,7 +205,7 @@ def forward_kernel(
             summary_k, kind_q, low_q, high_q, first_q, whole, end, length_k, shift, buckets, positions, scale,
             CAUSAL, True, False, D, BLOCK_D, BLOCK_Q, BLOCK_K,
         )  # fmt: skip
-        if relative is not None:  # noqa: SIM102: the one is decided when compiling
+        if relative is not None:  # noqa: SIM102 - the one is decided when compiling
             if any_wide:
                 acc_QD, top_Q, total_Q, any_wide = attend(
                     acc_QD, top_Q, total_Q, any_wide, q_QD, k, v, k_stride, v_stride, rank_q_Q, rank_k,

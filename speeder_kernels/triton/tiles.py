@@ -63,11 +63,21 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("topk_items", 4): {80: dict(BLOCK_N=64, BLOCK_I=128, BLOCK_H=16, num_warps=8, num_stages=3)},
     ("candidate_keys",): {80: dict(BLOCK_K=32, num_warps=4)},
     # spae_attention: kernel, head size, bytes of an element. Queries and keys of a tile; with `separate`, a kernel
-    # that runs once for each gradient. Tiles of "relative" divide those of "queries". The products of float32 are
-    # not done by tensor cores ("ieee"), and a tile's operands stand in registers whole: small tiles.
-    ("spae_attention", "forward", 16, 2): {80: dict(block_q=128, block_k=64, num_warps=8, num_stages=3)},
-    ("spae_attention", "forward", 32, 2): {80: dict(block_q=128, block_k=64, num_warps=8, num_stages=3)},
-    ("spae_attention", "forward", 64, 2): {80: dict(block_q=128, block_k=64, num_warps=8, num_stages=3)},
+    # that runs once for each gradient; with `maxnreg`, one that ptxas would rather let spill than use all registers.
+    # Tiles of "relative" divide those of "queries". The products of float32 are not done by tensor cores ("ieee"), and
+    # a tile's operands stand in registers whole: small tiles.
+    ("spae_attention", "forward", 16, 2): {
+        80: dict(block_q=128, block_k=64, num_warps=8, num_stages=3),
+        100: dict(block_q=128, block_k=64, num_warps=8, num_stages=2),
+    },
+    ("spae_attention", "forward", 32, 2): {
+        80: dict(block_q=128, block_k=64, num_warps=8, num_stages=3),
+        100: dict(block_q=128, block_k=64, num_warps=8, num_stages=2),
+    },
+    ("spae_attention", "forward", 64, 2): {
+        80: dict(block_q=128, block_k=64, num_warps=8, num_stages=3),
+        100: dict(block_q=128, block_k=64, num_warps=8, num_stages=2),
+    },
     ("spae_attention", "forward", 128, 2): {
         80: dict(block_q=128, block_k=32, num_warps=8, num_stages=2),
         90: dict(block_q=128, block_k=64, num_warps=8, num_stages=2),
@@ -76,7 +86,10 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("spae_attention", "decode", 16, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=3)},
     ("spae_attention", "decode", 32, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=3)},
     ("spae_attention", "decode", 64, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=3)},
-    ("spae_attention", "decode", 128, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2)},
+    ("spae_attention", "decode", 128, 2): {
+        80: dict(block_q=16, block_k=64, num_warps=4, num_stages=2),
+        90: dict(block_q=16, block_k=32, num_warps=4, num_stages=2),
+    },
     ("spae_attention", "decode", 256, 2): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=2)},
     ("spae_attention", "keys", 16, 2): {
         80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1),
@@ -95,20 +108,43 @@ TILES: dict[tuple, dict[int, Tile]] = {
         80: dict(block_q=16, block_k=64, num_warps=8, num_stages=1, separate=1),
         90: dict(block_q=32, block_k=64, num_warps=8, num_stages=1, separate=1),
     },
-    ("spae_attention", "queries", 16, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
-    ("spae_attention", "queries", 32, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
-    ("spae_attention", "queries", 64, 2): {80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 16, 2): {
+        80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1),
+        90: dict(block_q=64, block_k=64, num_warps=4, num_stages=2),
+        100: dict(block_q=64, block_k=32, num_warps=4, num_stages=2, maxnreg=255),
+    },
+    ("spae_attention", "queries", 32, 2): {
+        80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1),
+        90: dict(block_q=64, block_k=64, num_warps=4, num_stages=2),
+        100: dict(block_q=64, block_k=32, num_warps=4, num_stages=2, maxnreg=255),
+    },
+    ("spae_attention", "queries", 64, 2): {
+        80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1),
+        90: dict(block_q=64, block_k=32, num_warps=4, num_stages=2),
+    },
     ("spae_attention", "queries", 128, 2): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "queries", 256, 2): {80: dict(block_q=32, block_k=64, num_warps=8, num_stages=1)},
-    ("spae_attention", "relative", 16, 2): {80: dict(block_q=32, block_k=32, num_warps=2, num_stages=1)},
-    ("spae_attention", "relative", 32, 2): {80: dict(block_q=32, block_k=32, num_warps=2, num_stages=1)},
-    ("spae_attention", "relative", 64, 2): {80: dict(block_q=32, block_k=32, num_warps=2, num_stages=1)},
-    ("spae_attention", "relative", 128, 2): {80: dict(block_q=32, block_k=32, num_warps=2, num_stages=1)},
-    ("spae_attention", "relative", 256, 2): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "forward", 16, 4): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 16, 2): {
+        80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "relative", 32, 2): {
+        80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "relative", 64, 2): {
+        80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "relative", 128, 2): {
+        80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "relative", 256, 2): {
+        80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "forward", 16, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "forward", 32, 4): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "forward", 64, 4): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "forward", 128, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "forward", 128, 4): {
+        80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
+    },
     ("spae_attention", "forward", 256, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "decode", 16, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "decode", 32, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
@@ -116,28 +152,36 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("spae_attention", "decode", 128, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "decode", 256, 4): {80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1)},
     ("spae_attention", "keys", 16, 4): {
-        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1)
+        80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1, separate=1, maxnreg=255)
     },
     ("spae_attention", "keys", 32, 4): {
-        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1)
+        80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1, separate=1, maxnreg=255)
     },
     ("spae_attention", "keys", 64, 4): {
-        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1)
+        80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1, separate=1, maxnreg=255)
     },
     ("spae_attention", "keys", 128, 4): {
-        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1)
+        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1, maxnreg=255)
     },
     ("spae_attention", "keys", 256, 4): {
-        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1)
+        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1, separate=1, maxnreg=255)
     },
-    ("spae_attention", "queries", 16, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "queries", 32, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "queries", 64, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 16, 4): {
+        80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "queries", 32, 4): {
+        80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1, maxnreg=255)
+    },
+    ("spae_attention", "queries", 64, 4): {
+        80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1, maxnreg=255)
+    },
     ("spae_attention", "queries", 128, 4): {80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1)},
-    ("spae_attention", "queries", 256, 4): {80: dict(block_q=16, block_k=16, num_warps=8, num_stages=1)},
-    ("spae_attention", "relative", 16, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "relative", 32, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "relative", 64, 4): {80: dict(block_q=16, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "queries", 256, 4): {
+        80: dict(block_q=16, block_k=16, num_warps=8, num_stages=2, maxnreg=255)
+    },
+    ("spae_attention", "relative", 16, 4): {80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 32, 4): {80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1)},
+    ("spae_attention", "relative", 64, 4): {80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1)},
     ("spae_attention", "relative", 128, 4): {80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1)},
     ("spae_attention", "relative", 256, 4): {80: dict(block_q=16, block_k=16, num_warps=4, num_stages=1)},
     ("spae_attention", "row_terms", 16, 2): {80: dict(block_q=256, num_warps=4, num_stages=1)},
@@ -145,11 +189,11 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("spae_attention", "row_terms", 64, 2): {80: dict(block_q=64, num_warps=4, num_stages=1)},
     ("spae_attention", "row_terms", 128, 2): {80: dict(block_q=32, num_warps=4, num_stages=1)},
     ("spae_attention", "row_terms", 256, 2): {80: dict(block_q=16, num_warps=4, num_stages=1)},
-    ("spae_attention", "row_terms", 16, 4): {80: dict(block_q=256, num_warps=4, num_stages=1)},
-    ("spae_attention", "row_terms", 32, 4): {80: dict(block_q=128, num_warps=4, num_stages=1)},
-    ("spae_attention", "row_terms", 64, 4): {80: dict(block_q=64, num_warps=4, num_stages=1)},
-    ("spae_attention", "row_terms", 128, 4): {80: dict(block_q=32, num_warps=4, num_stages=1)},
-    ("spae_attention", "row_terms", 256, 4): {80: dict(block_q=16, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 16, 4): {80: dict(block_q=128, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 32, 4): {80: dict(block_q=64, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 64, 4): {80: dict(block_q=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 128, 4): {80: dict(block_q=16, num_warps=4, num_stages=1)},
+    ("spae_attention", "row_terms", 256, 4): {80: dict(block_q=8, num_warps=4, num_stages=1)},
 }
 
 

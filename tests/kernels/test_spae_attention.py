@@ -301,11 +301,15 @@ BAD = {
         ValueError,
         r"absolute_bias: expected at least one element",
     ),
-    "backend": ({"backend": "tpu"}, ValueError, r"backend: expected None or one of cuda, .* got 'tpu'"),
+    "backend": (
+        {"backend": "tpu"},
+        ValueError,
+        r"backend: expected None or one of triton, cuda, .* got 'tpu'",
+    ),
     "backend_op": (
         {"backend": "cuda"},
         ValueError,
-        r"'cuda' cannot run spae_attention here: .*; available: cpu, reference",
+        r"'cuda' cannot run spae_attention here: .*; available: (triton, )?cpu, reference",
     ),
 }
 

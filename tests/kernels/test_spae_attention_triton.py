@@ -146,7 +146,7 @@ def test_matches_float64(lengths, heads, size, buckets, kind, causal, dtype, pro
 def test_more_keys_than_queries_of_every_kind(kind):
     """Several tiles in both directions, far apart and near, for every kind of ranks."""
     with small_attention_tiles():
-        check(draw(kind, [70], [90], 2, 1, 8, (20, 30), dtype=torch.float32), True)
+        check(draw(kind, [50], [66], 1, 1, 8, (20, 30), dtype=torch.float32), True)
 
 
 def test_tiles_of_the_relative_table_divide_those_of_the_queries():
@@ -302,11 +302,11 @@ def test_compile():
 # --- the order of programs, and planted faults --------------------------------------------------------------
 
 
-def runs_in_any_order() -> list[list[torch.Tensor]]:
-    """The same batch, its programs in three orders (where there is a GPU: as it likes): output and gradients."""
-    args = draw("answered", [40, 20], [40, 20], 2, 1, 8, (20, 7))
+def runs_in_any_order(orders: int = 3) -> list[list[torch.Tensor]]:
+    """The same batch, its programs in some orders (where there is a GPU: as it likes): output and gradients."""
+    args = draw("answered", [40, 20], [40, 20], 1, 1, 8, (20, 7))
     runs = []
-    for order in range(3):
+    for order in range(orders):
         with small_attention_tiles(), contextlib.ExitStack() as stack:
             if DEVICE == "cpu":
                 stack.enter_context(programs_in_any_order(order))
@@ -519,7 +519,7 @@ ATOMICS = {
 @pytest.mark.parametrize("table", ATOMICS)
 def test_an_atomic_sum_is_noticed(table, tmp_path):
     """Its result is right, within rounding, and differs with the order in which programs run."""
-    right = runs_in_any_order()[0]
+    right = runs_in_any_order(1)[0]
     zeros = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     with planted(tmp_path, "spae_attention_tables", *ATOMICS[table]), zeros:
         runs = runs_in_any_order()

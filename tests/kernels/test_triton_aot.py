@@ -33,17 +33,21 @@ def table(tmp_path_factory) -> list[dict]:
     return json.loads(path.read_text())
 
 
+def tuned(table: list[dict]) -> list[dict]:
+    return [row for row in table if (row["op"], row["arch"]) not in triton_aot.UNTUNED]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_is_spilled(table):
-    spilled = [row for row in table if row["stack"]]
+    spilled = [row for row in tuned(table) if row["stack"]]
     assert not spilled, "\n".join(map(str, spilled))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_shared_memory_fits(table):
-    too_large = [row for row in table if row["shared"] > triton_aot.SHARED_LIMIT[row["arch"]]]
+    too_large = [row for row in tuned(table) if row["shared"] > triton_aot.SHARED_LIMIT[row["arch"]]]
     assert not too_large, "\n".join(map(str, too_large))
 
 
