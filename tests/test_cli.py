@@ -58,7 +58,10 @@ def test_help_and_mistakes_answer_without_loading_models():
         (["assets", "gold"], "expected some of .* got 'gold'"),
         (["train", "--out", "{tmp}/new"], "expected --data and --recipe"),
         (["train", "--out", "{tmp}/new", "--data", "{tmp}/none", "--recipe", "ml-100k"], "none"),
-        (["train", "--out", "{tmp}/new", "--data", "{run}/../data", "--recipe", "best"], "one of .*ml-100k.*, got 'best'"),
+        (
+            ["train", "--out", "{tmp}/new", "--data", "{run}/../data", "--recipe", "best"],
+            "one of .*ml-100k.*, got 'best'",
+        ),
         (["train", "--out", "{tmp}/new", "--data", "{run}/../data", "--recipe", "{tmp}/no.yaml"], "No such file"),
         (["train", "--out", "{tmp}/new", "--resume"], "expected a run to resume, found none"),
         (["train", "--out", "{run}", "--data", "{run}/../data", "--recipe", "{run}/../recipe.yaml"], "holds a run"),

@@ -102,8 +102,16 @@ def check(exactly, run, rows, items, hidden, scale, corrected, dtype, seed):
     largest = 1 + scale * (h.float().norm(dim=1).max() * table.float().norm(dim=1).max()).item()
     naive.assert_accurate("loss", loss, loss_exact, loss_torch, largest)
     results = [naive.gradients(x, y) for x, y in ((loss, ours), (loss_exact, exact), (loss_torch, same))]
-    for name, a, b, c in zip(("hidden", "item_table"), *results, strict=True):
-        naive.assert_accurate(name, a, b, c, rows * largest * max(1.0, scale))
+    sizes = sizes_of_gradients(*(x.detach() for x in exact), targets, scale, log_q)
+    for name, size, a, b, c in zip(("hidden", "item_table"), sizes, *results, strict=True):
+        naive.assert_accurate(name, a, b, c, size * largest)  # a probability's error is that of its logit
+
+
+def sizes_of_gradients(hidden, table, targets, scale, log_q):
+    """The largest sum of absolute terms that an element of each gradient is, `gradients` drawing at most 4."""
+    logits = scale * hidden @ table.T - (0.0 if log_q is None else log_q)
+    terms = logits.softmax(dim=1) + torch.nn.functional.one_hot(targets, len(table))
+    return [4 * scale * x.max().item() for x in (terms @ table.abs(), terms.T @ hidden.abs())]
 
 
 def test_gradcheck(chunk):

@@ -200,6 +200,8 @@ def test_every_instruction_set(isa):
         "    for size, kind, causal in ((64, 'history', True), (80, 'mixed', False), (3, 'random', True)):\n"
         "        args = make([40, 1, 33, 270], [40, 7, 33, 270], 6, 2, size, (20, 30), dtype, n)\n"
         "        check(set_ranks(args, kind), dtype, causal)\n"
+        "    args = make([1, 2], [900, 1500], 6, 2, 64, (20, 30), dtype, n)  # decoding, keys shared among tasks\n"
+        "    check(set_ranks(args, 'history'), dtype, True)\n"
     )
     environ = {**os.environ, "SPEEDER_CPU_ISA": isa}
     result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)

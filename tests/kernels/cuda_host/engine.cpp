@@ -95,8 +95,7 @@ void land_copy(const void* bytes) {
   fiber.copies.erase(fiber.copies.begin());
   --fiber.groups.front();
   const int64_t at = int64_t{copy.to.start} + copy.byte;
-  check(block().memory.land_copy(fiber, at, copy.size, bytes), copy.to, copy.byte,
-        copy.size);
+  check(block().memory.land_copy(fiber, at, copy.size, bytes), copy.to, copy.byte, copy.size);
 }
 
 namespace {
