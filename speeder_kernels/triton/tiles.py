@@ -221,7 +221,15 @@ def processors(device: torch.device) -> int:
 def tile(device: torch.device, *key: Any) -> Tile:
     """The row of `TILES[key]` for this device: constants of the kernel, num_warps and num_stages."""
     rows, arch = TILES[key], architecture(device)
-    return dict(rows[max(row for row in rows if row <= arch)])
+    row = dict(rows[max(row for row in rows if row <= arch)])
+    if not limits_registers():
+        row.pop("maxnreg", None)
+    return row
+
+
+def limits_registers() -> bool:
+    """Whether the compiler takes `maxnreg`; AMD's does not."""
+    return torch.version.hip is None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fuse: bool, **options: Any) -> None:

@@ -207,6 +207,7 @@ def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(tiles, "architecture", lambda device: int(arch) if arch.isdigit() else 80),
+        mock.patch.object(tiles, "limits_registers", arch.isdigit),
         mock.patch.object(tiles, "processors", lambda device: PROCESSORS[arch]),
         mock.patch.object(tiles, "TILES", Table(tiles.TILES)),
     ):
