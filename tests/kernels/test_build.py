@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import cuda_resources
+from tests.kernels import cuda_resources, gpu_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,6 +156,8 @@ def test_cuda_compiles_without_spills(build, source, arch):
         pytest.skip(f"CUDA {cuda.version} does not know sm_{arch}")
     rows = cuda_resources.compile_kernels(cuda.nvcc, source, arch)
     assert not [row for row in rows if row["stack"] or row["spill_stores"] or row["spill_loads"]]
+    problems = gpu_resources.worse("cuda", rows, f"{source.stem} {arch} ")
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import triton_aot
+from tests.kernels import gpu_resources, triton_aot
 
 SCRIPT = Path(triton_aot.__file__)
 ROW = {"op", "kernel", "arch", "case", "dtype", "constants", "num_warps", "num_stages"}
@@ -38,21 +38,21 @@ def tuned(table: list[dict]) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_nothing_is_spilled(table):
     spilled = [row for row in tuned(table) if row["stack"]]
     assert not spilled, "\n".join(map(str, spilled))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_shared_memory_fits(table):
     too_large = [row for row in tuned(table) if row["shared"] > triton_aot.SHARED_LIMIT[row["arch"]]]
     assert not too_large, "\n".join(map(str, too_large))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_table_is_complete(table):
     """Every op for every target and dtype; the script itself refuses a kernel or a row of tiles that is left out."""
     assert all(set(row) == ROW for row in table)
@@ -67,7 +67,7 @@ def test_the_table_is_complete(table):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_products_use_the_matrix_instruction_of_their_architecture(table):
     """And float32 is multiplied as such, not cut to 10 bits of mantissa (TF32)."""
     rows = [row for row in table if row["kernel"].removesuffix("_kernel") in PRODUCTS]
@@ -75,6 +75,34 @@ def test_products_use_the_matrix_instruction_of_their_architecture(table):
     for row in rows:
         wanted = {None} if row["dtype"] == "float32" else {triton_aot.MATRIX[row["arch"]]}
         assert row["matrix"] in wanted, row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_takes_more_than_agreed(table):
+    problems = gpu_resources.worse("triton", table)
+    assert not problems, "\n".join(problems)
+
+
+def test_what_has_become_worse_is_named():
+    """More registers, less occupancy, a kernel that is new or gone, and another compiler; better is no problem."""
+    names = ("op", "arch", "kernel", "dtype", "case", "registers", "stack", "shared", "occupancy")
+    row = dict(zip(names, ("pack", "90", "k", "float32", "H", 40, 0, 1024, 0.5), strict=True))
+    rows = gpu_resources.by_key("triton", [row, row])
+    assert list(rows) == ["pack 90 k float32 H", "pack 90 k float32 H #2"]
+    agreed = {"triton": {"compiler": "3.9.0", "rows": {"pack 90 k float32 H": [40, 0, 1024, 0.5]}}}
+
+    def worse(*table: dict, release: str = "3.9.0") -> str:
+        return "\n".join(gpu_resources.worse("triton", list(table), agreed=agreed, release=release))
+
+    assert worse(row) == worse({**row, "registers": 32, "occupancy": 0.75}) == ""
+    assert worse({**row, "registers": 41}).startswith(
+        "pack 90 k float32 H: registers 41, was 40; if it is worth"
+    )
+    assert worse({**row, "occupancy": 0.25}).startswith("pack 90 k float32 H: occupancy 0.25, was 0.5;")
+    assert worse() == f"pack 90 k float32 H: gone; {gpu_resources.REWRITE}"
+    assert worse(row, row) == f"pack 90 k float32 H #2: new; {gpu_resources.REWRITE}"
+    assert worse(row, release="4.0").startswith("triton 4.0 is installed, the file is of 3.9.0")
 
 
 def test_interpreted_kernels_are_refused(tmp_path):
