@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.case import REFERENCE, Inputs
+from benchmarks.gpu_loops import Instruction, main_loop
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Times, Timing
 
@@ -77,3 +78,26 @@ def test_table(tmp_path: Path) -> None:
     text = (tmp_path / "table.md").read_text()
     assert all(case.what in text for case in BENCHMARKS.values())
     assert (tmp_path / "roofline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def code(*lines: str) -> list[Instruction]:
+    """Instructions, 16 bytes each; a branch is "BRA n", or "BRA? n" where it may be passed by."""
+    out = []
+    for i, line in enumerate(lines):
+        name, _, target = line.partition(" ")
+        out.append(Instruction(16 * i, name.strip("?"), "?" in line, 16 * int(target) if target else None))
+    return out
+
+
+def test_the_main_loop_of_a_gpu_kernel() -> None:
+    """Both ways through its branch, and not the loop with a mask, nor code behind the end that jumps back."""
+    product = "HMMA.16816.F32.BF16"  # 2048 products
+    body = [product, product, "BRA? 5", "FADD", "FADD", "MUFU.EX2", "BRA? 0"]
+    masked = [product, *["ISETP"] * 20, "BRA? 7"]
+    kernel = code(*body, *masked, "EXIT", product, "BRA 1")
+    loop = main_loop(kernel, "80")
+    assert (loop.matrix, loop.special, loop.fewest, loop.most, loop.instructions) == (16, 8, 5, 7, "HMMA")
+    assert loop.share(loop.most) == 1 and loop.share(32) == 0.5
+    assert main_loop(kernel, "90").share(1) == pytest.approx(0.625)
+    assert main_loop(code("HGMMA.64x64x16.F32.BF16", "BRA? 0"), "90").matrix == 32
+    assert main_loop(code(product, "EXIT"), "80") is None

@@ -27,8 +27,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -180,6 +181,19 @@ class Driver:
 def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
     """Every launch of one op for one architecture, compiled: rows of the table, the kernels launched, and the keys
     of the table of tiles that were used."""
+    calls = (
+        ({"op": op, "case": name, "dtype": str(dtype).removeprefix("torch.")}, call)
+        for dtype in TARGETS[arch]
+        for name, call in CASES[op](dtype)
+        if arch == ODD_ARCH or not name.endswith(ODD)
+    )
+    return compile_calls(calls, arch, measure)
+
+
+def compile_calls(
+    calls: Iterable[tuple[dict, Callable[[], object]]], arch: str, look: Callable[[Any, dict], dict]
+) -> tuple[list[dict], set[str], set[tuple]]:
+    """Every launch of `calls`, each with what its rows begin with; `look(compiled kernel, options)` ends a row."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -199,9 +213,7 @@ def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
         kernels.add(kernel.__name__)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            rows.append(
-                {"op": op, "kernel": kernel.__name__, "arch": arch, **context, **measure(compiled, options)}
-            )
+            rows.append({"kernel": kernel.__name__, "arch": arch, **context, **look(compiled, options)})
         return compiled
 
     with (
@@ -211,12 +223,8 @@ def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
         mock.patch.object(tiles, "processors", lambda device: PROCESSORS[arch]),
         mock.patch.object(tiles, "TILES", Table(tiles.TILES)),
     ):
-        for dtype in TARGETS[arch]:
-            for name, call in CASES[op](dtype):
-                if name.endswith(ODD) and arch != ODD_ARCH:
-                    continue
-                context = {"case": name, "dtype": str(dtype).removeprefix("torch.")}
-                call()
+        for context, call in calls:  # noqa: B007 (`record` reads the context)
+            call()
     return rows, kernels, used
 
 
