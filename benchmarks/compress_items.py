@@ -24,7 +24,7 @@ def _by_bmm(gates_UM: Tensor, experts_UMH: Tensor) -> Tensor:
     return torch.bmm(gates_UM[:, None], experts_UMH)[:, 0]
 
 
-def _build(dtype: torch.dtype, quick: bool) -> Inputs:
+def _build(dtype: torch.dtype, quick: bool, backend: str | None = None) -> Inputs:
     items, modalities, hidden = (64, 3, 64) if quick else (4096, 3, 576)
     experts, logits, weight = leaves(
         torch.randn(items, modalities, hidden).to(dtype), torch.randn(items, modalities), torch.ones(hidden)
@@ -46,7 +46,7 @@ def _build(dtype: torch.dtype, quick: bool) -> Inputs:
         return Side(training(function, [experts, logits, weight], grad))
 
     sides = {
-        "ours": side(ours),
+        "ours": side(partial(ours, backend=backend)),
         EAGER: side(partial(eager, _weighted_sum)),
         EAGER_BMM: side(partial(eager, _by_bmm)),
         REFERENCE: side(partial(ours, backend="reference")),

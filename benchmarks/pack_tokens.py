@@ -26,7 +26,7 @@ def _eager(
     return torch.where((rows >= 0)[:, None], items, F.embedding(ids, text_VH))
 
 
-def _build(tokens: int, dtype: torch.dtype, quick: bool) -> Inputs:
+def _build(tokens: int, dtype: torch.dtype, quick: bool, backend: str | None = None) -> Inputs:
     vocabulary, hidden = (512, 64) if quick else (VOCABULARY, HIDDEN)
     tokens = tokens // 32 if quick else tokens
     items = tokens // 2
@@ -52,7 +52,7 @@ def _build(tokens: int, dtype: torch.dtype, quick: bool) -> Inputs:
     distinct = len(ids[rows < 0].unique()) + items + len(ranks.unique())
     row = size_of(text[0])
     sides = {
-        "ours": side(pack_tokens),
+        "ours": side(partial(pack_tokens, backend=backend)),
         EAGER: side(_eager),
         REFERENCE: side(partial(pack_tokens, backend="reference")),
     }

@@ -17,11 +17,11 @@ def _scores(results: Results) -> Results:
     return results[:1]
 
 
-def _build(dtype: torch.dtype, quick: bool) -> Inputs:
+def _build(dtype: torch.dtype, quick: bool, backend: str | None = None) -> Inputs:
     positions, items, hidden, k = (8, 2000, 64, 10) if quick else (256, 1_000_000, 64, 100)
     hidden_NH, table_IH = torch.randn(positions, hidden).to(dtype), torch.randn(items, hidden).to(dtype)
     sides = {
-        "ours": Side(lambda: topk_items(hidden_NH, table_IH, k), _scores),
+        "ours": Side(lambda: topk_items(hidden_NH, table_IH, k, backend=backend), _scores),
         MATMUL: Side(lambda: (hidden_NH @ table_IH.T).topk(k), _scores),
         REFERENCE: Side(lambda: topk_items(hidden_NH, table_IH, k, backend="reference"), _scores),
     }

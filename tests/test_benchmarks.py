@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import report
-from benchmarks.case import REFERENCE, Inputs
+from benchmarks import gpu, report
+from benchmarks.case import REFERENCE, TRAINING, Inputs
 from benchmarks.gpu_loops import Instruction, main_loop
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Times, Timing
@@ -101,3 +101,34 @@ def test_the_main_loop_of_a_gpu_kernel() -> None:
     assert main_loop(kernel, "90").share(1) == pytest.approx(0.625)
     assert main_loop(code("HGMMA.64x64x16.F32.BF16", "BRA? 0"), "90").matrix == 32
     assert main_loop(code(product, "EXIT"), "80") is None
+
+
+@pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: f"{case.op}-{case.what}")
+def test_gpu_cases_compute_the_same(case: gpu.Case) -> None:
+    """The cases of the GPU benchmarks with tiny tensors on the CPU: what needs no GPU runs, what does says why not."""
+    torch.manual_seed(0)
+    ours = ("cpu", "reference")
+    inputs = case.build(torch.device("cpu"), ours, True)
+    may_fail = GPU_ONLY | ({"FlexAttention, same bias"} if case.what.endswith(TRAINING) else set())
+    assert set(inputs.missing) <= may_fail, inputs.missing
+    results = {name: it.to_ours(it.run()) for name, it in inputs.sides.items() if it.to_ours is not None}
+    assert set(ours) < set(results)
+    for name in results:
+        for expected, result in zip(results["reference"], results[name], strict=True):
+            error = (expected.float() - result.float()).abs().max()
+            assert error <= 4e-2 * expected.float().abs().max(), name
+    times = gpu.medians(inputs.sides, lambda run: float(len(run())), rounds=2)
+    text = gpu.rows(case, inputs, times)
+    assert len(text) == len(inputs.sides) + len(inputs.missing)
+
+
+# FlexAttention has no backward on a CPU.
+GPU_ONLY = {"flash-attn, no bias", "flash-attn, ALiBi", "Liger"}
+
+
+def test_gpu_benchmarks_without_a_gpu() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu"]
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environ)
+    assert run.returncode == 1
+    assert run.stderr == "benchmarks.gpu: PyTorch finds no CUDA device, so there is nothing to measure\n"
