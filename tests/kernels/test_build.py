@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels import cuda_resources, gpu_resources
+from tests.kernels import cuda_launches, cuda_resources, gpu_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,8 +157,26 @@ def test_cuda_compiles_without_spills(build, source, arch):
         pytest.skip(f"CUDA {cuda.version} does not know sm_{arch}")
     rows = cuda_resources.compile_kernels(cuda.nvcc, source, arch)
     assert not [row for row in rows if row["stack"] or row["spill_stores"] or row["spill_loads"]]
-    problems = gpu_resources.worse("cuda", rows, f"{source.stem} {arch} ")
+    problems = gpu_resources.worse("cuda", rows, f"{source.stem} {arch} ", release=cuda.version)
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.slow
+def test_cuda_launches_take_no_more_than_agreed():
+    """Shared memory of spae_attention's kernels, and how many warps can be resident; within what an A100 has."""
+    agreed = json.loads(gpu_resources.FILE.read_text())
+    launches = cuda_launches.launches()
+    assert max(launch["shared"] for launch in launches) <= 163 * 1024
+    rows = gpu_resources.occupied(launches, agreed["cuda"]["rows"])
+    problems = gpu_resources.worse("launches", rows, release=agreed["launches"]["compiler"])
+    assert not problems, "\n".join(problems)
+
+
+def test_agreed_cuda_kernels_have_a_source():
+    """No rows are left of a file that is gone."""
+    keys = json.loads(gpu_resources.FILE.read_text())["cuda"]["rows"]
+    assert {key.split()[0] for key in keys} == {source.stem for source in cuda_resources.SOURCES}
+    assert {key.split()[1] for key in keys} == set(cuda_resources.ARCHS)
 
 
 @pytest.mark.slow
