@@ -105,6 +105,20 @@ def test_what_has_become_worse_is_named():
     assert worse(row, release="4.0").startswith("triton 4.0 is installed, the file is of 3.9.0")
 
 
+def test_the_table_in_the_docs_is_of_the_file():
+    agreed = json.loads(gpu_resources.FILE.read_text())
+    lines = (SCRIPT.parents[2] / "docs" / "kernels.md").read_text().splitlines()
+    rows = [line.split("|")[1:6] for line in lines if line.startswith(("  | triton | `", "  | cuda | `"))]
+    assert len(rows) >= 10
+    for section, key, registers, shared, occupancy in (map(str.strip, row) for row in rows):
+        key = key.strip("`")
+        numbers = agreed[section]["rows"][key]
+        if section == "cuda":
+            numbers = [*numbers, *agreed["launches"]["rows"][key.split(" ", 1)[1]]]
+        expected = [str(numbers[0]), f"{numbers[2] / 1024:.1f}", f"{numbers[3]:.3f}"]
+        assert [registers, shared, occupancy] == expected, f"docs/kernels.md: {key}"
+
+
 def test_interpreted_kernels_are_refused(tmp_path):
     result = run("--out", str(tmp_path / "table.json"), TRITON_INTERPRET="1")
     assert result.returncode != 0 and "TRITON_INTERPRET is set" in result.stderr
