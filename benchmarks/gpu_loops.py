@@ -10,11 +10,8 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
-import triton
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+from tests.kernels.triton_aot import cuobjdump
 
 # Products of 16-bit numbers that a part's matrix unit finishes in a cycle, by the instruction of one warp (HMMA) and
 # of a warp group (HGMMA). The faster one is the datasheet's peak; HMMA's on an H100 is an assumption, after arXiv
@@ -70,7 +67,7 @@ def disassemble(cubin: bytes) -> dict[str, list[Instruction]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "-sass", file.name]
+        command = [cuobjdump(), "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     out: dict[str, list[Instruction]] = {}
     for line in text.splitlines():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, report
+from benchmarks import gpu, gpu_roofline, report
 from benchmarks.case import REFERENCE, TRAINING, Inputs
 from benchmarks.gpu_loops import Instruction, main_loop
 from benchmarks.suite import BENCHMARKS
@@ -101,6 +101,11 @@ def test_the_main_loop_of_a_gpu_kernel() -> None:
     assert main_loop(kernel, "90").share(1) == pytest.approx(0.625)
     assert main_loop(code("HGMMA.64x64x16.F32.BF16", "BRA? 0"), "90").matrix == 32
     assert main_loop(code(product, "EXIT"), "80") is None
+
+
+def test_the_gpu_roofline_is_of_todays_shapes() -> None:
+    """Its first table, which needs no compiler; `python -m benchmarks.gpu_roofline` rewrites the file."""
+    assert "\n".join(gpu_roofline.bounds_table()) in gpu_roofline.OUT.read_text()
 
 
 @pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: f"{case.op}-{case.what}")
