@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_loops import RATES, Loop, disassemble, main_loop
+from speeder_kernels import dispatch
 from tests.kernels.triton_aot import compile_calls, meta
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,6 +304,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=OUT, help=f"default: {OUT.relative_to(ROOT)}")
     args = parser.parse_args()
+    if dispatch.interprets_triton():
+        raise SystemExit("TRITON_INTERPRET is set: interpreted kernels are not compiled")
     peaks = "; ".join(
         f"{gpu.name} {gpu.flops / 1e12:.0f} TFLOP/s and {gpu.bandwidth / 1e9:,.0f} GB/s" for gpu in GPUS
     )
