@@ -48,44 +48,25 @@ std::tuple<Tensor, Tensor> compress_items_cuda(const Tensor& experts, const Tens
   const DeviceGuard guard(experts.get_device_index());
   CompressForward call{};
   call.args = compress_args(experts, logits, present, weight, eps);
-  Tensor tokens = new_matrix(experts, call.args.items, call.args.size);
-  Tensor gates =
-      torch::stable::new_empty(experts, {call.args.items, call.args.modalities}, ScalarType::Float);
-  call.tokens = tokens.mutable_data_ptr();
-  call.gates = gates.mutable_data_ptr<float>();
+  const auto results = new_tokens(experts, call);
   void* stream = current_stream(experts.get_device_index());
   check_launch(cuda::compress_items(call, dtype_of(experts), stream));
-  return {tokens, gates};
+  return results;
 }
 
-// `needs` has a bit for each of expert_outputs, gate_logits and norm_weight; what is not needed
-// comes back empty.
 std::tuple<Tensor, Tensor, Tensor> compress_items_backward_cuda(
     const Tensor& grad_tokens, const Tensor& grad_gates, const Tensor& experts,
     const Tensor& logits, const Tensor& present, const Tensor& weight, double eps, int64_t needs) {
   const DeviceGuard guard(experts.get_device_index());
   CompressBackward call{};
   call.args = compress_args(experts, logits, present, weight, eps);
-  const CompressArgs& args = call.args;
-  const DType dtype = dtype_of(experts);
-  STD_TORCH_CHECK(grad_tokens.size(0) == args.items, "expected a gradient for each item");
-  call.grad_tokens = table(grad_tokens, args.size, dtype);
-  call.grad_gates = floats(grad_gates, args.items, args.modalities);
-  using torch::stable::new_empty;
-  Tensor grad_experts =
-      new_empty(experts, {needs & 1 ? args.items : 0, args.modalities, args.size});
-  Tensor grad_logits =
-      new_empty(experts, {needs & 2 ? args.items : 0, args.modalities}, ScalarType::Float);
-  Tensor grad_weight = new_empty(experts, {needs & 4 ? args.size : 0}, ScalarType::Float);
-  Tensor scratch =
-      new_empty(experts, {needs & 4 ? cuda::compress_scratch_floats(args) : 0}, ScalarType::Float);
-  if (needs & 1) call.grad_experts = grad_experts.mutable_data_ptr();
-  if (needs & 2) call.grad_logits = grad_logits.mutable_data_ptr<float>();
-  if (needs & 4) call.grad_weight = grad_weight.mutable_data_ptr<float>();
+  const auto grads = new_gradients(grad_tokens, grad_gates, experts, needs, call);
+  const int64_t floats = needs & 4 ? cuda::compress_scratch_floats(call.args) : 0;
+  Tensor scratch = torch::stable::new_empty(experts, {floats}, ScalarType::Float);
   float* parts = needs & 4 ? scratch.mutable_data_ptr<float>() : nullptr;
   void* stream = current_stream(experts.get_device_index());
-  check_launch(cuda::compress_items_backward(call, parts, dtype, stream));
-  return {grad_experts, grad_logits, grad_weight};
+  check_launch(cuda::compress_items_backward(call, parts, dtype_of(experts), stream));
+  return grads;
 }
 
 }  // namespace

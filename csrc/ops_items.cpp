@@ -13,38 +13,20 @@ std::tuple<Tensor, Tensor> compress_items_cpu(const Tensor& experts, const Tenso
                                               double eps) {
   CompressForward call{};
   call.args = compress_args(experts, logits, present, weight, eps);
-  Tensor tokens = new_matrix(experts, call.args.items, call.args.size);
-  Tensor gates =
-      torch::stable::new_empty(experts, {call.args.items, call.args.modalities}, ScalarType::Float);
-  call.tokens = tokens.mutable_data_ptr();
-  call.gates = gates.mutable_data_ptr<float>();
+  const auto results = new_tokens(experts, call);
   compress_items(call, dtype_of(experts), torch::stable::get_num_threads(), run_parallel);
-  return {tokens, gates};
+  return results;
 }
 
-// `needs` has a bit for each of expert_outputs, gate_logits and norm_weight; what is not needed
-// comes back empty.
 std::tuple<Tensor, Tensor, Tensor> compress_items_backward_cpu(
     const Tensor& grad_tokens, const Tensor& grad_gates, const Tensor& experts,
     const Tensor& logits, const Tensor& present, const Tensor& weight, double eps, int64_t needs) {
   CompressBackward call{};
   call.args = compress_args(experts, logits, present, weight, eps);
-  const CompressArgs& args = call.args;
-  const DType dtype = dtype_of(experts);
-  STD_TORCH_CHECK(grad_tokens.size(0) == args.items, "expected a gradient for each item");
-  call.grad_tokens = table(grad_tokens, args.size, dtype);
-  call.grad_gates = floats(grad_gates, args.items, args.modalities);
-  using torch::stable::new_empty;
-  Tensor grad_experts =
-      new_empty(experts, {needs & 1 ? args.items : 0, args.modalities, args.size});
-  Tensor grad_logits =
-      new_empty(experts, {needs & 2 ? args.items : 0, args.modalities}, ScalarType::Float);
-  Tensor grad_weight = new_empty(experts, {needs & 4 ? args.size : 0}, ScalarType::Float);
-  if (needs & 1) call.grad_experts = grad_experts.mutable_data_ptr();
-  if (needs & 2) call.grad_logits = grad_logits.mutable_data_ptr<float>();
-  if (needs & 4) call.grad_weight = grad_weight.mutable_data_ptr<float>();
-  compress_items_backward(call, dtype, torch::stable::get_num_threads(), run_parallel);
-  return {grad_experts, grad_logits, grad_weight};
+  const auto grads = new_gradients(grad_tokens, grad_gates, experts, needs, call);
+  const int64_t threads = torch::stable::get_num_threads();
+  compress_items_backward(call, dtype_of(experts), threads, run_parallel);
+  return grads;
 }
 
 // What the forward and the backward pass of item_cross_entropy share.

@@ -38,6 +38,26 @@ struct Span {
   SPEEDER_DEVICE int visible(int i, bool causal) const { return smaller(limit(i, causal), keys); }
 };
 
+// Sends tile n of the keys, values and their ranks on their way to their half of shared memory:
+// those of one head from key `column` on. `following` is the column whose ranks come after them.
+template <typename Kernel, typename T, int kSize>
+SPEEDER_DEVICE void start_keys(const Kernel& kernel, const typename Kernel::Memory& memory,
+                               typename Kernel::Bias& bias, const Span& span, int head, int n,
+                               int column, int following) {
+  constexpr int kTile = Kernel::Memory::kTile;
+  const AttentionArgs& args = kernel.call.args;
+  const int count = span.keys - column, size = static_cast<int>(args.size);
+  const int kv_head = head / (static_cast<int>(args.heads) / static_cast<int>(args.kv_heads));
+  load_rows<T, Kernel::kColumns, kSize, Kernel::kThreads>(
+      memory.k.part(n % 2 * kTile, kTile), thread_index(), count, size, kernel.wide,
+      rows_of<T>(args.k, span.k0 + column, kv_head));
+  load_rows<T, Kernel::kColumns, kSize, Kernel::kThreads>(
+      memory.v.part(n % 2 * kTile, kTile), thread_index(), count, size, kernel.wide,
+      rows_of<T>(args.v, span.k0 + column, kv_head));
+  bias.stage(column, head, n % 2);
+  bias.prefetch(following);
+}
+
 template <typename T, int kSize>
 struct SpaeForward {
   using Shape = ForwardShape<sizeof(T), kSize>;
@@ -112,18 +132,9 @@ struct SpaeForward {
  private:
   SPEEDER_DEVICE void start_tile(const Memory& memory, Bias& bias, const Span& span, int head,
                                  int n) const {
-    const AttentionArgs& args = call.args;
-    const int column = n * kColumns, count = span.keys - column;
-    const int kv_head = head / (static_cast<int>(args.heads) / static_cast<int>(args.kv_heads));
-    const int size = static_cast<int>(args.size);
-    const Shared<T> k = memory.k.part(n % 2 * Memory::kTile, Memory::kTile);
-    const Shared<T> v = memory.v.part(n % 2 * Memory::kTile, Memory::kTile);
-    load_rows<T, kColumns, kSize, kThreads>(k, thread_index(), count, size, wide,
-                                            rows_of<T>(args.k, span.k0 + column, kv_head));
-    load_rows<T, kColumns, kSize, kThreads>(v, thread_index(), count, size, wide,
-                                            rows_of<T>(args.v, span.k0 + column, kv_head));
-    bias.stage(column, head, n % 2);
-    bias.prefetch(column + kColumns);
+    const int column = n * kColumns;
+    start_keys<SpaeForward, T, kSize>(*this, memory, bias, span, head, n, column,
+                                      column + kColumns);
   }
 
   // Through the queries' place in shared memory, so that rows are written 16 bytes at a time.

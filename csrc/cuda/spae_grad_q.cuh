@@ -172,18 +172,9 @@ struct SpaeGradQ {
   // The tile of step n, which is the second time around from key_tiles on.
   SPEEDER_DEVICE void start_tile(const Memory& memory, Bias& bias, const Span& span, int head,
                                  int n, int key_tiles) const {
-    const AttentionArgs& args = call.args;
-    const int column = (n < key_tiles ? n : n - key_tiles) * kColumns, count = span.keys - column;
-    const int kv_head = head / (static_cast<int>(args.heads) / static_cast<int>(args.kv_heads));
-    const int size = static_cast<int>(args.size);
-    const Shared<T> k = memory.k.part(n % 2 * Memory::kTile, Memory::kTile);
-    const Shared<T> v = memory.v.part(n % 2 * Memory::kTile, Memory::kTile);
-    load_rows<T, kColumns, kSize, kThreads>(k, thread_index(), count, size, wide,
-                                            rows_of<T>(args.k, span.k0 + column, kv_head));
-    load_rows<T, kColumns, kSize, kThreads>(v, thread_index(), count, size, wide,
-                                            rows_of<T>(args.v, span.k0 + column, kv_head));
-    bias.stage(column, head, n % 2);
-    bias.prefetch(n + 1 == key_tiles ? 0 : column + kColumns);
+    const int column = (n < key_tiles ? n : n - key_tiles) * kColumns;
+    start_keys<SpaeGradQ, T, kSize>(*this, memory, bias, span, head, n, column,
+                                    n + 1 == key_tiles ? 0 : column + kColumns);
   }
 };
 
