@@ -115,9 +115,8 @@ def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
     dense = (_dense_rows(x) for x in (grad, q, k, v))
     small = (None if x is None else x.contiguous() for x in small)
     bits = sum(need << n for n, need in enumerate(needs))
-    lengths = () if backend == "triton" else (max_q, max_k)
     kernel = _kernel("spae_attention", backend, "spae_attention_backward")
-    return kernel(*dense, out, lse, *small, *lengths, scale, causal, bits)
+    return kernel(*dense, out, lse, *small, max_q, max_k, scale, causal, bits)
 
 
 @_fake("spae_attention_backward")

@@ -159,11 +159,16 @@ def spae_attention_backward(
     rank_k: Tensor,
     relative_bias: Tensor | None,
     absolute_bias: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     scale: float,
     causal: bool,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the two tables; empty where the bit of `needs` is 0. Tensors as in `spae_attention`."""
+    """Gradients of q, k, v and the two tables; empty where the bit of `needs` is 0. Tensors as in `spae_attention`.
+
+    The longest lengths, which CUDA's grids need, are not used.
+    """
     need_q, need_k, need_v, need_relative, need_absolute = (bool(needs >> n & 1) for n in range(5))
     (tokens_q, heads, _), (tokens_k, key_heads, _) = q.shape, k.shape
     group, sequences = heads // key_heads, cu_seqlens_q.shape[0] - 1

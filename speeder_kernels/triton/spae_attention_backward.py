@@ -17,14 +17,13 @@ import triton.language as tl
 
 from speeder_kernels.triton.spae_attention_bias import (
     LOG2E,
-    add_wide_bias,
+    add_absolute,
+    biased_scores,
     find_sequence,
     first_tile,
     is_far,
-    is_wide,
     load_absolute,
     load_rows,
-    relative_bias,
     sequence_span,
     store_rows,
     tile_ranks,
@@ -114,26 +113,14 @@ def add_queries(
             rank_q_Q = tl.load(rank_q + first_q + row_Q, mask=inside, other=-1)
         if relative is not None:
             kind_q, low_q, high_q = tile_ranks(summary_q, first_q // BLOCK_Q, BLOCK_Q)
-            wide = is_wide(kind_q, low_q, high_q, kind_k, low_k, high_k, BLOCK_Q, BLOCK_K)
-            any_wide |= wide
-            scores_QK = products_QK * scale
-            if WIDE:
-                scores_QK = add_wide_bias(
-                    scores_QK, relative, buckets, rank_q_Q[:, None], rank_k_K[None, :], BLOCK_Q, BLOCK_K
-                )
-                scores_QK = tl.where(wide, scores_QK, float("-inf"))
-            else:
-                # The branches must not contain the product: Triton would then lay the tile out for it alone, and
-                # bring it into the layout of the second product through shared memory.
-                scores_QK += relative_bias(
-                    relative, buckets, wide, kind_q, low_q, high_q, kind_k, low_k, high_k, step_QK,
-                    rank_q_Q[:, None], rank_k_K[None, :],
-                    BLOCK_Q, BLOCK_K,
-                )  # fmt: skip
+            scores_QK, any_wide = biased_scores(
+                products_QK, any_wide, scale, relative, buckets, kind_q, low_q, high_q, kind_k, low_k, high_k,
+                step_QK, rank_q_Q, rank_k_K, WIDE, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
         else:
             scores_QK = products_QK * scale
         if bias_K is not None:
-            scores_QK += tl.where(rank_q_Q >= 0, 1.0, 0.0)[:, None] * bias_K[None, :]
+            scores_QK = add_absolute(scores_QK, rank_q_Q, bias_K)
         if CAUSAL:
             visible = (first_k - shift + row_K)[None, :] <= (first_q + row_Q)[:, None]
             scores_QK = tl.where(visible, scores_QK, float("-inf"))
@@ -345,27 +332,14 @@ def add_keys(
             rank_k_K = tl.load(rank_k + first_k + row_K, mask=first_k + row_K < length_k, other=-1)
         if relative is not None:
             kind_k, low_k, high_k = tile_ranks(summary_k, first_k // BLOCK_K, BLOCK_K)
-            wide = is_wide(kind_q, low_q, high_q, kind_k, low_k, high_k, BLOCK_Q, BLOCK_K)
-            any_wide |= wide
-            scores_QK = products_QK * scale
-            if WIDE:
-                scores_QK = add_wide_bias(
-                    scores_QK, relative, buckets, rank_q_Q[:, None], rank_k_K[None, :], BLOCK_Q, BLOCK_K
-                )
-                scores_QK = tl.where(wide, scores_QK, float("-inf"))
-            else:
-                # The branches must not contain the product: Triton would then lay the tile out for it alone, and
-                # bring it into the layout of the second product through shared memory.
-                scores_QK += relative_bias(
-                    relative, buckets, wide, kind_q, low_q, high_q, kind_k, low_k, high_k, step_QK,
-                    rank_q_Q[:, None], rank_k_K[None, :],
-                    BLOCK_Q, BLOCK_K,
-                )  # fmt: skip
+            scores_QK, any_wide = biased_scores(
+                products_QK, any_wide, scale, relative, buckets, kind_q, low_q, high_q, kind_k, low_k, high_k,
+                step_QK, rank_q_Q, rank_k_K, WIDE, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
         else:
             scores_QK = products_QK * scale
         if absolute is not None:
-            bias_K = load_absolute(absolute, rank_k_K, positions)
-            scores_QK += tl.where(rank_q_Q >= 0, 1.0, 0.0)[:, None] * bias_K[None, :]
+            scores_QK = add_absolute(scores_QK, rank_q_Q, load_absolute(absolute, rank_k_K, positions))
         if MASKED:
             visible = (first_k + row_K < length_k)[None, :]
             if CAUSAL:

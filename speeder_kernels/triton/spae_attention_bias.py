@@ -212,6 +212,40 @@ def add_wide_bias(scores, relative, buckets, rank_q, rank_k, BLOCK_Q: tl.constex
 
 
 @triton.jit
+def biased_scores(
+    products, any_wide, scale, relative, buckets, kind_q, low_q, high_q, kind_k, low_k, high_k, step,
+    rank_q_Q, rank_k_K, WIDE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of products as scores in base 2 with their bias by distance, and `any_wide` with the tile taken in.
+
+    A tile that is wide becomes -inf, and is left to a second walk with WIDE, for which all others become -inf.
+    `step` is as in `relative_bias`.
+    """
+    wide = is_wide(kind_q, low_q, high_q, kind_k, low_k, high_k, BLOCK_Q, BLOCK_K)
+    any_wide |= wide
+    scores = products * scale
+    if WIDE:
+        scores = add_wide_bias(
+            scores, relative, buckets, rank_q_Q[:, None], rank_k_K[None, :], BLOCK_Q, BLOCK_K
+        )
+        scores = tl.where(wide, scores, float("-inf"))
+    else:
+        # The branches must not contain the product: Triton would then lay the tile out for it alone, and
+        # bring it into the layout of the second product through shared memory.
+        scores += relative_bias(
+            relative, buckets, wide, kind_q, low_q, high_q, kind_k, low_k, high_k, step,
+            rank_q_Q[:, None], rank_k_K[None, :], BLOCK_Q, BLOCK_K,
+        )  # fmt: skip
+    return scores, any_wide
+
+
+@triton.jit
+def add_absolute(scores, rank_q_Q, bias_K):
+    """The scores with the keys' own bias, which a query that is no item does not feel."""
+    return scores + tl.where(rank_q_Q >= 0, 1.0, 0.0)[:, None] * bias_K[None, :]
+
+
+@triton.jit
 def load_absolute(absolute, rank, positions):
     """The bias by key rank, in base 2; zero where a token is no item."""
     position = tl.minimum(rank, positions - 1)

@@ -25,6 +25,7 @@ import triton.language as tl
 from speeder_kernels.triton.spae_attention_bias import (
     ANY_RANKS,
     NO_ITEM,
+    add_absolute,
     add_wide_bias,
     find_sequence,
     first_tile,
@@ -163,8 +164,7 @@ def tile_gradients(
                     rank_q_Q[:, None], rank_k_K[None, :], BLOCK_Q, BLOCK_K,
                 )  # fmt: skip
             if absolute is not None:
-                bias_K = load_absolute(absolute, rank_k_K, positions)
-                scores_QK += tl.where(rank_q_Q >= 0, 1.0, 0.0)[:, None] * bias_K[None, :]
+                scores_QK = add_absolute(scores_QK, rank_q_Q, load_absolute(absolute, rank_k_K, positions))
             # Pairs that are not two items have no bias, and what is not seen has no weight.
             counts = (rank_q_Q >= 0)[:, None] & (rank_k_K >= 0)[None, :]
             if CAUSAL:

@@ -142,7 +142,7 @@ def spae_attention(dtype: torch.dtype) -> Iterator[Case]:
         yield name, functools.partial(spae_attention, q, k, v, *arguments, 1, 64, 0.1, causal)
         one = (cu[:2], cu[:2], rank[:1], rank, *tables)
         yield name, functools.partial(spae_attention, q[:1], k, v, *one, 1, 8192, 0.1, causal)
-        backward = (q, q, k, v, q, lse, *arguments, 0.1, causal, needs)
+        backward = (q, q, k, v, q, lse, *arguments, 512, 512, 0.1, causal, needs)
         yield name, functools.partial(spae_attention_backward, *backward)
 
 
