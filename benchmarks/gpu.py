@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import compress_items, pack_tokens, topk_items
-from benchmarks.case import FORWARD, TRAINING, Inputs, Results, Side, leaves, training
+from benchmarks.case import FORWARD, TRAINING, Inputs, Results, Side, leaves, size_of, training
+from benchmarks.spae_attention import BUCKETS, POSITIONS, dense_bias, unbatched
 from speeder_kernels import backends, item_cross_entropy, spae_attention
 
 DTYPE = torch.bfloat16
-BUCKETS, POSITIONS = 64, 256
 WARM_UP, ROUNDS = 3, 30
 
 
@@ -60,14 +60,6 @@ def _run(forward: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | No
 
 
 # --- spae_attention ------------------------------------------------------------------------------------------
-
-
-def _dense_bias(relative_HR: Tensor, absolute_HA: Tensor, S: int) -> Tensor:
-    """Bias and causal mask, (Hq, S, S) in float32; gradients flow to the tables."""
-    i, j = torch.arange(S, device=relative_HR.device)[:, None], torch.arange(S, device=relative_HR.device)
-    by_distance = relative_HR[:, (i - j).clamp(0, BUCKETS - 1)]
-    by_key = absolute_HA[:, j.clamp(max=POSITIONS - 1)][:, None]
-    return (by_distance + by_key).masked_fill(i < j, float("-inf"))
 
 
 def _flex(S: int, compiled: bool, device: torch.device) -> Callable[..., Tensor]:
@@ -119,9 +111,6 @@ def attention(
     def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, relative: Tensor, absolute: Tensor) -> Tensor:
         return spae_attention(q, k, v, *layout, relative, absolute, backend=backend)
 
-    def to_ours(results: Results) -> Results:
-        return tuple(x.transpose(1, 2).flatten(0, 1) if x.ndim == 4 else x for x in results)
-
     sides = {name: Side(_run(partial(attend, name), packed, packed_grad)) for name in ours}
     others = Others()
     by_token = leaves(q, k, v)
@@ -132,19 +121,19 @@ def attention(
     head_grad = None if grad is None else grad.transpose(1, 2).contiguous()
     sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
     learned = leaves(*tables)
-    fixed = None if with_backward else _dense_bias(*tables, S).to(DTYPE)
+    fixed = None if with_backward else dense_bias(*tables, S, S).to(DTYPE)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Tensor:
-        return sdpa(q, k, v, attn_mask=_dense_bias(*tables, S).to(DTYPE) if fixed is None else fixed)
+        return sdpa(q, k, v, attn_mask=dense_bias(*tables, S, S).to(DTYPE) if fixed is None else fixed)
 
     others.add("SDPA, no bias", lambda: Side(_run(partial(sdpa, is_causal=True), by_head, head_grad), None))
-    others.add("SDPA, dense bias", lambda: Side(_run(dense, by_head + learned, head_grad), to_ours))
+    others.add("SDPA, dense bias", lambda: Side(_run(dense, by_head + learned, head_grad), unbatched))
     others.add(
         "FlexAttention, same bias",
-        lambda: Side(_run(_flex(S, not quick, device), by_head + learned, head_grad), to_ours),
+        lambda: Side(_run(_flex(S, not quick, device), by_head + learned, head_grad), unbatched),
     )
     pairs = B * Hq * S * (S + 1) / 2
-    moved = sum(x.numel() * x.element_size() for x in (*packed, q))
+    moved = size_of(*packed, q)
     return Inputs(
         {**sides, **others.sides}, 4 * D * pairs * (3.5 if with_backward else 1), moved, others.missing
     )
@@ -182,7 +171,7 @@ def cross_entropy(
     others = Others()
     others.add("full logits + F.cross_entropy", lambda: Side(training(eager, inputs, one)))
     others.add("Liger", lambda: Side(training(liger, inputs, one)))
-    moved = 3 * sum(x.numel() * x.element_size() for x in inputs)
+    moved = 3 * size_of(*inputs)
     return Inputs({**sides, **others.sides}, 8 * N * I * H, moved, others.missing)
 
 

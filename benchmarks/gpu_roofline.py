@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_loops import RATES, Loop, disassemble, main_loop
+from benchmarks.spae_attention import BUCKETS, POSITIONS
 from speeder_kernels import dispatch
 from tests.kernels.triton_aot import compile_calls, meta
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "kernels-roofline.md"
 DTYPE, BYTES = torch.bfloat16, 2
-BUCKETS, POSITIONS = 64, 256
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class Attention:
         q, lse = meta(tokens, self.Hq, self.D, dtype=DTYPE), meta(tokens, self.Hq)
         k = v = meta(tokens, self.Hkv, self.D, dtype=DTYPE)
         cu, rank = meta(self.B + 1, dtype=torch.int32), meta(tokens, dtype=torch.int32)
-        layout = (cu, cu, rank, rank, meta(self.Hq, BUCKETS), meta(self.Hq, POSITIONS))
-        yield functools.partial(spae_attention, q, k, v, *layout, self.S, self.S, 0.1, True)
+        layout = (cu, cu, rank, rank, meta(self.Hq, BUCKETS), meta(self.Hq, POSITIONS), self.S, self.S)
+        yield functools.partial(spae_attention, q, k, v, *layout, 0.1, True)
         yield functools.partial(spae_attention_backward, q, q, k, v, q, lse, *layout, 0.1, True, 31)
 
     def works(self) -> Iterator[Work]:

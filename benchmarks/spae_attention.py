@@ -83,14 +83,15 @@ def _flops(queries: Tensor, keys: Tensor) -> float:
     return 4 * HEADS * HEAD_SIZE * float(pairs.sum())
 
 
-def _dense_bias(relative: Tensor, absolute: Tensor, queries: int, keys: int) -> Tensor:
+def dense_bias(relative: Tensor, absolute: Tensor, queries: int, keys: int) -> Tensor:
     """Bias and causal mask of one sequence, `(Hq, queries, keys)`; gradients flow to the tables.
 
     `gather` and `index_select`: of what PyTorch offers, their backward is the fastest on a CPU.
     """
-    i, j = torch.arange(keys - queries, keys)[:, None], torch.arange(keys)
-    bucket = (i - j).clamp(0, BUCKETS - 1).flatten().expand(HEADS, -1)
-    by_distance = relative.gather(1, bucket).view(HEADS, queries, keys)
+    heads, device = relative.shape[0], relative.device
+    i, j = torch.arange(keys - queries, keys, device=device)[:, None], torch.arange(keys, device=device)
+    bucket = (i - j).clamp(0, BUCKETS - 1).flatten().expand(heads, -1)
+    by_distance = relative.gather(1, bucket).view(heads, queries, keys)
     by_key = absolute.index_select(1, j.clamp(max=POSITIONS - 1))[:, None]
     return (by_distance + by_key).masked_fill(i < j, float("-inf"))
 
@@ -100,7 +101,7 @@ def _batched(x: Tensor, batch: int) -> Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
 
 
-def _unbatched(results: Results) -> Results:
+def unbatched(results: Results) -> Results:
     """The inverse, of all results but the gradients of the tables."""
     return tuple(x.transpose(1, 2).flatten(0, 1) if x.ndim == 4 else x for x in results)
 
@@ -129,7 +130,7 @@ def _flex(packed: _Packed, dense: list[Tensor], quick: bool) -> tuple[Side | Non
         run()
     except Exception as error:  # whatever stands in the way of a compiler that is not ours
         return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return Side(lambda: (run(),), _unbatched), ""
+    return Side(lambda: (run(),), unbatched), ""
 
 
 def _long_forward(dtype: torch.dtype, quick: bool) -> Inputs:
@@ -137,12 +138,12 @@ def _long_forward(dtype: torch.dtype, quick: bool) -> Inputs:
     packed = _packed(lengths, lengths, dtype)
     dense = [_batched(x, batch) for x in (packed.q, packed.k, packed.v)]
     length = int(lengths[0])
-    bias = _dense_bias(packed.relative, packed.absolute, length, length).to(dtype)
+    bias = dense_bias(packed.relative, packed.absolute, length, length).to(dtype)
     sides = {
         "ours": packed.side(None),
         REFERENCE: packed.side("reference"),
         NO_BIAS: Side(lambda: (_sdpa(*dense, is_causal=True),), None),
-        DENSE: Side(lambda: (_sdpa(*dense, attn_mask=bias),), _unbatched),
+        DENSE: Side(lambda: (_sdpa(*dense, attn_mask=bias),), unbatched),
     }
     flex, reason = _flex(packed, dense, quick)
     if flex:
@@ -165,13 +166,13 @@ def _long_training(dtype: torch.dtype, quick: bool) -> Inputs:
         return _sdpa(q, k, v, is_causal=True)
 
     def with_bias(q: Tensor, k: Tensor, v: Tensor, relative: Tensor, absolute: Tensor) -> Tensor:
-        return _sdpa(q, k, v, attn_mask=_dense_bias(relative, absolute, length, length).to(dtype))
+        return _sdpa(q, k, v, attn_mask=dense_bias(relative, absolute, length, length).to(dtype))
 
     sides = {
         "ours": Side(training(partial(packed.attend, None), inputs, grad)),
         REFERENCE: Side(training(partial(packed.attend, "reference"), inputs, grad)),
         NO_BIAS: Side(training(without_bias, dense, dense_grad), None),
-        LEARNED: Side(training(with_bias, dense + tables, dense_grad), _unbatched),
+        LEARNED: Side(training(with_bias, dense + tables, dense_grad), unbatched),
     }
     # Backward: scores again, and four gradients' products. It reads q, k, v, the result and its gradient, and
     # writes three gradients.
@@ -193,7 +194,7 @@ def _short(dtype: torch.dtype, quick: bool) -> Inputs:
         return out.transpose(1, 2).contiguous()
 
     dense = [padded(x) for x in (packed.q, packed.k, packed.v)]
-    bias = _dense_bias(packed.relative, packed.absolute, longest, longest)
+    bias = dense_bias(packed.relative, packed.absolute, longest, longest)
     # A mask for each sequence: where prompts differ, so do the ranks. Keys that are padding lie behind the
     # causal mask of all real queries.
     mask = bias.to(dtype).expand(len(lengths), -1, -1, -1).contiguous()
@@ -212,12 +213,12 @@ def _decode(dtype: torch.dtype, quick: bool) -> Inputs:
     one, cached = torch.ones(batch, dtype=torch.int64), torch.full((batch,), length)
     packed = _packed(one, cached, dtype)
     dense = [_batched(x, batch) for x in (packed.q, packed.k, packed.v)]
-    bias = _dense_bias(packed.relative, packed.absolute, 1, length)
+    bias = dense_bias(packed.relative, packed.absolute, 1, length)
     mask = bias.to(dtype).expand(batch, -1, -1, -1).contiguous()
     sides = {
         "ours": packed.side(None),
         REFERENCE: packed.side("reference"),
-        MASKED: Side(lambda: (_sdpa(*dense, attn_mask=mask),), _unbatched),
+        MASKED: Side(lambda: (_sdpa(*dense, attn_mask=mask),), unbatched),
     }
     return Inputs(sides, _flops(one, cached), packed.bytes())
 
