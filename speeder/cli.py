@@ -249,8 +249,8 @@ def run_assets(options: argparse.Namespace) -> None:
 
 
 def run_prepare(options: argparse.Namespace) -> None:
-    from speeder.data.features import MODALITIES
     from speeder.data.prepare import prepare, prepare_ml100k
+    from speeder.recipe import MODALITIES
 
     modalities = [name for name in MODALITIES if name not in options.without]
     settings: dict = {"modalities": modalities}

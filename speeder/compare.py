@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speeder.data.files import atomic_path, write_json
+from speeder.data.files import write_json, write_text
 from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation, Interval
 from speeder.evaluation.bootstrap import bootstrap_intervals
@@ -159,11 +159,8 @@ def comparison_report(
         latex = latex_rows(title, header, [[latex_text(cell) for cell in row] for row in rows])
         pages = {"md": text, "tex": f"{comparison_latex(evaluations)}\n{latex}\n\n{latex_text(note)}\n"}
         for suffix, page in pages.items():
-            with atomic_path(out / f"comparison.{suffix}") as temporary:
-                temporary.write_text(page, encoding="utf-8")
-        summary = {name: each.to_dict() for name, each in evaluations.items()}
-        for entry in summary.values():
-            del entry["per_user"]
+            write_text(out / f"comparison.{suffix}", page)
+        summary = {name: each.summary() for name, each in evaluations.items()}
         plain = [asdict(test) | {"difference": test.difference._asdict()} for test in tests]
         write_json(
             out / "comparison.json", {"models": summary, "tests": plain, "metric": metric, "seen": seen}

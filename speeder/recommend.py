@@ -11,6 +11,8 @@ import torch
 from tqdm.auto import tqdm
 
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.interactions import LeaveOneOut
+from speeder.evaluate import evaluate
 from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
 
@@ -52,6 +54,15 @@ class RecommenderMixin:
     ) -> TokenSequence:
         """A history of item indices, and in training the item that follows, as tokens; see `build_sequence`."""
         return build_sequence(history, self.config, target, supervision)
+
+    def training_examples(self, supervision: str) -> dict:
+        """How `TrainingSequences` makes examples of windows, as its arguments; by default as it does by itself."""
+        return {}
+
+    def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
+        """NDCG@10 and HR@10, by which checkpoints are chosen: the validation items among all items."""
+        ranking = evaluate(self, split, "validation", resamples=1)
+        return {name: ranking.mean(name) for name in ("NDCG@10", "HR@10")}
 
     @torch.no_grad()
     def user_states(

@@ -10,7 +10,7 @@ import numpy as np
 
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec import SASRec
-from speeder.data.files import atomic_path, read_json, write_json
+from speeder.data.files import read_json, write_json, write_text
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluate import (
@@ -183,11 +183,9 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
     table = comparison_table(evaluations)
     suffix = "" if kind == "test" else f"-{kind}"
     for ending, text in (("md", table + "\n"), ("tex", comparison_latex(evaluations))):
-        with atomic_path(run / f"results{suffix}.{ending}") as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    summary = {name: evaluation.to_dict() for name, evaluation in evaluations.items()}
-    for entry in summary.values():
-        del entry["per_user"]  # each user's ranks lie in evaluations/
+        write_text(run / f"results{suffix}.{ending}", text)
+    # each user's ranks lie in evaluations/
+    summary = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     write_json(run / f"results{suffix}.json", summary)
     metric = next(iter(evaluations.values())).main_metric
     plot_comparison(evaluations, run / "plots" / f"comparison{suffix}.png", metric)

@@ -26,7 +26,6 @@ from speeder.data.files import read_json, write_json
 from speeder.data.interactions import LeaveOneOut
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
-from speeder.evaluate import evaluate
 from speeder.evaluation.leaks import check_features, check_split, training_hash
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
@@ -84,7 +83,7 @@ class TrainingSequences(Dataset):
 
 
 class SpeederTrainer(Trainer):
-    """A `Trainer` whose evaluation is the full ranking of the validation items."""
+    """A `Trainer` whose evaluation is the model's own ranking of the validation items."""
 
     def __init__(self, *args, split: LeaveOneOut, parameter_groups: list[dict], **kwargs):
         super().__init__(*args, **kwargs)
@@ -107,11 +106,7 @@ class SpeederTrainer(Trainer):
     ) -> dict[str, float]:
         model = self.accelerator.unwrap_model(self.model)
         with self.autocast_smart_context_manager():
-            if hasattr(model, "validation_metrics"):  # a baseline that ranks candidates alone
-                found = model.validation_metrics(self.split)
-            else:
-                ranking = evaluate(model, self.split, "validation", resamples=1)
-                found = {name: ranking.mean(name) for name in ("NDCG@10", "HR@10")}
+            found = model.validation_metrics(self.split)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -282,8 +277,8 @@ def _run_stage(
 ) -> None:
     folder = _stage_folder(run, number, stage.name)
     checkpoint = _last_checkpoint(folder)
-    own = {} if recipe.baseline is None else model.training_examples(recipe.supervision)
-    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **own)
+    examples = model.training_examples(recipe.supervision)
+    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
     batches = math.ceil(len(sequences) / recipe.batch_users)
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
     ramp = GateRamp(stage, opened, steps)

@@ -10,6 +10,7 @@ from speeder.baselines.text_model import TextBaseline
 from speeder.data.interactions import LeaveOneOut
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates, draw_items
+from speeder.evaluation.metrics import metric_values
 
 VALIDATION_USERS = 100  # of those that checkpoints are chosen by: one user costs these baselines many passes
 
@@ -31,15 +32,15 @@ class CandidateBaseline(TextBaseline):
 
     def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
         """NDCG@10 and HR@10 among 1 + 19 candidates of some validation users, evenly taken."""
-        targets, histories = split.targets("validation"), split.histories("validation")
+        targets, histories = np.asarray(split.targets("validation")), split.histories("validation")
         count = min(self.config.num_candidates - 1, len(self.catalogue) - max(map(len, histories)) - 1)
         if count < 1:
             raise SpeederError("validation: a user has seen all items, which leaves no negatives")
-        listed = Candidates.draw(split, "validation", len(self.catalogue), count).listed(targets)
         rows = np.unique(np.linspace(0, len(targets) - 1, min(VALIDATION_USERS, len(targets))).astype(int))
-        ranks = self.target_places([histories[row] for row in rows], listed[rows], targets[rows])
-        hits = ranks <= 10
-        return {"NDCG@10": float((hits / np.log2(ranks + 1)).mean()), "HR@10": float(hits.mean())}
+        drawn = Candidates.draw(split, "validation", len(self.catalogue), count, rows=rows)
+        histories, targets = [histories[row] for row in rows], targets[rows]
+        ranks = self.target_places(histories, drawn.listed(targets), targets)
+        return {name: float(metric_values(ranks, name).mean()) for name in ("NDCG@10", "HR@10")}
 
     def target_places(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, targets: np.ndarray

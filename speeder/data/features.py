@@ -17,11 +17,11 @@ from speeder.data.posters import Poster, match_posters
 from speeder.data.prepared import PreparedData
 from speeder.encoders.collaborative import collaborative_features
 from speeder.errors import SpeederError
+from speeder.recipe import MODALITIES
 
 log = logging.getLogger(__name__)
 
 _SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
-MODALITIES = ("text", "image", "collaborative")
 
 
 class EncodesTexts(Protocol):

@@ -48,11 +48,15 @@ def usual_permissions(path: Path) -> None:
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~umask)
 
 
-def write_json(path: str | Path, content: object) -> None:
-    """Writes `content` as readable JSON, atomically; the same content gives the same bytes."""
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a UTF-8 file, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, content: object) -> None:
+    """Writes `content` as readable JSON, atomically; the same content gives the same bytes."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> dict:

@@ -4,13 +4,14 @@ from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 
-from speeder.data.features import MODALITIES, EncodesImages, EncodesTexts, add_features, add_images
+from speeder.data.features import EncodesImages, EncodesTexts, add_features, add_images
 from speeder.data.prepared import PreparedData, check_replaceable
 from speeder.data.read import read_raw, scratch_folder
 from speeder.data.readers import READERS
 from speeder.data.readers.ml100k import read_ml100k
 from speeder.data.readers.plain import TIME_UNITS, plain
 from speeder.errors import SpeederError
+from speeder.recipe import MODALITIES
 
 
 def prepare(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from speeder.data.files import atomic_path, read_json
+from speeder.data.files import read_json, write_text
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
@@ -47,7 +47,13 @@ class Candidates:
 
     @classmethod
     def draw(
-        cls, split: "LeaveOneOut", name: str, num_items: int, negatives: int, seed: int = 0
+        cls,
+        split: "LeaveOneOut",
+        name: str,
+        num_items: int,
+        negatives: int,
+        seed: int = 0,
+        rows: np.ndarray | None = None,
     ) -> "Candidates":
         """Draw them.
 
@@ -56,18 +62,27 @@ class Candidates:
             name: "test" or "validation".
             num_items: items in the catalogue.
             negatives: how many a user, `N`.
+            rows: which of the split's users, by their places; all by default.
 
         Raises:
             SpeederError: a user has fewer than `N` items outside the history.
         """
         if negatives < 1:
             raise SpeederError(f"negatives: expected at least 1, got {negatives}")
-        users = split.users(name)
-        rows = zip(users, split.histories(name), split.targets(name), strict=True)
+        users, histories, targets = split.users(name), split.histories(name), split.targets(name)
+        rows = np.arange(len(users)) if rows is None else rows
         drawn = [
-            draw_items(seed, name, int(user), negatives, num_items, {*history.tolist(), int(target)})
-            for user, history, target in rows
+            draw_items(
+                seed,
+                name,
+                int(users[row]),
+                negatives,
+                num_items,
+                {*histories[row].tolist(), int(targets[row])},
+            )
+            for row in rows
         ]
+        users = users[rows]
         table = np.array(drawn, dtype=np.int64).reshape(len(users), negatives)
         return cls(name, split.hash(), num_items, seed, users, table)
 
@@ -93,8 +108,7 @@ class Candidates:
         rows = ",\n".join(
             f"[{user},{row.tolist()}]" for user, row in zip(self.users, self.negatives, strict=True)
         )
-        with atomic_path(path) as temporary:
-            temporary.write_text(f'{header[:-1]}, "negatives": [\n{rows}\n]}}\n', encoding="utf-8")
+        write_text(path, f'{header[:-1]}, "negatives": [\n{rows}\n]}}\n')
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Candidates":

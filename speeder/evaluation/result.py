@@ -124,12 +124,8 @@ class Evaluation:
         intervals = iter(drawn)
         return {seen: {metric: next(intervals) for metric in names} for seen in SEEN}
 
-    def to_dict(self) -> dict:
-        """All of it as JSON values: metrics, slices, and each user's ranks, which ``from_dict`` reads."""
-        arrays = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        for name in ("ranks", "ties"):
-            values = getattr(self, name)
-            arrays[name] = {seen: values[seen].tolist() for seen in SEEN if seen in values}
+    def summary(self) -> dict:
+        """What was measured, metrics and slices as JSON values, without each user's ranks."""
         return {
             **self.task,
             "candidates_seed": self.candidates_seed,
@@ -138,8 +134,15 @@ class Evaluation:
             "seed": self.seed,
             "metrics": _plain(self.metrics),
             "slices": _plain(self.slices),
-            "per_user": arrays,
         }
+
+    def to_dict(self) -> dict:
+        """The summary and each user's ranks, as JSON values which ``from_dict`` reads."""
+        arrays = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        for name in ("ranks", "ties"):
+            values = getattr(self, name)
+            arrays[name] = {seen: values[seen].tolist() for seen in SEEN if seen in values}
+        return self.summary() | {"per_user": arrays}
 
     @classmethod
     def from_dict(cls, value: dict) -> "Evaluation":
