@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 OUT ?= runs/demo
 POSTERS ?=
 BIN := $(VENV)/bin
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
 .PHONY: demo test bench lint install assets clean
 
@@ -20,7 +20,7 @@ $(VENV)/.torch:
 # torch comes first, so that nothing below pulls in another build of it
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13"
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m speeder_kernels
 	@touch $@
 

@@ -49,7 +49,7 @@ class SpeederConfig(PretrainedConfig):
     sub_configs_defaults: ClassVar = {
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")
     }
-    keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values"]
 
     text_config: dict | PretrainedConfig | None = None
     num_items: int = 0

@@ -28,6 +28,8 @@ from speeder.spae import SPAE
 from speeder_kernels import pack_tokens
 
 VOCABULARIES = ("all", "items", "text")
+# transformers renamed the argument and the output in 5.24; `forward` takes both names with either release
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, GenerationMixin):
@@ -154,6 +156,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return_dict: bool | None = None,
         inputs_embeds: None = None,
         position_ids: None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Run the model.
@@ -161,7 +164,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         Args:
             input_ids: `(B, S)` ids of the extended vocabulary; `(1, T)` where `cu_seqlens` packs sequences.
             attention_mask: `(B, S)`, 0 at padding on either side; with a cache `(B, past + S)`.
-            past_key_values: the cache to continue. Given one that is not empty, give `ranks` too.
+            cache, past_key_values: the cache to continue, by its name since transformers 5.24 or before. Given
+                one that is not empty, give `ranks` too.
             labels: `(B, S)`, shifted inside as in any causal LM, -100 where nothing is asked. Item labels are
                 scored against the items, text labels against the text.
             ranks: `(B, past + S)` item ranks, -1 at text; by default items are counted from 0 in each row.
@@ -175,7 +179,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
         Returns:
             `logits` `(B, S, V + I)` (None in training with labels, where they would be all the memory), `loss`
-            float32, `past_key_values`, and with `output_hidden_states` the final states as `hidden_states[-1]`.
+            float32, `cache` (`past_key_values` before transformers 5.24), and with `output_hidden_states` the
+            final states as `hidden_states[-1]`.
 
         Raises:
             ValueError: shapes do not fit, an id is out of range, or a combination is not served.
@@ -189,11 +194,14 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             raise ValueError(
                 "output_attentions: expected False, since SPAE never forms attention weights, got True"
             )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache: expected one of cache and past_key_values, two names of it, got both")
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
         item_table = self.item_tokens()[0] if self._needs_items(input_ids, labels, vocabulary) else None
-        hidden, layout, past_key_values = self._decode(
-            input_ids, item_table, attention_mask, past_key_values, ranks, cu_seqlens, use_cache, **kwargs
+        hidden, layout, cache = self._decode(
+            input_ids, item_table, attention_mask, cache, ranks, cu_seqlens, use_cache, **kwargs
         )
         loss = None
         if labels is not None:
@@ -205,8 +213,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
             hidden_states=(hidden,) if output_hidden_states else None,
+            **{CACHE_NAME: cache},
         )
         return output.to_tuple() if return_dict is False else output
 
@@ -224,25 +232,25 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         input_ids: torch.Tensor,
         item_table: torch.Tensor | None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         ranks: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         use_cache: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, SequenceLayout, Cache | None]:
         """Embed and run the backbone's decoder: `(B, S, H)` states (zeros at padding), the layout, the cache."""
-        self._check_arguments(input_ids, cu_seqlens, attention_mask, past_key_values)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        self._check_arguments(input_ids, cu_seqlens, attention_mask, cache)
+        past = cache.get_seq_length() if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, ranks, cu_seqlens, past)
         batch, new = input_ids.shape
         ids = input_ids.flatten()
         if layout.query_index is not None:
             ids = ids[layout.query_index]
         embeddings = self.dropout(self._embed(ids, layout, item_table))
-        use_cache = use_cache or past_key_values is not None
+        use_cache = use_cache or cache is not None
         if use_cache:
-            if past_key_values is None:
-                past_key_values = DynamicCache(config=self.config.text_config)
+            if cache is None:
+                cache = DynamicCache(config=self.config.text_config)
             grid = self._unpack(embeddings, layout, batch, new)
             position_ids = self._unpack(layout.position_ids, layout, batch, new)
         else:  # no padding is ever computed: the batch runs as one packed row
@@ -250,22 +258,22 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         decoded = self.backbone.get_decoder()(
             inputs_embeds=grid,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             use_cache=use_cache,
             spae=self.spae.context(layout if use_cache else self._as_row(layout)),
             **kwargs,
         ).last_hidden_state
         if not use_cache:
             decoded = self._unpack(decoded[0], layout, batch, new)
-        return decoded, layout, past_key_values
+        return decoded, layout, cache
 
-    def _check_arguments(self, input_ids, cu_seqlens, attention_mask, past_key_values) -> None:
+    def _check_arguments(self, input_ids, cu_seqlens, attention_mask, cache) -> None:
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}"
             )
-        if cu_seqlens is not None and (attention_mask is not None or past_key_values is not None):
-            raise ValueError("cu_seqlens: packed sequences take neither attention_mask nor past_key_values")
+        if cu_seqlens is not None and (attention_mask is not None or cache is not None):
+            raise ValueError("cu_seqlens: packed sequences take neither attention_mask nor cache")
         if cu_seqlens is not None and len(input_ids) != 1:
             raise ValueError(f"input_ids: expected (1, T) with cu_seqlens, got {tuple(input_ids.shape)}")
         if self.backbone.config._attn_implementation != ATTENTION_NAME:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speeder.errors import SpeederError
-from speeder.model import SpeederForCausalLM
+from speeder.model import CACHE_NAME, SpeederForCausalLM
 from tests.model.worlds import FAMILIES, TEXT, tiny_backbone, tiny_catalogue, tiny_model
 
 NEAR = dict(atol=2e-6, rtol=1e-5)
@@ -29,7 +29,7 @@ def test_text_logits_equal_the_backbones(family):
         packed = model(ids, attention_mask=mask, use_cache=False)
     kept = mask.bool()
     assert cached.logits.shape == (3, 9, TEXT + 20)
-    assert cached.past_key_values is not None and packed.past_key_values is None
+    assert CACHE_NAME in cached and CACHE_NAME not in packed
     torch.testing.assert_close(cached.logits[..., :TEXT][kept], expected[kept], **NEAR)
     torch.testing.assert_close(packed.logits[kept], cached.logits[kept], **NEAR)
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from transformers import StaticCache
 
 from speeder.layout import cu_seqlens, item_ranks, item_slots
+from speeder.model import CACHE_NAME
 from speeder.prompts import build_sequence, pack_batch, pad_batch
 from tests.model.worlds import TEXT, tiny_model
 
@@ -51,13 +52,13 @@ def test_a_cache_continues_where_the_full_forward_would_be(tokens, cut):
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
         head = model(ids[:, :cut], use_cache=True)
-        rest, cache = [head.logits], head.past_key_values
+        rest, cache = [head.logits], head[CACHE_NAME]
         for place in range(cut, len(tokens)):  # one token at a time
             step = model(ids[:, place : place + 1], past_key_values=cache, ranks=ranks[:, : place + 1])
-            cache = step.past_key_values
+            cache = step[CACHE_NAME]
             rest.append(step.logits)
         at_once = model(
-            ids[:, cut:], past_key_values=model(ids[:, :cut], use_cache=True).past_key_values, ranks=ranks
+            ids[:, cut:], cache=model(ids[:, :cut], use_cache=True)[CACHE_NAME], ranks=ranks
         ).logits
     torch.testing.assert_close(torch.cat(rest, dim=1), full, **NEAR)
     torch.testing.assert_close(at_once, full[:, cut:], **NEAR)
@@ -116,7 +117,7 @@ def test_a_static_cache_serves_padded_batches():
     with torch.no_grad():
         expected = model(**batch, use_cache=False).logits
         cache = StaticCache(config=model.config.text_config, max_cache_len=9)
-        got = model(**batch, past_key_values=cache).logits
+        got = model(**batch, cache=cache).logits
     kept = batch["attention_mask"].bool()
     torch.testing.assert_close(got[kept], expected[kept], **NEAR)
 
@@ -174,8 +175,10 @@ def test_wrong_arguments_are_named(model):
     for arguments, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**arguments)
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match=r"ranks: expected .* beside a cache"):
         model(ids[:, :1], past_key_values=cache)
+    with pytest.raises(ValueError, match="cache: expected one of cache and past_key_values"):
+        model(ids[:, :1], past_key_values=cache, cache=cache)
     with pytest.raises(ValueError, match="tokens_per_item = 2"):
         tiny_model(tokens_per_item=2).generate(ids, max_new_tokens=1)

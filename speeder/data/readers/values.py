@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from speeder.data.readers.lines import BadLine
 
@@ -62,7 +62,7 @@ def _number(text: str, per_second: int) -> int | float | None:
         pass
     try:
         date = datetime.fromisoformat(text)
-        return int((date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp() * per_second)
+        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() * per_second)
     except (ValueError, OverflowError):
         return None
 
