@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from speeder_kernels.dispatch import backends, interprets_triton
+from speeder_kernels.dispatch import backends, interprets_triton, too_old
 
 try:
     from speeder_kernels import _host
@@ -25,6 +25,10 @@ def describe() -> str:
             f"CUDA kernels       {cuda}",
             f"instruction set    {_host.instruction_set()}",
         ]
+    for index in range(torch.cuda.device_count()):
+        reason = too_old(torch.device("cuda", index))
+        state = f"not for triton and cuda: {reason}" if reason else "fit for triton and cuda"
+        lines.append(f"GPU {index:<14} {torch.cuda.get_device_name(index)}, {state}")
     lines.append("backends")
     for backend in backends().values():
         state = "available: " + ", ".join(backend.ops) if backend.available else "no: " + backend.reason

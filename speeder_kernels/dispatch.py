@@ -1,11 +1,19 @@
 """Which backend serves which op, device and dtype; loads the compiled libraries and says why one is
-missing."""
+missing.
+
+Nothing is looked for at import: a program may import this package and start its worker processes before CUDA is
+touched. What a backend needs is found out when it is first asked for, and CUDA and Triton are left alone as long
+as all tensors are on the CPU.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +32,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "cpu": OPS,
     "reference": OPS,
 }
+DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}  # the reference runs anywhere
+
+OLDEST_TRITON = (3, 6)  # what torch 2.10 asks for, the oldest torch that we take
+OLDEST_GPU = (8, 0)  # compute capability: older ones have neither bfloat16 products nor asynchronous copies
+LARGEST_HEAD = 256  # of spae_attention on a GPU: the tiles of wider heads do not fit into a processor
 
 
 @dataclass(frozen=True)
@@ -73,57 +86,80 @@ def _find_triton() -> str:
     if not torch.cuda.is_available() and not interprets_triton():
         return "PyTorch finds no CUDA device, and TRITON_INTERPRET=1 is not set"
     try:
-        importlib.import_module("triton")
+        version = str(importlib.import_module("triton").__version__)
     except Exception as error:  # a broken installation must not take the other backends with it
         return f"triton does not import: {error}"
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers < OLDEST_TRITON:
+        return f"it needs triton {'.'.join(map(str, OLDEST_TRITON))} or newer, got {version}"
     return ""
 
 
-def _backend(name: str, reason: str) -> Backend:
-    return Backend(name, not reason, KERNELS[name], reason)
-
-
-_BACKENDS: dict[str, Backend] = {
-    "triton": _backend("triton", _find_triton()),
-    "cuda": _backend("cuda", _load_cuda()),
-    "cpu": _backend("cpu", _load("_ops.so")),
-    "reference": _backend("reference", ""),
+_FINDERS: dict[str, Callable[[], str]] = {
+    "triton": _find_triton,
+    "cuda": _load_cuda,
+    "cpu": lambda: _load("_ops.so"),
+    "reference": lambda: "",
 }
+
+
+@functools.cache
+def missing(name: str) -> str:
+    """Why a backend is not available, or an empty string. The first question loads what it needs."""
+    return _FINDERS[name]()
 
 
 def backends() -> dict[str, Backend]:
     """The four backends by name, each with whether it is available, why not, and the ops it has.
 
+    Asks for CUDA and, where there is a GPU, imports Triton. A backend that is available may still refuse a tensor:
+    by its device, its dtype, an attention head that is too wide, or a GPU that is too old.
+
     Example:
         >>> backends()["reference"].available
         True
     """
-    return dict(_BACKENDS)
+    return {name: Backend(name, not missing(name), KERNELS[name], missing(name)) for name in NAMES}
+
+
+def too_old(device: torch.device) -> str:
+    """Why our kernels do not run on this GPU, or an empty string."""
+    if torch.version.hip is not None:  # AMD's numbers mean something else
+        return ""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST_GPU:
+        return ""
+    needed, got = (".".join(map(str, numbers)) for numbers in (OLDEST_GPU, capability))
+    return f"it needs a GPU of compute capability {needed} or newer, got {got}"
 
 
 def _refusal(op: str, name: str, tensor: Tensor) -> str:
     """Why a backend cannot run this op on this tensor, or an empty string."""
-    backend = _BACKENDS[name]
-    if not backend.available:
-        return backend.reason
-    if op not in backend.ops:
+    if missing(name):
+        return missing(name)
+    if op not in KERNELS[name]:
         return f"it has no kernel for {op}"
     if name == "reference":
         return ""
     interpreted = name == "triton" and interprets_triton()
-    devices = ("cuda", "cpu") if interpreted else ("cpu",) if name == "cpu" else ("cuda",)
+    devices = ("cuda", "cpu") if interpreted else (DEVICES[name],)
     if tensor.device.type not in devices:
         return f"it runs on {' and '.join(devices)} tensors, got {tensor.device}"
     if tensor.dtype not in FLOATS:
         return f"it runs on {names(FLOATS)}, got {names((tensor.dtype,))}"
     if interpreted and tensor.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
+    if name != "cpu" and op == "spae_attention" and tensor.shape[-1] > LARGEST_HEAD:
+        return f"it takes heads of at most {LARGEST_HEAD} elements, got {tensor.shape[-1]}"
+    if tensor.device.type == "cuda" and not interpreted:
+        return too_old(tensor.device)
     return ""
 
 
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:
     """The backend to run `op` on `tensor`: the one asked for, or the first of NAMES that can.
 
+    `tensor` is the argument that sets dtype and device for the others (and has the size of a head last).
     Triton's interpreter, which is there to find faults and takes seconds for what a kernel does in
     microseconds, runs only where it is asked for.
 
@@ -131,8 +167,11 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
         ValueError: the backend asked for has no such name or cannot run this; the message says which can.
     """
     if backend is None:
+        device = tensor.device.type
         for name in NAMES:
-            if (name != "triton" or not interprets_triton()) and not _refusal(op, name, tensor):
+            if DEVICES.get(name, device) != device:
+                continue  # before asking whether it is missing: a CPU tensor makes nobody look for CUDA
+            if not (name == "triton" and interprets_triton()) and not _refusal(op, name, tensor):
                 return name
     if backend not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(NAMES)}, got {backend!r}")

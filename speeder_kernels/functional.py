@@ -15,7 +15,6 @@ import math
 import torch
 from torch import Tensor
 
-from speeder_kernels.dispatch import choose
 from speeder_kernels.validate import (
     FLOATS,
     FLOATS_AND_DOUBLE,
@@ -70,7 +69,8 @@ def spae_attention(
     computed.
 
     Args:
-        q: `(Tq, Hq, D)`, float32, bfloat16, float16 (or float64). Any strides.
+        q: `(Tq, Hq, D)`, float32, bfloat16, float16 (or float64). Any strides. "triton" and "cuda" take D up
+            to 256.
         k: `(Tk, Hkv, D)`, Hq a multiple of Hkv; dtype of q.
         v: `(Tk, Hkv, D)`, dtype of q.
         cu_seqlens_q: `(B+1,)` integers, where each sequence starts among the queries; the last is Tq.
@@ -132,7 +132,7 @@ def spae_attention(
         absolute_bias,
         scale,
         causal,
-        choose("spae_attention", backend, q),
+        backend,
     )
     return out
 
@@ -187,7 +187,7 @@ def pack_tokens(
         item_rows.to(torch.int64),
         ranks.to(torch.int64),
         position_prompts,
-        choose("pack_tokens", backend, text_embedding),
+        backend,
     )
 
 
@@ -232,8 +232,7 @@ def compress_items(
     check_tensor("present", present, (items, modalities), (torch.bool,), device)
     check_tensor("norm_weight", norm_weight, (hidden,), either, device)
     check_positive("eps", eps)
-    name = choose("compress_items", backend, expert_outputs)
-    return _OPS.compress_items(expert_outputs, gate_logits, present, norm_weight, eps, name)
+    return _OPS.compress_items(expert_outputs, gate_logits, present, norm_weight, eps, backend)
 
 
 def item_cross_entropy(
@@ -256,7 +255,8 @@ def item_cross_entropy(
         targets: `(N,)` integers in `0 .. I-1`; no value is special.
         scale: multiplies the dot products; above 0.
         log_q: `(I,)` float32 (or the dtype of hidden), the log of how often an item is drawn as a negative
-            (Yi et al. 2019); a constant that takes no gradient.
+            (Yi et al. 2019); a constant that takes no gradient. Finite: an item that is never drawn has no
+            such log (-inf would make every row's loss infinite or NaN), so count it as drawn at least once.
         backend: None picks; "reference", "cpu", "triton", "cuda" force.
 
     Returns:
@@ -264,7 +264,8 @@ def item_cross_entropy(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape, device or scale, an empty batch, a log_q that asks for a gradient.
+        ValueError: a wrong shape, device or scale, an empty batch, a log_q that asks for a gradient or is not
+            finite (without SPEEDER_CHECK=1 a GPU gives a loss that is infinite or NaN), a backend that cannot.
         IndexError: a target out of range, with its position.
     """
     device = _float_device("hidden", hidden, FLOATS_AND_DOUBLE)
@@ -279,8 +280,8 @@ def item_cross_entropy(
         check_tensor("log_q", log_q, (item_table.shape[0],), (hidden.dtype, torch.float32), device)
         if log_q.requires_grad:
             raise ValueError("log_q: expected a constant, got a tensor that requires a gradient")
-    name = choose("item_cross_entropy", backend, hidden)
-    loss, _ = _OPS.item_cross_entropy(hidden, item_table, targets.to(torch.int64), float(scale), log_q, name)
+    targets = targets.to(torch.int64)
+    loss, _ = _OPS.item_cross_entropy(hidden, item_table, targets, float(scale), log_q, backend)
     return loss
 
 
@@ -312,8 +313,8 @@ def topk_items(
     Raises:
         TypeError: a wrong dtype, one of the two exclusion tensors without the other.
         ValueError: a wrong shape or device, an empty batch, a k that some row cannot fill (the message names
-            the
-            row; on a GPU without SPEEDER_CHECK=1 such places hold -inf and -1), a score that is NaN.
+            the row; on a GPU without SPEEDER_CHECK=1 such places hold -inf and -1), a score that is NaN, a
+            backend that cannot.
         IndexError: an excluded item out of range, with its position.
     """
     device = _float_device("hidden", hidden, FLOATS)
@@ -332,5 +333,4 @@ def topk_items(
         check_tensor("exclude_indptr", exclude_indptr, (hidden.shape[0] + 1,), INTEGERS, device)
         check_tensor("exclude_items", exclude_items, ("nnz",), INTEGERS, device)
         exclude_indptr, exclude_items = exclude_indptr.to(torch.int64), exclude_items.to(torch.int64)
-    name = choose("topk_items", backend, hidden)
-    return _OPS.topk_items(hidden.detach(), item_table.detach(), k, exclude_indptr, exclude_items, name)
+    return _OPS.topk_items(hidden.detach(), item_table.detach(), k, exclude_indptr, exclude_items, backend)

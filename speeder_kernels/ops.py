@@ -1,9 +1,11 @@
 """torch.library registration: schemas, fake kernels, autograd, and the call of the backend that was chosen.
 
 Each public op is `speeder::NAME`, with `speeder::NAME_backward` where there is a gradient; the last argument
-is the backend's name, settled before the call. Compiled kernels are ops of their own, `speeder::NAME_kernel`,
-registered under the CPU and CUDA dispatch keys by the compiled libraries: the key picks the library. Triton's
-are functions of the same arguments, `speeder_kernels.triton.OP.NAME`.
+is the backend's name, or None to pick one. It is settled inside the op, where the compiler does not look: so a
+compiled graph finds and loads backends as any other call does. Compiled kernels are ops of their own,
+`speeder::NAME_kernel`, registered under the CPU and CUDA dispatch keys by the compiled libraries, once `dispatch`
+has loaded them: the key picks the library. Triton's are functions of the same arguments,
+`speeder_kernels.triton.OP.NAME`.
 """
 
 from __future__ import annotations
@@ -16,23 +18,30 @@ import torch
 from torch import Tensor
 
 from speeder_kernels import reference, reference_attention, validate
+from speeder_kernels.dispatch import choose
 
 _LIBRARY = torch.library.Library("speeder", "DEF")
 _OPS = torch.ops.speeder
 
 
-def _define(schema: str) -> Callable:
-    """Register the decorated function as an op for every device, with autocast off inside it."""
+def _define(schema: str, decides: int) -> Callable:
+    """Register the decorated function as an op for every device, with autocast off inside it.
+
+    Argument number `decides` is the tensor by which the backend is chosen; the function is called with its name.
+    """
+    name = schema.split("(")[0]
+    op = name.removesuffix("_backward")
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def kernel(*args):
-            tensor = next(arg for arg in args if isinstance(arg, Tensor))
+            *rest, backend = args
+            tensor = args[decides]
             with torch.autocast(tensor.device.type, enabled=False):
-                return function(*args)
+                return function(*rest, choose(op, backend, tensor))
 
         _LIBRARY.define(schema)
-        _LIBRARY.impl(schema.split("(")[0], kernel, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         return function
 
     return register
@@ -76,7 +85,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 @_define(
     "spae_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor rank_q, Tensor rank_k, Tensor? relative_bias, "
-    "Tensor? absolute_bias, float softmax_scale, bool causal, str backend) -> (Tensor, Tensor)"
+    "Tensor? absolute_bias, float softmax_scale, bool causal, str? backend) -> (Tensor, Tensor)",
+    decides=0,
 )
 def _spae_attention(
     q, k, v, cu_q, cu_k, max_q, max_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend
@@ -106,7 +116,8 @@ def _(
 
 @_define(
     f"spae_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_SPAE_ARGS}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{_SPAE_ARGS}, bool[] needs, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    decides=1,
 )
 def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
     *small, max_q, max_k, scale, causal, needs, backend = rest
@@ -187,7 +198,7 @@ _LIBRARY.define(
 _LIBRARY.define("sum_rows_kernel(Tensor grad, Tensor order, Tensor starts) -> Tensor")
 
 
-@_define(f"pack_tokens({_PACK_ARGS}, str backend) -> Tensor")
+@_define(f"pack_tokens({_PACK_ARGS}, str? backend) -> Tensor", decides=1)
 def _pack_tokens(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts, backend):
     indices = [x.contiguous() for x in (input_ids, item_rows, ranks)]
     sizes = [table.shape[0] for table in (text_embedding, item_tokens, position_prompts)]
@@ -209,7 +220,7 @@ def _(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts
     return text_embedding.new_empty(input_ids.shape[0], text_embedding.shape[1])
 
 
-@_define(f"pack_tokens_backward({_PACK_BACKWARD_ARGS}, str backend) -> (Tensor, Tensor, Tensor)")
+@_define(f"pack_tokens_backward({_PACK_BACKWARD_ARGS}, str? backend) -> (Tensor, Tensor, Tensor)", decides=0)
 def _pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, backend):
     sum_rows = reference.sum_rows if backend == "reference" else functools.partial(_sum_rows, backend)
     return reference.pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, sum_rows)
@@ -266,7 +277,7 @@ def _float32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
 
-@_define(f"compress_items({_COMPRESS_ARGS}, str backend) -> (Tensor, Tensor)")
+@_define(f"compress_items({_COMPRESS_ARGS}, str? backend) -> (Tensor, Tensor)", decides=0)
 def _compress_items(expert_outputs, gate_logits, present, norm_weight, eps, backend):
     if validate.reads_values(present):
         validate.check_present_values(present)
@@ -283,8 +294,9 @@ def _(expert_outputs, gate_logits, present, norm_weight, eps, backend):
 
 
 @_define(
-    f"compress_items_backward({_COMPRESS_GRADS}, {_COMPRESS_ARGS}, bool[] needs, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"compress_items_backward({_COMPRESS_GRADS}, {_COMPRESS_ARGS}, bool[] needs, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    decides=2,
 )
 def _compress_items_backward(
     grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps, needs, backend
@@ -345,11 +357,14 @@ _LIBRARY.define(
 
 @_define(
     "item_cross_entropy(Tensor hidden, Tensor item_table, Tensor targets, float scale, Tensor? log_q, "
-    "str backend) -> (Tensor, Tensor)"
+    "str? backend) -> (Tensor, Tensor)",
+    decides=0,
 )
 def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
     if validate.reads_values(targets):
         validate.check_range("targets", targets, 0, item_table.shape[0])
+        if log_q is not None:
+            validate.check_finite_values("log_q", log_q)
     if backend != "reference":
         tensors = (x.contiguous() for x in (hidden, item_table, targets))
         log_q = None if log_q is None else _float32(log_q)
@@ -365,7 +380,8 @@ def _(hidden, item_table, targets, scale, log_q, backend):
 
 @_define(
     "item_cross_entropy_backward(Tensor grad, Tensor hidden, Tensor item_table, Tensor targets, Tensor lse, "
-    "float scale, Tensor? log_q, bool[] needs, str backend) -> (Tensor, Tensor)"
+    "float scale, Tensor? log_q, bool[] needs, str? backend) -> (Tensor, Tensor)",
+    decides=1,
 )
 def _item_cross_entropy_backward(grad, hidden, item_table, targets, lse, scale, log_q, needs, backend):
     if backend == "reference":
@@ -419,7 +435,8 @@ _LIBRARY.define(
 
 @_define(
     "topk_items(Tensor hidden, Tensor item_table, SymInt k, Tensor? exclude_indptr, Tensor? exclude_items, "
-    "str backend) -> (Tensor, Tensor)"
+    "str? backend) -> (Tensor, Tensor)",
+    decides=0,
 )
 def _topk_items(hidden, item_table, k, exclude_indptr, exclude_items, backend):
     checked = validate.reads_values(hidden)

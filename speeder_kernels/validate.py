@@ -87,6 +87,14 @@ def check_range(
     raise IndexError(f"{name}: expected {wanted}{note}, got {int(tensor[position])} at position {position}")
 
 
+def check_finite_values(name: str, values: Tensor) -> None:
+    """Each number of a vector must be one: neither infinite nor NaN."""
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        at = int(bad[0, 0])
+        raise ValueError(f"{name}: expected finite numbers, got {float(values[at])} at position {at}")
+
+
 def check_pack_values(input_ids: Tensor, item_rows: Tensor, ranks: Tensor, sizes: list[int]) -> None:
     """Only what is read is checked: ids of text tokens, rows and ranks of items."""
     vocabulary, items, prompts = sizes

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import speeder_kernels
 from speeder_kernels import dispatch
+from speeder_kernels.__main__ import describe
 
 PACKAGE = Path(speeder_kernels.__file__).parent
 OPS = {"spae_attention", "pack_tokens", "compress_items", "item_cross_entropy", "topk_items"}
@@ -72,6 +75,161 @@ def test_the_interpreter_runs_only_where_it_is_asked_for():
         ValueError, match="Triton's interpreter computes bfloat16 wrongly; available: cpu, ref"
     ):
         dispatch.choose("pack_tokens", "triton", torch.zeros(1, dtype=torch.bfloat16))
+
+
+ALL_OPS = """
+import sys, torch
+asked = []  # whoever wants to know of CUDA
+is_available = torch.cuda.is_available
+def watch():
+    asked.append(sys._getframe(1).f_globals["__name__"])
+    return is_available()
+torch.cuda.is_available = watch
+import speeder_kernels as sk
+
+def untouched():
+    assert not [name for name in asked if name.startswith("speeder")], asked
+    assert "triton" not in sys.modules and not torch.cuda.is_initialized()
+
+def all_ops(x, lengths, ids, rows, present):
+    out = sk.spae_attention(x[:, None], x[:, None], x[:, None], lengths, lengths, 2, 2, ids, ids)[:, 0]
+    out = sk.pack_tokens(ids, out, out, rows, ids, out)
+    out, _ = sk.compress_items(out[None], x[None, :, 0], present, x[0])
+    out = torch.cat((out, out))
+    return sk.item_cross_entropy(out, x, ids, scale=1.0), *sk.topk_items(out, x, 1)
+
+untouched()
+x = torch.randn(2, 4, requires_grad=True)
+lengths, ids, rows = torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([0, -1])
+inputs = x, lengths, ids, rows, torch.ones(1, 2, dtype=torch.bool)
+"""
+
+
+def test_import_and_calls_on_a_cpu_leave_cuda_and_triton_alone():
+    """CUDA that was asked for cannot be used in a worker process that is forked later."""
+    calls = "loss, *_ = all_ops(*inputs); loss.sum().backward(); untouched(); print(x.grad.shape, asked)"
+    assert "torch.Size([2, 4])" in python("-c", ALL_OPS + calls, TRITON_INTERPRET="1")
+
+
+def test_backends_are_found_by_a_compiled_graph():
+    """The first call of a process may be one that torch.compile traces whole."""
+    code = """
+compiled = torch.compile(all_ops, backend="aot_eager", fullgraph=True)
+def run(f):
+    x.grad = None
+    loss, scores, items = f(*inputs)
+    loss.sum().backward()
+    return loss, scores, items, x.grad
+assert "_ops.so" not in open("/proc/self/maps").read()
+results = run(compiled)
+assert "_ops.so" in open("/proc/self/maps").read()
+assert all(torch.equal(a, b) for a, b in zip(results, run(all_ops), strict=True))
+refused = torch.compile(lambda x: sk.topk_items(x, x, 1, backend="cuda"), backend="aot_eager", fullgraph=True)
+try:
+    refused(x)
+except ValueError as error:
+    print(error)
+"""
+    assert "backend: 'cuda' cannot run topk_items here: " in python("-c", ALL_OPS + code)
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"),
+    [
+        ("2.9.1", False),
+        ("3.5.1", False),
+        ("3.6.0", True),
+        ("3.6.0+git9844da95", True),
+        ("3.10", True),
+        ("4.0", True),
+    ],
+)
+def test_an_old_triton_is_refused(version, fits, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    monkeypatch.setattr(dispatch, "missing", dispatch.missing.__wrapped__)  # looks again
+    reason = f"it needs triton 3.6 or newer, got {version}"
+    table = describe().splitlines()
+    if fits:
+        assert dispatch.backends()["triton"].available and any(
+            line.startswith("  triton           available") for line in table
+        )
+        return
+    assert f"  triton           no: {reason}" in table
+    with pytest.raises(
+        ValueError, match=re.escape(f"cannot run topk_items here: {reason}; available: cpu, ref")
+    ):
+        dispatch.choose("topk_items", "triton", torch.zeros(1))
+
+
+def gpu_tensor(size: int, device: str = "cuda:0", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(2, 1, size, device=device, dtype=dtype)
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> None:
+    """As if there were two GPUs, a T4 and an A100, all was installed, and Triton not interpreted."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(dispatch, "missing", lambda name: "")
+    capabilities = [(7, 5), (8, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["T4", "A100"][index])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_a_gpu_that_is_too_old_gets_the_reference(op, gpus, monkeypatch):
+    old, new = gpu_tensor(64, "cuda:0"), gpu_tensor(64, "cuda:1")
+    assert dispatch.choose(op, None, new) == dispatch.choose(op, "triton", new) == "triton"
+    assert dispatch.choose(op, None, old) == "reference"
+    for name in ("triton", "cuda"):
+        if op in dispatch.KERNELS[name]:
+            reason = (
+                f"'{name}' cannot run {op} here: it needs a GPU of compute capability 8.0 or newer, got 7.5; "
+            )
+            with pytest.raises(ValueError, match=re.escape(reason) + "available: reference$"):
+                dispatch.choose(op, name, old)
+    monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD counts otherwise
+    assert dispatch.choose(op, None, old) == "triton"
+
+
+def test_the_report_says_which_gpus_are_too_old(gpus):
+    lines = describe().splitlines()
+    assert (
+        "GPU 0              T4, not for triton and cuda: it needs a GPU of compute capability 8.0 or newer, got 7.5"
+        in lines
+    )
+    assert "GPU 1              A100, fit for triton and cuda" in lines
+
+
+def test_wide_heads_go_to_another_backend(gpus):
+    wide = gpu_tensor(257, "cuda:1")
+    assert dispatch.choose("spae_attention", None, gpu_tensor(256, "cuda:1")) == "triton"
+    assert dispatch.choose("spae_attention", None, wide) == "reference"
+    assert dispatch.choose("pack_tokens", None, wide) == "triton"
+    for name in ("triton", "cuda"):
+        reason = f"'{name}' cannot run spae_attention here: it takes heads of at most 256 elements, got 257; "
+        with pytest.raises(ValueError, match=reason + "available: reference"):
+            dispatch.choose("spae_attention", name, wide)
+
+
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_a_wide_head_of_an_attention(backend):
+    """Through the function that users call; the largest of all backends' tests has 256 elements."""
+    x, cu, ranks = torch.randn(3, 1, 272), torch.tensor([0, 3]), torch.arange(3)
+
+    def attention(backend):
+        return speeder_kernels.spae_attention(x, x, x, cu, cu, 3, 3, ranks, ranks, backend=backend)
+
+    if backend is None:
+        torch.testing.assert_close(attention(None), attention("reference"))
+        return
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here, so Triton is not interpreted")
+    with pytest.raises(
+        ValueError, match="it takes heads of at most 256 elements, got 272; available: cpu, reference"
+    ):
+        attention(backend)
 
 
 def test_without_a_gpu_triton_says_so():

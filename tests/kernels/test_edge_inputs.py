@@ -1,0 +1,137 @@
+"""Empty tensors, and numbers that are none: every backend gives the right answer or names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import speeder_kernels as sk
+from tests.kernels.places import at, places
+
+FLOATS = {"q", "k", "v", "text_embedding", "item_tokens", "position_prompts", "expert_outputs", "gate_logits"}
+FLOATS |= {"norm_weight", "hidden", "item_table", "relative_bias"}
+SIZES = {"Tq": 3, "Tk": 3, "Hq": 2, "Hkv": 1, "D": 4, "B1": 2, "R": 2, "T": 3, "V": 5, "U": 2, "P": 2, "M": 2}
+SIZES |= {"H": 4, "N": 3, "I": 5}
+SHAPES = {
+    "spae_attention": {
+        "q": ("Tq", "Hq", "D"), "k": ("Tk", "Hkv", "D"), "v": ("Tk", "Hkv", "D"), "cu_seqlens_q": ("B1",),
+        "cu_seqlens_k": ("B1",), "rank_q": ("Tq",), "rank_k": ("Tk",), "relative_bias": ("Hq", "R"),
+    },
+    "pack_tokens": {
+        "input_ids": ("T",), "text_embedding": ("V", "H"), "item_tokens": ("U", "H"), "item_rows": ("T",),
+        "ranks": ("T",), "position_prompts": ("P", "H"),
+    },
+    "compress_items": {
+        "expert_outputs": ("U", "M", "H"), "gate_logits": ("U", "M"), "present": ("U", "M"), "norm_weight": ("H",),
+    },
+    "item_cross_entropy": {"hidden": ("N", "H"), "item_table": ("I", "H"), "targets": ("N",)},
+    "topk_items": {"hidden": ("N", "H"), "item_table": ("I", "H")},
+}  # fmt: skip
+OTHERS = {
+    "spae_attention": {"max_seqlen_q": 3, "max_seqlen_k": 3},
+    "item_cross_entropy": {"scale": 1.0},
+    "topk_items": {"k": 2},
+}
+# Sizes that may be 0 where nothing refers to what is not there; their results are looked at below.
+ALLOWED = {("pack_tokens", "V"), ("pack_tokens", "U"), ("pack_tokens", "P")}
+
+
+def all_places(op: str) -> list[tuple[str, str]]:
+    found = places(op)
+    return found if ("triton", "cuda") in found else [*found, ("triton", "cpu")]
+
+
+def everywhere(*cases: tuple) -> pytest.MarkDecorator:
+    """Each `(op, ...)` with each backend and device that has the op."""
+    table = [(*case, *place) for case in cases for place in all_places(case[0])]
+    return pytest.mark.parametrize(("op", "case", "backend", "device"), table)
+
+
+def arguments(op: str, sizes: dict[str, int]) -> dict:
+    args = dict(OTHERS.get(op, {}))
+    for name, shape in SHAPES[op].items():
+        size = [sizes[letter] for letter in shape]
+        if name in FLOATS:
+            args[name] = torch.randn(size)
+        elif name.startswith("cu_"):
+            args[name] = torch.tensor([0, sizes["T" + name[-1]]][: size[0]], dtype=torch.int64)
+        else:
+            args[name] = torch.ones(size, dtype=torch.bool if name == "present" else torch.int64)
+    return args
+
+
+@everywhere(
+    *(
+        (op, size)
+        for op, shapes in SHAPES.items()
+        for size in dict.fromkeys(letter for shape in shapes.values() for letter in shape)
+        if (op, size) not in ALLOWED
+    )
+)
+def test_an_empty_size_is_refused_by_name(op, case, backend, device):
+    args = arguments(op, {**SIZES, case: 0})
+    at_least = "at least 2 elements" if case == "B1" else "at least one element"
+    named = next(name for name, shape in SHAPES[op].items() if case in shape)
+    with pytest.raises(ValueError, match=f"^{named}: expected {at_least}"):
+        at(getattr(sk, op), backend, device)(**args)
+
+
+def answers(op: str, backend: str, device: str, args: dict) -> list[torch.Tensor]:
+    """Results and gradients."""
+    leaves = [args[name].requires_grad_() for name in SHAPES[op] if name in FLOATS]
+    results = at(getattr(sk, op), backend, device)(**args)
+    results = list(results) if isinstance(results, tuple) else [results]
+    if results[0].requires_grad:
+        grads = torch.autograd.grad(results[0].square().sum(), leaves, allow_unused=True)
+        results += [grad for grad in grads if grad is not None]
+    return results
+
+
+def nothing_but_text() -> dict:
+    return {**arguments("pack_tokens", {**SIZES, "U": 0, "P": 0}), "item_rows": torch.full((3,), -1)}
+
+
+def nothing_but_items() -> dict:
+    return {**arguments("pack_tokens", {**SIZES, "V": 0, "P": 0}), "ranks": torch.full((3,), -1)}
+
+
+def empty_lists() -> dict:
+    lists = {"exclude_indptr": torch.zeros(4).long(), "exclude_items": torch.zeros(0).long()}
+    return {**arguments("topk_items", SIZES), **lists}
+
+
+def empty_sequences() -> dict:
+    """The first has no tokens, the second no keys, the last no queries."""
+    args = arguments("spae_attention", SIZES)
+    return {
+        **args,
+        "cu_seqlens_q": torch.tensor([0, 0, 1, 3, 3]),
+        "cu_seqlens_k": torch.tensor([0, 0, 0, 2, 3]),
+    }
+
+
+@everywhere(
+    ("pack_tokens", nothing_but_text),
+    ("pack_tokens", nothing_but_items),
+    ("topk_items", empty_lists),
+    ("spae_attention", empty_sequences),
+)
+def test_what_may_be_empty(op: str, case: Callable, backend, device):
+    torch.manual_seed(1)
+    args = case()
+    expected = answers(op, "reference", "cpu", args)
+    assert len(expected) > 1
+    torch.testing.assert_close(answers(op, backend, device, args), expected)
+
+
+@everywhere(*(("item_cross_entropy", value) for value in (-torch.inf, torch.inf, torch.nan)))
+def test_a_log_q_that_is_not_finite_is_refused(op, case, backend, device, monkeypatch):
+    """-inf, the log of an item that is never drawn, would make the loss of every row infinite or NaN."""
+    monkeypatch.setenv("SPEEDER_CHECK", "1")
+    log_q = torch.zeros(5)
+    log_q[3] = case
+    message = f"log_q: expected finite numbers, got {case} at position 3"
+    with pytest.raises(ValueError, match=message):
+        at(sk.item_cross_entropy, backend, device)(**arguments(op, SIZES), log_q=log_q)
