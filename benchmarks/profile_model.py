@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from speeder.data.prepared import PreparedData
-from speeder.demo import bundled_recipe
+from speeder.recipe import bundled_recipe
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import select_parameters

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
+    from speeder.baselines.sasrec import SASRec
     from speeder.model import SpeederForCausalLM
 
 
@@ -310,6 +311,7 @@ def run_describe(options: argparse.Namespace) -> None:
 
 
 def run_train(options: argparse.Namespace) -> None:
+    from speeder.baselines.sasrec_recipe import SASRecRecipe, train_sasrec
     from speeder.data.files import read_json
     from speeder.data.prepared import PreparedData
     from speeder.recipe import load_recipe, recipe_from_dict
@@ -330,12 +332,14 @@ def run_train(options: argparse.Namespace) -> None:
     for note in notes:
         print(f"Note: {note}")
     folder = options.data or read_json(options.out / "recipe.json")["data"]
-    model = train(recipe, data, options.out, resume=options.resume, data_folder=folder)
+    train_by = train_sasrec if isinstance(recipe, SASRecRecipe) else train
+    model = train_by(recipe, data, options.out, resume=options.resume, data_folder=folder)
     write_training_plots(options.out, options.out, model)
     print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
+    from speeder.baselines.sasrec import SASRec
     from speeder.results import baselines, evaluate_run, measure_for, model_label, run_data, write_results
 
     model_folder = find_model(options.run)
@@ -346,7 +350,8 @@ def run_evaluate(options: argparse.Namespace) -> None:
     )
     model = load_model(model_folder)
     row = {model_label(model): evaluate_run(run, model, measure)}
-    others = {} if options.no_baselines else baselines(run, measure)
+    with_sasrec = not isinstance(model, SASRec)
+    others = {} if options.no_baselines else baselines(run, measure, with_sasrec=with_sasrec)
     print(write_results(run, others | row, measure.folder))
 
 
@@ -378,6 +383,8 @@ def run_recommend(options: argparse.Namespace) -> None:
             raise SpeederError(f"--user: no user {options.user!r} among {len(interactions.user_ids)}")
         history = interactions.sequences()[interactions.user_ids.index(options.user)].tolist()
     model = load_model(model_folder)
+    if not hasattr(model, "recommend"):
+        raise SpeederError(f"recommend: expected a run of a language model, got {type(model).__name__}")
     try:
         recommended = model.recommend([history], options.k, exclude_seen=not options.include_seen)[0]
     except (KeyError, ValueError) as error:
@@ -394,7 +401,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 def recipe_path(name: str) -> Path:
     """A recipe's file: a path, or the name of one that comes with the package."""
-    from speeder.demo import bundled_recipe
+    from speeder.recipe import bundled_recipe
 
     if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
         return Path(name)
@@ -404,7 +411,7 @@ def recipe_path(name: str) -> Path:
     return bundled_recipe(name)
 
 
-def load_model(folder: Path) -> SpeederForCausalLM:
+def load_model(folder: Path) -> SpeederForCausalLM | SASRec:
     """The recommender in a folder; SpeederError where a file of it is missing or damaged."""
     from safetensors import SafetensorError
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 from speeder.assets import fetch
 from speeder.data.prepare import prepare_ml100k
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
-from speeder.recipe import load_recipe
+from speeder.recipe import Recipe, bundled_recipe, load_recipe
 from speeder.results import (
     Measure,
     baselines,
@@ -24,11 +23,6 @@ from speeder.results import (
 from speeder.training import train
 
 ASSETS = ("ml-100k", "smollm2-135m", "minilm", "efficientnet-lite0")
-
-
-def bundled_recipe(name: str) -> Path:
-    """A recipe that comes with the package, by file name without suffix."""
-    return Path(str(files("speeder") / "recipes" / f"{name}.yaml"))
 
 
 def demo(
@@ -75,6 +69,8 @@ def demo(
     plan, notes = load_recipe(recipe or bundled_recipe("ml-100k")).for_modalities(
         list(data.catalogue.modalities)
     )
+    if not isinstance(plan, Recipe):
+        raise SpeederError("recipe: expected one of Speeder's for the demo, got SASRec's")
     for note in notes:
         say(f"Note: {note}" + ("; `make demo POSTERS=DIR` brings it" if "image" in note else ""))
 

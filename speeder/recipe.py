@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from speeder.errors import SpeederError
+
+if TYPE_CHECKING:
+    from speeder.baselines.sasrec_recipe import SASRecRecipe
 
 MODALITIES = ("text", "image", "collaborative")  # what the encoders make; prepared data may have more
 
@@ -196,8 +200,13 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and check a recipe.
+def bundled_recipe(name: str) -> Path:
+    """A recipe that comes with the package, by file name without suffix."""
+    return Path(str(files("speeder") / "recipes" / f"{name}.yaml"))
+
+
+def load_recipe(path: str | Path) -> Recipe | SASRecRecipe:
+    """Read and check a recipe; one with `baseline: sasrec` is SASRec's.
 
     Raises:
         SpeederError: the file is missing, is not YAML, or has a key or value that is not known.
@@ -214,19 +223,24 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SpeederError(f"{path}: {error}") from error
 
 
-def recipe_from_dict(data: Any) -> Recipe:
+def recipe_from_dict(data: Any) -> Recipe | SASRecRecipe:
     """A recipe from plain data.
 
     Raises:
         SpeederError: a key is unknown, or a value has the wrong type or range.
     """
+    if isinstance(data, dict) and data.get("baseline") == "sasrec":
+        from speeder.baselines.sasrec_recipe import SASRecRecipe  # which itself needs this file
+
+        return build(SASRecRecipe, data, "recipe")
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         raise SpeederError("recipe: expected a mapping with a list of 'stages'")
-    stages = [_build(Stage, stage, f"stage {number}") for number, stage in enumerate(data["stages"], 1)]
-    return _build(Recipe, {**data, "stages": stages}, "recipe")
+    stages = [build(Stage, stage, f"stage {number}") for number, stage in enumerate(data["stages"], 1)]
+    return build(Recipe, {**data, "stages": stages}, "recipe")
 
 
-def _build(cls: type, data: Any, where: str):
+def build(cls: type, data: Any, where: str):
+    """A dataclass from plain data, its keys and types checked; `where` opens the message of a `SpeederError`."""
     if not isinstance(data, dict):
         raise SpeederError(f"{where}: expected a mapping, got {type(data).__name__}")
     known = {entry.name: entry for entry in dataclasses.fields(cls)}
@@ -244,7 +258,7 @@ def _build(cls: type, data: Any, where: str):
     _check_types(values, known, where)
     try:
         return cls(**values)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise SpeederError(f"{where}: {str(error).split('__init__() ')[-1]}") from error
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec import SASRec
+from speeder.baselines.sasrec_recipe import settings_for
 from speeder.data.files import read_json, write_json, write_text
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -27,7 +28,7 @@ from speeder.evaluation.leaks import check_features
 from speeder.evaluation.tables import comparison_latex
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
-from speeder.training import stage_logs
+from speeder.run_folder import stage_logs
 
 EVALUATIONS = "evaluations"
 
@@ -145,24 +146,29 @@ def evaluate_run(run: Path, model: Scorer, measure: Measure) -> Evaluation:
     return evaluation
 
 
-def baselines(run: Path, measure: Measure) -> dict[str, Evaluation]:
-    """Popularity and a cross-entropy SASRec, fitted on the training part; SASRec stops by the validation ranking.
+def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[str, Evaluation]:
+    """Popularity and, unless the run is of one, a cross-entropy SASRec, fitted on the training part.
 
-    SASRec is kept in `run/baselines/sasrec` and not fitted twice for the same data.
+    SASRec has the bundled settings that suit the data and stops by the validation ranking. It is kept in
+    `run/baselines/sasrec` and not fitted twice for the same data; stopped, it goes on from its last epoch.
     """
     data = measure.data
     training, num_items = data.split.training(), len(data.catalogue)
     folder = run / "baselines" / "sasrec"
     popularity = Popularity(training, num_items)
+    rows = {"popularity": evaluate_once(run, "popularity", popularity, measure)}
+    if not with_sasrec:
+        return rows
     sasrec = SASRec.load(folder) if (folder / "config.json").exists() else None
     if sasrec is None or sasrec.training_hash != popularity.training_hash:
         validation = (data.split.histories("validation"), data.split.targets("validation"))
-        sasrec = SASRec.fit(training, num_items, validation=validation)
+        checkpoint = folder / "checkpoint.safetensors"
+        sasrec = SASRec.fit(
+            training, num_items, settings_for(training), validation=validation, checkpoint=checkpoint
+        )
         sasrec.save(folder)
-    return {
-        "popularity": evaluate_once(run, "popularity", popularity, measure),
-        "SASRec (cross-entropy)": evaluate_once(run, "SASRec (cross-entropy)", sasrec, measure),
-    }
+        checkpoint.unlink(missing_ok=True)
+    return rows | {SASRec.label: evaluate_once(run, SASRec.label, sasrec, measure)}
 
 
 def model_label(model: Scorer) -> str:

@@ -1,14 +1,11 @@
 """Run a recipe: its stages one after another, each a Hugging Face `Trainer`, resumable at any moment.
 
-A run folder holds `recipe.json`, `state.json` (what is finished), `stages/<stage>/` (checkpoints, TensorBoard logs,
-`log.json`) and `model/`. Every file that resuming relies on is written whole or not at all: a checkpoint counts only
-with the marker that is written after it.
+The run folder is `run_folder.py`'s; `stages/<stage>/` holds checkpoints, TensorBoard logs and `log.json`. A checkpoint
+counts only with the marker that is written after it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -22,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from speeder.baselines.registry import baseline_class
 from speeder.config import SpeederConfig
-from speeder.data.files import read_json, write_json
+from speeder.data.files import write_json
 from speeder.data.interactions import LeaveOneOut
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -33,6 +30,7 @@ from speeder.mpo import GateRamp, select_parameters
 from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
+from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
 
 COMPLETE = "COMPLETE"  # marker file of a checkpoint that was written to its end
 
@@ -157,15 +155,12 @@ def train(
     _check_modalities(recipe, data)
     check_split(data.split, data.interactions)
     check_features(data)
-    state = _read_state(run, recipe, data, resume)
+    state = read_state(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)
     # a baseline keeps its tokenizer itself
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
-    # only now, with nothing left that a mistake could stop, is the folder a run
-    where = data_folder or (read_json(run / "recipe.json").get("data") if resume else None)
-    place = {"data": str(Path(where).resolve()) if where else None}
-    write_json(run / "recipe.json", _identity(recipe, data) | place)
+    begin_run(run, recipe, data, data_folder)
     if on_stage is not None and state["finished"]:
         # the stop may have come between the stage's end and this call
         on_stage(recipe.stages[len(state["finished"]) - 1], model)
@@ -179,20 +174,6 @@ def train(
                 on_stage(stage, model)
         opened |= set(stage.open)
     return model.eval()
-
-
-def stage_logs(run: str | Path) -> dict[str, list[dict]]:
-    """The log of each finished stage: name -> entries with `step`, `loss`, `eval_NDCG@10`, `gate/<modality>`."""
-    run = Path(run)
-    finished = read_json(run / "state.json")["finished"]
-    return {
-        name: read_json(_stage_folder(run, i, name) / "log.json")["log"] for i, name in enumerate(finished)
-    }
-
-
-def _stage_folder(run: Path, number: int, name: str) -> Path:
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
-    return run / "stages" / f"{number + 1:02d}-{safe}"
 
 
 def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
@@ -209,33 +190,6 @@ def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
             if name not in data.catalogue.modalities:
                 known = ", ".join(data.catalogue.modalities) or "none"
                 raise SpeederError(f"stage {stage.name!r} opens {name!r}, but the prepared data has: {known}")
-
-
-def _identity(recipe: Recipe, data: PreparedData) -> dict:
-    """What a run is of: a resumed one must agree in all of it."""
-    manifest = json.dumps(data.manifest, sort_keys=True).encode()
-    return {
-        "recipe": recipe.to_dict(),
-        "split": data.split.hash(),
-        "modalities": data.catalogue.modalities,
-        "manifest": hashlib.sha256(manifest).hexdigest(),
-    }
-
-
-def _read_state(run: Path, recipe: Recipe, data: PreparedData, resume: bool) -> dict:
-    path = run / "recipe.json"
-    if not resume:
-        if path.exists():
-            raise SpeederError(
-                f"{run}: holds a run already; resume it with --resume, or choose another folder"
-            )
-        return {"finished": [], "model": None}
-    if not path.exists():
-        raise SpeederError(f"{run}: expected a run to resume, found none")
-    began = {key: value for key, value in read_json(path).items() if key != "data"}
-    if began != _identity(recipe, data):
-        raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
-    return read_json(run / "state.json") if (run / "state.json").exists() else {"finished": [], "model": None}
 
 
 def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, tokenizer) -> SpeederForCausalLM:
@@ -275,7 +229,7 @@ def _run_stage(
     data: PreparedData,
     run: Path,
 ) -> None:
-    folder = _stage_folder(run, number, stage.name)
+    folder = stage_folder(run, number, stage.name)
     checkpoint = _last_checkpoint(folder)
     examples = model.training_examples(recipe.supervision)
     sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
@@ -351,19 +305,11 @@ def _finish_stage(
     state: dict,
     last: bool,
 ) -> None:
-    """Save the stage's model, then say so in `state.json`, then remove what it replaces."""
-    name = "model" if last else f"model-{number + 1:02d}"
-    temporary = run / f".{name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    if processor is not None:
-        processor.save_pretrained(temporary)
-    shutil.rmtree(run / name, ignore_errors=True)
-    temporary.rename(run / name)
-    before, state["model"] = state["model"], name
-    state["finished"].append(stage.name)
-    write_json(run / "state.json", state)
-    if before:
-        shutil.rmtree(run / before, ignore_errors=True)
-    for checkpoint in _stage_folder(run, number, stage.name).glob("checkpoint-*"):
+    def save(folder: Path) -> None:
+        model.save_pretrained(folder)
+        if processor is not None:
+            processor.save_pretrained(folder)
+
+    finish_stage(run, state, stage.name, save, "model" if last else f"model-{number + 1:02d}")
+    for checkpoint in stage_folder(run, number, stage.name).glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

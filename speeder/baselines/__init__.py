@@ -1,6 +1,6 @@
 """Baselines that every table carries."""
 
 from speeder.baselines.popularity import Popularity
-from speeder.baselines.sasrec import BEAUTY, MOVIELENS, SASRec, SASRecConfig
+from speeder.baselines.sasrec import SASRec, SASRecConfig
 
-__all__ = ["BEAUTY", "MOVIELENS", "Popularity", "SASRec", "SASRecConfig"]
+__all__ = ["Popularity", "SASRec", "SASRecConfig"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from speeder.baselines.sasrec import SASRec
 from speeder.baselines.text_model import TextBaseline, TextBaselineConfig
 from speeder.baselines.text_prompt import TextPrompt
 from speeder.baselines.title_generation import TitleGeneration
@@ -26,8 +27,8 @@ def baseline_class(name: str) -> type[TextBaseline]:
     return _CLASSES[name]
 
 
-def load_recommender(folder: str | Path) -> SpeederForCausalLM:
-    """A saved recommender, be it Speeder or a text baseline.
+def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
+    """A saved recommender, be it Speeder, a text baseline or SASRec.
 
     Raises:
         SpeederError: the folder holds neither, or it is damaged.
@@ -35,4 +36,6 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM:
     config = read_json(Path(folder) / "config.json")
     if config.get("model_type") == TextBaselineConfig.model_type:
         return baseline_class(config.get("baseline", "")).from_pretrained(folder)
+    if "model_type" not in config:  # theirs is no Hugging Face model
+        return SASRec.load(folder)
     return SpeederForCausalLM.from_pretrained(folder)

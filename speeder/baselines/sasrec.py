@@ -6,6 +6,8 @@ in place of its sampled binary loss is what makes it a hard baseline to beat (Kl
 arXiv 2309.07602).
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,8 @@ from speeder.errors import SpeederError
 
 @dataclass(frozen=True)
 class SASRecConfig:
-    """Sizes and rates. The defaults suit MovieLens-100K: few users, long histories.
+    """Sizes and rates. The defaults suit MovieLens-100K: few users, long histories. For many short ones there is the
+    recipe ``sasrec-beauty``; ``speeder.baselines.sasrec_recipe.settings_for`` picks by the data.
 
     Attributes:
         max_length: how many of a history's last items are read.
@@ -61,22 +64,22 @@ class SASRecConfig:
             )
 
 
-MOVIELENS = SASRecConfig()
-BEAUTY = SASRecConfig(learning_rate=2e-3, weight_decay=0.1, batch_size=128)
-
-
 class SASRec(nn.Module):
     """The model. ``SASRec.fit`` makes a trained one.
 
     Attributes:
+        label: what its row in a table is called.
         training_hash: what it was fitted on, for the leak check; None where it was not fitted by ``fit``.
     """
 
-    def __init__(self, num_items: int, config: SASRecConfig = MOVIELENS) -> None:
+    label = "SASRec (cross-entropy)"
+
+    def __init__(self, num_items: int, config: SASRecConfig | None = None) -> None:
         super().__init__()
         if num_items < 1:
             raise ValueError(f"num_items: expected at least 1, got {num_items}")
-        self.num_items, self.config = num_items, config
+        self.num_items, self.config = num_items, config or SASRecConfig()
+        config = self.config
         self.training_hash: str | None = None
         self.items = nn.Embedding(num_items, config.hidden_size)
         self.positions = nn.Embedding(config.max_length, config.hidden_size)
@@ -95,7 +98,10 @@ class SASRec(nn.Module):
         """
         steps_L = torch.arange(items_BL.shape[1], device=items_BL.device)
         from_end_BL = (lengths_B[:, None] - 1 - steps_L).clamp_min(0)
-        hidden = self.dropout(self.items(items_BL) + self.positions(from_end_BL))
+        scale = (
+            self.config.hidden_size**0.5
+        )  # as in the paper's code: else the blocks' outputs drown the items
+        hidden = self.dropout(self.items(items_BL) * scale + self.positions(from_end_BL))
         for block in self.blocks:
             hidden = block(hidden)
         return self.norm(hidden)
@@ -130,18 +136,21 @@ class SASRec(nn.Module):
         cls,
         training_sequences: Sequence[Sequence[int]],
         num_items: int,
-        config: SASRecConfig = MOVIELENS,
+        config: SASRecConfig | None = None,
         *,
         validation: tuple[Sequence[Sequence[int]], Sequence[int]] | None = None,
         epochs: int | None = None,
         seed: int = 0,
         log: Callable[[dict], None] | None = None,
         device: str | torch.device = "cpu",
-    ) -> "SASRec":
+        checkpoint: str | os.PathLike | None = None,
+    ) -> SASRec:
         """Build and train a model; see ``speeder.baselines.sasrec_training.fit`` for the arguments."""
         from speeder.baselines.sasrec_training import fit  # which itself needs this class
 
-        return fit(cls, training_sequences, num_items, config, validation, epochs, seed, log, device)
+        config = config or SASRecConfig()
+        file = None if checkpoint is None else Path(checkpoint)
+        return fit(cls, training_sequences, num_items, config, validation, epochs, seed, log, device, file)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``model.safetensors`` and ``config.json`` into a folder, each atomically.
@@ -161,7 +170,7 @@ class SASRec(nn.Module):
         write_json(folder / "config.json", config | {"weights": sha256_file(folder / "model.safetensors")})
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "SASRec":
+    def load(cls, folder: str | os.PathLike) -> SASRec:
         """Read what ``save`` wrote, in evaluation mode on the CPU.
 
         Raises:

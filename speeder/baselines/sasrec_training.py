@@ -1,17 +1,21 @@
 """How SASRec is trained: windows of long histories, batches of like length, early stopping on validation."""
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from speeder.baselines.sasrec import SASRec, SASRecConfig, check_sequences, pad
+from speeder.baselines.sasrec_checkpoint import Progress, load_checkpoint, save_checkpoint
 from speeder.evaluation.leaks import training_hash
 from speeder.evaluation.metrics import metric_values, target_ranks
+from speeder_kernels import item_cross_entropy
 
 _BUCKET_BATCHES = 16  # batches' worth of windows sorted by length together
 _VALIDATION_BATCH = 256
@@ -28,6 +32,7 @@ def fit(
     seed: int,
     log: Callable[[dict], None] | None,
     device: str | torch.device,
+    checkpoint: Path | None,
 ) -> SASRec:
     """Train a new model: every item of every sequence is predicted from those before it.
 
@@ -38,7 +43,10 @@ def fit(
             NDCG@10 (seen items masked) and returns the best epoch's weights; without it, it runs all epochs.
         epochs: most epochs to run; ``config.epochs`` where None.
         seed: fixes initial weights, dropout and order. The caller's random state is left as it was.
-        log: called after each epoch with ``epoch``, ``loss`` and, with validation, ``NDCG@10``.
+        log: called after each epoch with ``epoch``, ``loss`` and, with validation, ``NDCG@10``; epochs before a stop
+            are told again.
+        checkpoint: a file, written after each epoch. Where it is there already, training goes on from it and ends
+            as if it had never stopped. It is left for the caller to remove, once the model is saved.
 
     Returns:
         The trained model in evaluation mode.
@@ -46,6 +54,7 @@ def fit(
     Raises:
         ValueError: no sequence has two items, or the loss is no longer finite.
         IndexError: an item outside the catalogue.
+        SpeederError: the checkpoint is damaged, or of another training.
     """
     epochs = config.epochs if epochs is None else epochs
     if epochs < 1:
@@ -55,12 +64,14 @@ def fit(
     windows = cut_windows(sequences, config.max_length)
     if not windows:
         raise ValueError("training_sequences: expected at least one sequence of two items, got none")
-    device = torch.device(device)
+    device, data_hash = torch.device(device), training_hash(sequences)
+    settings = {"config": asdict(config), "epochs": epochs, "seed": seed, "validated": validation is not None}
+    identity = json.dumps({**settings, "data": data_hash})
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = kind(num_items, config).to(device)
-        _train(model, windows, validation, epochs, np.random.default_rng(seed), log)
-    model.training_hash = training_hash(sequences)
+        _train(model, windows, validation, epochs, np.random.default_rng(seed), log, checkpoint, identity)
+    model.training_hash = data_hash
     return model.eval()
 
 
@@ -71,54 +82,83 @@ def _train(
     epochs: int,
     rng: np.random.Generator,
     log: Callable[[dict], None] | None,
+    checkpoint: Path | None,
+    identity: str,
 ) -> None:
-    config, device = model.config, model.items.weight.device
-    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
-    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.learning_rate,
-        fused=True,
-    )
+    config = model.config
+    optimizer = _optimizer(model)
     steps = epochs * -(-len(windows) // config.batch_size)
-    warmup = max(1, round(_WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
-    )
-    best, best_weights, best_epoch = -1.0, None, 0
-    progress = tqdm(range(1, epochs + 1), desc="SASRec", unit="epoch", disable=None)
-    for epoch in progress:
-        model.train()
-        total, count = 0.0, 0
-        for batch in length_batches(windows, config.batch_size, rng):
-            loss_sum, predicted = _loss(model, batch, device)
-            optimizer.zero_grad(set_to_none=True)
-            (loss_sum / predicted).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            total, count = total + loss_sum.item(), count + predicted
-        record = {"epoch": epoch, "loss": total / count}
+    now, best_weights = Progress(), None
+    if checkpoint is not None and checkpoint.exists():
+        now, best_weights = load_checkpoint(checkpoint, model, optimizer, rng, identity)
+        for record in now.records if log is not None else ():
+            log(record)
+    bar = tqdm(total=epochs, initial=now.epoch, desc="SASRec", unit="epoch", disable=None)
+    while now.epoch < epochs and not (validation and now.epoch - now.best_epoch >= config.patience):
+        record = {"epoch": now.epoch + 1, "loss": _train_epoch(model, optimizer, windows, rng, now, steps)}
         if not np.isfinite(record["loss"]):
             raise ValueError(
-                f"loss: no longer finite in epoch {epoch}; lower learning_rate={config.learning_rate}"
+                f"loss: no longer finite in epoch {record['epoch']}; lower learning_rate={config.learning_rate}"
             )
+        now.epoch += 1
         if validation is not None:
             record["NDCG@10"] = _validate(model, *validation)
-            if record["NDCG@10"] > best:
-                best, best_epoch = record["NDCG@10"], epoch
+            if record["NDCG@10"] > now.best:
+                now.best, now.best_epoch = record["NDCG@10"], now.epoch
                 best_weights = copy.deepcopy(model.state_dict())
-        progress.set_postfix({key: f"{value:.4f}" for key, value in record.items() if key != "epoch"})
+        now.records.append(record)
+        if checkpoint is not None:
+            save_checkpoint(checkpoint, model, optimizer, best_weights, now, rng, identity)
+        bar.update()
+        bar.set_postfix({key: f"{value:.4f}" for key, value in record.items() if key != "epoch"})
         if log is not None:
             log(record)
-        if validation is not None and epoch - best_epoch >= config.patience:
-            break
+    bar.close()
     if best_weights is not None:
         model.load_state_dict(best_weights)
 
 
-def _loss(model: SASRec, batch: list[np.ndarray], device: torch.device) -> tuple[Tensor, int]:
+def _optimizer(model: SASRec) -> torch.optim.Optimizer:
+    matrices = [weight for weight in model.parameters() if weight.dim() > 1]
+    vectors = [weight for weight in model.parameters() if weight.dim() <= 1]
+    decay = model.config.weight_decay
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=model.config.learning_rate, fused=True)
+
+
+def _train_epoch(
+    model: SASRec,
+    optimizer: torch.optim.Optimizer,
+    windows: list[np.ndarray],
+    rng: np.random.Generator,
+    now: Progress,
+    steps: int,
+) -> float:
+    """Once over all windows; returns the mean loss of an item and counts ``now.step`` on."""
+    model.train()
+    total, count = 0.0, 0
+    for batch in length_batches(windows, model.config.batch_size, rng):
+        for group in optimizer.param_groups:
+            group["lr"] = model.config.learning_rate * rate_factor(now.step, steps)
+        loss_sum, predicted = _loss(model, batch)
+        optimizer.zero_grad(set_to_none=True)
+        (loss_sum / predicted).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        now.step += 1
+        total, count = total + loss_sum.item(), count + predicted
+    return total / count
+
+
+def rate_factor(step: int, steps: int) -> float:
+    """Share of the peak learning rate in a step: up in a line over the first twentieth, then down in a line to zero."""
+    warmup = max(1, round(_WARMUP * steps))
+    return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
+
+
+def _loss(model: SASRec, batch: list[np.ndarray]) -> tuple[Tensor, int]:
     """Summed cross-entropy of every next item in a batch of windows, and how many were predicted."""
+    device = model.items.weight.device
     lengths = torch.tensor([len(window) - 1 for window in batch])
     items_BL = pad(batch)
     real = torch.arange(items_BL.shape[1] - 1) < lengths[:, None]
@@ -126,7 +166,7 @@ def _loss(model: SASRec, batch: list[np.ndarray], device: torch.device) -> tuple
     hidden = model(items_BL[:, :-1].to(device), lengths.to(device))[
         real.to(device)
     ]  # padding never meets the wide product below
-    return F.cross_entropy(hidden @ model.items.weight.T, targets, reduction="sum"), len(targets)
+    return item_cross_entropy(hidden, model.items.weight, targets, scale=1.0).sum(), len(targets)
 
 
 def _validate(model: SASRec, histories: Sequence[Sequence[int]], targets: Sequence[int]) -> float:

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 from torch import Tensor
 
-from speeder.baselines.sasrec import BEAUTY, MOVIELENS, SASRecConfig
+from speeder.baselines.sasrec_recipe import settings_for
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import sha256_file
 from speeder.data.posters import Poster, match_posters
@@ -20,8 +19,6 @@ from speeder.errors import SpeederError
 from speeder.recipe import MODALITIES
 
 log = logging.getLogger(__name__)
-
-_SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 
 
 class EncodesTexts(Protocol):
@@ -85,7 +82,7 @@ def add_features(
     if "collaborative" in modalities:
         try:
             training = data.split.training()
-            config = sasrec_config(training)
+            config = settings_for(training)
             fitted = collaborative_features(training, len(catalogue), config=config)
         except ValueError as error:  # such as no training sequence of two items
             raise SpeederError(f"collaborative features cannot be fitted: {error}") from error
@@ -97,11 +94,6 @@ def add_features(
             "training_hash": fitted.training_hash,
         }
     return PreparedData(catalogue, data.interactions, {**manifest, "encoders": encoders})
-
-
-def sasrec_config(training: Sequence[Sequence[int]]) -> SASRecConfig:
-    """Settings for many short histories, in larger batches, or for few long ones, by their median length."""
-    return BEAUTY if np.median([len(items) for items in training]) < _SHORT_HISTORY else MOVIELENS
 
 
 def add_images(

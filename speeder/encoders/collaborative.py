@@ -7,7 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from speeder.baselines.sasrec import MOVIELENS, SASRec, SASRecConfig
+from speeder.baselines.sasrec import SASRec, SASRecConfig
+from speeder.baselines.sasrec_recipe import settings_for
 from speeder.evaluation.leaks import training_hash
 
 
@@ -31,7 +32,7 @@ def collaborative_features(
     dim: int = 64,
     seed: int = 0,
     epochs: int = 10,
-    config: SASRecConfig = MOVIELENS,
+    config: SASRecConfig | None = None,
 ) -> CollaborativeFeatures:
     """Item embeddings of a cross-entropy SASRec, trained for a fixed number of epochs.
 
@@ -44,15 +45,15 @@ def collaborative_features(
         dim: the width of the features; a multiple of ``config.heads``.
         seed: fixes the result.
         epochs: how long to train.
-        config: SASRec's other sizes and rates; its own hidden size, epochs and patience are not used.
+        config: SASRec's other sizes and rates, by default those that suit the data (`settings_for`); its own hidden
+            size, epochs and patience are not used.
 
     Raises:
         ValueError: no sequence has two items.
         IndexError: an item outside ``0..num_items-1``.
     """
-    model = SASRec.fit(
-        training_sequences, num_items, replace(config, hidden_size=dim), epochs=epochs, seed=seed
-    )
+    config = replace(config or settings_for(training_sequences), hidden_size=dim)
+    model = SASRec.fit(training_sequences, num_items, config, epochs=epochs, seed=seed)
     present = torch.zeros(num_items, dtype=torch.bool)
     present[
         torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in training_sequences]))

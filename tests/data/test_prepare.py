@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from speeder.baselines.sasrec import BEAUTY, MOVIELENS
+from speeder.baselines.sasrec import SASRecConfig
+from speeder.baselines.sasrec_recipe import settings_for
 from speeder.data import PreparedData
-from speeder.data.features import sasrec_config
 from speeder.data.posters import match_posters
 from speeder.data.prepare import prepare_ml100k
 from speeder.data.readers.ml100k import read_ml100k
@@ -123,5 +123,6 @@ def test_real_posters_match_real_titles(ml100k_folder: Path) -> None:
 
 
 def test_settings_of_the_collaborative_features_follow_the_histories() -> None:
-    assert sasrec_config([[1, 2, 3]] * 5 + [[1] * 90] * 4) is BEAUTY
-    assert sasrec_config([[1, 2, 3]] * 4 + [[1] * 90] * 5) is MOVIELENS
+    short = settings_for([[1, 2, 3]] * 5 + [[1] * 90] * 4)
+    long = settings_for([[1, 2, 3]] * 4 + [[1] * 90] * 5)
+    assert short.batch_size > long.batch_size and long == SASRecConfig()

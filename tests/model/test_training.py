@@ -19,7 +19,8 @@ from speeder.evaluate import LeakError, evaluate
 from speeder.model import SpeederForCausalLM
 from speeder.prompts import pack_batch
 from speeder.recipe import recipe_from_dict
-from speeder.training import TrainingSequences, stage_logs, train
+from speeder.run_folder import stage_logs
+from speeder.training import TrainingSequences, train
 from tests.model.worlds import save_tiny_backbone, tiny_model
 
 RECIPE = {

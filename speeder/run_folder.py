@@ -1,0 +1,96 @@
+"""A run folder's own files: what the run is of, what is finished, and each stage's log.
+
+A run folder holds `recipe.json`, `state.json`, `stages/<stage>/` and `model/`. Every file that resuming relies on is
+written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from speeder.data.files import read_json, write_json
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+
+
+class AnyRecipe(Protocol):
+    """Of Speeder, of a text baseline, or of SASRec."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML holds it."""
+
+
+def run_identity(recipe: AnyRecipe, data: PreparedData) -> dict:
+    """What a run is of: a resumed one must agree in all of it."""
+    manifest = json.dumps(data.manifest, sort_keys=True).encode()
+    return {
+        "recipe": recipe.to_dict(),
+        "split": data.split.hash(),
+        "modalities": data.catalogue.modalities,
+        "manifest": hashlib.sha256(manifest).hexdigest(),
+    }
+
+
+def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -> dict:
+    """What is finished of a run: `{"finished": [stage, ...], "model": folder or None}`.
+
+    Raises:
+        SpeederError: the folder holds a run that is not to be resumed, or none, or one of another recipe or data.
+    """
+    path = run / "recipe.json"
+    if not resume:
+        if path.exists():
+            raise SpeederError(
+                f"{run}: holds a run already; resume it with --resume, or choose another folder"
+            )
+        return {"finished": [], "model": None}
+    if not path.exists():
+        raise SpeederError(f"{run}: expected a run to resume, found none")
+    began = {key: value for key, value in read_json(path).items() if key != "data"}
+    if began != run_identity(recipe, data):
+        raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
+    return read_json(run / "state.json") if (run / "state.json").exists() else {"finished": [], "model": None}
+
+
+def begin_run(run: Path, recipe: AnyRecipe, data: PreparedData, data_folder: str | Path | None) -> None:
+    """Make the folder a run, once nothing is left that a mistake could stop; a resumed run keeps its data's place."""
+    if data_folder is None and (run / "recipe.json").exists():
+        data_folder = read_json(run / "recipe.json").get("data")
+    place = {"data": str(Path(data_folder).resolve()) if data_folder else None}
+    write_json(run / "recipe.json", run_identity(recipe, data) | place)
+
+
+def stage_folder(run: Path, number: int, name: str) -> Path:
+    """Where a stage, counted from 0, keeps its log and checkpoints."""
+    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return run / "stages" / f"{number + 1:02d}-{safe}"
+
+
+def stage_logs(run: str | Path) -> dict[str, list[dict]]:
+    """The log of each finished stage: name -> entries with `step`, `loss`, `eval_NDCG@10`, `gate/<modality>`."""
+    run = Path(run)
+    finished = read_json(run / "state.json")["finished"]
+    return {
+        name: read_json(stage_folder(run, i, name) / "log.json")["log"] for i, name in enumerate(finished)
+    }
+
+
+def finish_stage(
+    run: Path, state: dict, name: str, save: Callable[[Path], None], model_folder: str = "model"
+) -> None:
+    """Save the stage's model by `save(folder)`, then say so in `state.json`, then remove the model that it replaces."""
+    temporary = run / f".{model_folder}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save(temporary)
+    shutil.rmtree(run / model_folder, ignore_errors=True)
+    temporary.rename(run / model_folder)
+    before, state["model"] = state["model"], model_folder
+    state["finished"].append(name)
+    write_json(run / "state.json", state)
+    if before:
+        shutil.rmtree(run / before, ignore_errors=True)
