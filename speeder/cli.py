@@ -127,7 +127,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out text, image or collaborative features",
     )
     prepare.add_argument(
-        "--text-encoder", metavar="MODEL", help="an asset, a folder or a Hub id (default: minilm)"
+        "--text-encoder",
+        metavar="MODEL",
+        help="an asset, a folder or a Hub id, or backbone:MODEL for the mean of a language model's own word"
+        " embeddings (default: minilm)",
     )
     prepare.add_argument(
         "--image-encoder",

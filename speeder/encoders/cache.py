@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,15 @@ def content_key(content: str | bytes) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
-def module_hash(module: nn.Module) -> str:
-    """Hex SHA-256 over a module's class, its weights' names, shapes and bytes: equal hashes encode alike."""
+def module_hash(module: nn.Module, leave_out: Collection[str] = ()) -> str:
+    """Hex SHA-256 over a module's class, its weights' names, shapes and bytes: equal hashes encode alike.
+
+    `leave_out` names weights that have no say in the encoding.
+    """
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
+        if name in leave_out:
+            continue
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(
             np.ascontiguousarray(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -14,7 +15,23 @@ from speeder.assets import resolve
 from speeder.data.files import read_json
 from speeder.encoders.cache import FeatureCache, content_key, encode_cached, module_hash
 from speeder.encoders.efficientnet_lite import CONFIG, EfficientNetLite0
-from speeder.errors import SpeederError
+from speeder.encoders.pretrained import (
+    LOADING,
+    accepted,
+    check_repeatable,
+    load_frozen,
+    loading,
+    model_identity,
+)
+
+# Vision towers of models that also have a text tower. Each gives its family's usual picture embedding: CLIP's
+# projection into the space shared with texts, SigLIP's attention-pooled output (which is shared as it is).
+_TOWERS = {
+    "clip": "CLIPVisionModelWithProjection",
+    "siglip": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+}
+_PROJECTED = _TOWERS["clip"]
 
 
 def read_picture(content: bytes) -> Image.Image:
@@ -35,6 +52,12 @@ def read_picture(content: bytes) -> Image.Image:
         raise ValueError(reason.partition(" <")[0]) from error
 
 
+def _speckled(height: int, width: int) -> Image.Image:
+    """A picture no two patches of which are alike."""
+    values = np.arange(height * width * 3) * 97 % 251
+    return Image.fromarray(values.astype(np.uint8).reshape(height, width, 3))
+
+
 def efficientnet_pixels(picture: Image.Image) -> Tensor:
     """`(3, 224, 224)` float32: shorter side resized to 224 (bicubic), centre cut out, `(byte - 127) / 128`.
 
@@ -50,8 +73,9 @@ class ImageEncoder:
 
     Args:
         name: `"efficientnet-lite0"` (1,280 features), a folder, or a Hub id. A model that projects pictures
-            into a space shared with texts (CLIP, SigLIP) gives that projection; any other its pooled output,
-            or else the mean of its last hidden states.
+            into a space shared with texts (CLIP, SigLIP) gives that projection; any other its pooled output
+            (DINO's and ViT's is their first token's), or else the mean of its last hidden states. Features are
+            as the model gives them, not scaled to length 1.
         device: where the model runs.
         batch_size: pictures at a time; None is 4 on a CPU, where small batches stay in its caches, else 64.
 
@@ -70,20 +94,33 @@ class ImageEncoder:
             self._processor = None
             self._model = EfficientNetLite0.load(folder).to(self._device, memory_format=torch.channels_last)
             self.width = CONFIG["num_features"]
-            settings = "224-bicubic-centre"
+            identity = f"224-bicubic-centre:{module_hash(self._model)}"
         else:
-            try:
-                AutoConfig.from_pretrained(
-                    folder
-                )  # tells a model that is not there from one that has no processor
-                self._processor = AutoImageProcessor.from_pretrained(folder)
-                self._model = AutoModel.from_pretrained(folder, dtype=torch.float32).to(self._device).eval()
-            except (OSError, ValueError, KeyError, ImportError) as error:
-                reason = str(error).strip().splitlines()[0]
-                raise SpeederError(f"the image encoder {name!r} cannot be loaded: {reason}") from error
-            self.width = len(self._compute([Image.new("RGB", (32, 32))])[0])
-            settings = content_key(self._processor.to_json_string())
-        self.identity = f"image-1:{settings}:{module_hash(self._model)}"
+            with loading("image", name):
+                self._load(folder)
+                rows = check_repeatable(self._compute, [_speckled(64, 64), _speckled(40, 72)])
+            self.width = len(rows[0])
+            processor = f"{type(self._processor).__name__}:{self._processor.to_json_string()}"
+            identity = f"{processor}:{model_identity(self._model, self._unused)}"
+        self.identity = f"image-2:{content_key(identity)}"
+
+    def _load(self, folder: str) -> None:
+        # first the configuration: it tells a model that is not there from one that has no processor
+        config = AutoConfig.from_pretrained(folder, **LOADING)
+        # Pillow's, which these models were trained with: torchvision, where it is installed, resizes otherwise
+        self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **LOADING)
+        model_class, options = AutoModel, {}
+        if config.model_type in _TOWERS:  # half of the weights belong to the text tower
+            model_class, options = (
+                getattr(transformers, _TOWERS[config.model_type]),
+                {"config": config.vision_config},
+            )
+            if hasattr(config, "projection_dim"):  # which the whole model's settings decide
+                config.vision_config.projection_dim = config.projection_dim
+        elif _PROJECTED in (config.architectures or []):
+            model_class = getattr(transformers, _PROJECTED)
+        model, self._unused = load_frozen(model_class, folder, **options)
+        self._model = model.to(self._device)
 
     def encode(
         self, images: Sequence[str | None], *, cache: str | Path | None = None, progress: bool = True
@@ -136,12 +173,14 @@ class ImageEncoder:
         if self._processor is None:
             pixels = torch.stack([efficientnet_pixels(picture) for picture in pictures])
             return list(self._model.features(pixels.to(self._device, memory_format=torch.channels_last)))
-        pixels = self._processor(images=pictures, return_tensors="pt")["pixel_values"].to(self._device)
-        if hasattr(self._model, "get_image_features"):
-            output = self._model.get_image_features(pixel_values=pixels)
-        else:
-            output = self._model(pixel_values=pixels)
+        embed = getattr(self._model, "get_image_features", self._model.forward)
+        pixels = self._processor(images=pictures, return_tensors="pt")
+        output = embed(**accepted(embed, pixels, self._device))
         if isinstance(output, Tensor):
             return list(output)
-        pooled = getattr(output, "pooler_output", None)
-        return list(output.last_hidden_state.mean(dim=1) if pooled is None else pooled.flatten(1))
+        for name in ("image_embeds", "pooler_output"):
+            if getattr(output, name, None) is not None and not (name == "pooler_output" and self._unused):
+                return list(output[name].flatten(1))
+        # Where the pooler's weights are missing, the first token is what the model was trained to read.
+        states = output.last_hidden_state
+        return list(states[:, 0] if self._unused else states.mean(dim=1))

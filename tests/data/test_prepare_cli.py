@@ -11,6 +11,7 @@ from speeder.data import PreparedData
 from speeder.data.readers import READERS
 from speeder.data.synthetic import synthetic_world
 from tests.data.amazon_pair import write_amazon_2018
+from tests.encoders.tiny import save_clip
 from tests.model.worlds import save_tiny_backbone
 
 RECIPE = """
@@ -80,6 +81,23 @@ def test_pictures_by_item_id(
     assert data.catalogue.present["image"].tolist() == [True, False, False]
     record = data.manifest["images"]
     assert (record["matched"], record["missing"], list(record["broken"])) == (2, ["3"], ["2.jpg"])
+
+
+def test_encoders_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPEEDER_CACHE", str(tmp_path / "cache"))
+    save_tiny_backbone(tmp_path / "backbone")
+    save_clip(tmp_path / "clip")
+    raw = tmp_path / "raw"
+    (raw / "covers").mkdir(parents=True)
+    Image.new("RGB", (60, 80), "red").save(raw / "covers" / "1.jpg")
+    (raw / "M_pairs.csv").write_text("user,item,timestamp\n7,1,1000\n7,2,2000\n")
+    (raw / "M_titles.csv").write_text("item,title\n1,w3 w4\n2,w5\n")
+    command = ["prepare", "microlens", str(raw), "--out", str(tmp_path / "out"), "--without", "collaborative"]
+    names = {"text": f"backbone:{tmp_path / 'backbone'}", "image": str(tmp_path / "clip")}
+    assert main([*command, "--text-encoder", names["text"], "--image-encoder", names["image"]]) == 0
+    data = PreparedData.load(tmp_path / "out")
+    assert data.catalogue.modalities == {"text": 32, "image": 12}
+    assert {name: record["name"] for name, record in data.manifest["encoders"].items()} == names
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Image encoders: decoding, EfficientNet against its published code, Hugging Face models, broken files."""
+"""Image encoders: decoding, EfficientNet against its published code, broken files."""
 
 import io
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from speeder.encoders.efficientnet_lite import EfficientNetLite0
 from speeder.encoders.image import ImageEncoder, efficientnet_pixels, read_picture
@@ -121,43 +120,6 @@ def test_features_do_not_depend_on_the_batch_and_tell_pictures_apart(
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-3, rtol=1e-3)
     near = torch.nn.functional.normalize(together, dim=1) @ torch.nn.functional.normalize(together, dim=1).T
     assert near[0, 1] > max(near[0, 2], near[0, 3]) and near[2, 3] > max(near[2, 0], near[2, 1])
-
-
-VISION = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-
-
-def test_a_hugging_face_model_gives_its_pooled_output(tmp_path: Path) -> None:
-    model = ViTModel(ViTConfig(**VISION, image_size=32, patch_size=16)).eval()
-    model.save_pretrained(tmp_path / "vit")
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path / "vit")
-    encoder = ImageEncoder(str(tmp_path / "vit"))
-    noise().save(tmp_path / "a.png")
-    features, present, _ = encoder.encode([str(tmp_path / "a.png")], cache=tmp_path / "cache", progress=False)
-    with torch.no_grad():
-        pixels = processor(images=Image.open(tmp_path / "a.png"), return_tensors="pt")["pixel_values"]
-        expected = model(pixels).pooler_output
-    assert encoder.width == 16 and present.all()
-    torch.testing.assert_close(features, expected)
-
-
-def test_clip_gives_its_projection(tmp_path: Path) -> None:
-    text = {**VISION, "vocab_size": 40, "max_position_embeddings": 8}
-    vision = {**VISION, "image_size": 32, "patch_size": 16}
-    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval()
-    model.save_pretrained(tmp_path / "clip")
-    size = {"height": 32, "width": 32}
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(tmp_path / "clip")
-    encoder = ImageEncoder(str(tmp_path / "clip"))
-    noise().save(tmp_path / "a.png")
-    features, _, _ = encoder.encode([str(tmp_path / "a.png")], cache=tmp_path / "cache", progress=False)
-    with torch.no_grad():
-        pixels = encoder._processor(images=Image.open(tmp_path / "a.png"), return_tensors="pt")[
-            "pixel_values"
-        ]
-        expected = model.visual_projection(model.vision_model(pixels).pooler_output)
-    assert encoder.width == 12
-    torch.testing.assert_close(features, expected)
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:

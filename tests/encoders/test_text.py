@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from speeder.encoders.text import TextEncoder
 from speeder.errors import SpeederError
@@ -42,11 +43,17 @@ def test_rows_are_unit_and_do_not_depend_on_their_batch(encoder: TextEncoder, tm
     torch.testing.assert_close(together.norm(dim=1), torch.ones(5))
 
 
-def test_the_pooling_is_the_mean_over_tokens(encoder: TextEncoder, tmp_path: Path) -> None:
-    text = "A quiet town wakes up."
-    batch = encoder._tokenizer(text, return_tensors="pt")
+def hidden_states(folder: Path, text: str) -> torch.Tensor:
+    batch = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
     with torch.no_grad():
-        hidden = encoder._model(**batch).last_hidden_state[0]
+        return AutoModel.from_pretrained(folder)(**batch).last_hidden_state[0]
+
+
+def test_the_pooling_is_the_mean_over_tokens(
+    encoder: TextEncoder, minilm_folder: Path, tmp_path: Path
+) -> None:
+    text = "A quiet town wakes up."
+    hidden = hidden_states(minilm_folder, text)
     expected = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0)
     features, _ = encoder.encode([text, "a longer text, so that the first is padded " * 5], cache=tmp_path)
     torch.testing.assert_close(features[0], expected, atol=1e-5, rtol=0)
@@ -79,9 +86,7 @@ def test_folder_settings_change_the_identity_and_the_result(minilm_folder: Path,
     words = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
     features, _ = first.encode([words, words + " fifteen sixteen"], cache=tmp_path / "cache", progress=False)
     torch.testing.assert_close(features[0], features[1])  # both are cut to 16 tokens
-    batch = first._tokenizer(words, return_tensors="pt")
-    with torch.no_grad():
-        token = first._model(**batch).last_hidden_state[0, 0]
+    token = hidden_states(minilm_folder, words)[0]
     torch.testing.assert_close(features[0], token / token.norm(), atol=1e-5, rtol=0)
 
 
