@@ -72,9 +72,9 @@ def test_broken_lines_are_counted_and_logged_by_number(
     assert data.interactions.user_ids == ["9", "10"]
     assert [items.tolist() for items in data.interactions.sequences()] == [[1, 0], [0]]
     assert data.manifest["items"] == {
-        "read": 5,
+        "read": 6,
         "kept": 2,
-        "dropped": {"wrong number of fields": 1, "item listed before": 1, "not UTF-8": 1},
+        "dropped": {"wrong number of fields": 1, "item listed before": 1, "blank": 1, "not UTF-8": 1},
         "without_text": 0,
     }
     assert data.manifest["interactions"] == {
@@ -84,7 +84,7 @@ def test_broken_lines_are_counted_and_logged_by_number(
             "item not in the item file": 1,
             "same user and item as an earlier line": 1,
             "wrong number of fields": 1,
-            "timestamp is not a number of seconds": 2,
+            "timestamp is not a number": 2,
             "no user id": 1,
         },
     }
@@ -97,7 +97,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
         read_ml100k(tmp_path)
     write(tmp_path, b"", b"")
     (tmp_path / "ml-100k.item").write_bytes(b"\x00\x01binary")
-    with pytest.raises(SpeederError, match=r"ml-100k\.item has no column 'item_id'"):
+    with pytest.raises(SpeederError, match=r"ml-100k\.item has no column 'item_id:token'"):
         read_ml100k(tmp_path)
 
 

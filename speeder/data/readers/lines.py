@@ -101,35 +101,3 @@ def _unpacked(raw: BinaryIO) -> BinaryIO:
     magic = raw.read(2)
     raw.seek(0)
     return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if magic == b"\x1f\x8b" else raw
-
-
-def read_table(path: Path, columns: list[str], count: LineCount) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a tab-separated file whose header names each column as `name:type`, with their line numbers.
-
-    Blank lines are passed over; lines that are not UTF-8 or have another number of fields are dropped and
-    counted. Raises `SpeederError` where the file cannot be read or its header lacks one of `columns`.
-    """
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise SpeederError(f"{path} cannot be read: {error.strerror or error}") from error
-    header = lines[0].decode("utf-8-sig", errors="replace").rstrip("\r").split("\t")
-    names = [field.partition(":")[0] for field in header]
-    missing = [name for name in columns if name not in names]
-    if missing:
-        raise SpeederError(
-            f"{path} has no column {missing[0]!r}; its first line names {', '.join(names)[:200]}"
-        )
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        count.read += 1
-        try:
-            fields = line.decode("utf-8").rstrip("\r").split("\t")
-        except UnicodeDecodeError:
-            count.drop(number, "not UTF-8")
-            continue
-        if len(fields) != len(names):
-            count.drop(number, "wrong number of fields")
-            continue
-        yield number, dict(zip(names, fields, strict=True))

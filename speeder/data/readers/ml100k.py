@@ -8,7 +8,10 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import sha256_file
 from speeder.data.interactions import SPLIT_RULE, Interactions
 from speeder.data.prepared import PreparedData
-from speeder.data.readers.lines import LineCount, read_table
+from speeder.data.readers.lines import BadLine, LineCount
+from speeder.data.readers.tables import csv_rows
+from speeder.data.readers.text import ItemText
+from speeder.data.readers.values import identifier, ticks
 from speeder.data.titles import natural_title, split_year
 
 # MovieLens' film 267 is "unknown"; the atomic files spell it so.
@@ -44,44 +47,46 @@ def read_ml100k(folder: str | Path | None = None) -> PreparedData:
 
 def _read_items(path: Path) -> tuple[ItemCatalogue, LineCount]:
     count = LineCount(path)
-    items: dict[str, tuple[str, str]] = {}
-    for number, row in read_table(path, ["item_id", "movie_title", "release_year", "class"], count):
-        if not row["item_id"]:
-            count.drop(number, "no item id")
-        elif row["item_id"] in items:
+    items: dict[str, ItemText] = {}
+    columns = [["item_id:token"], ["movie_title:token_seq"], ["release_year:token"], ["class:token_seq"]]
+    for number, (item, title, year, genres) in csv_rows(path, count, columns, 4, separator="\t"):
+        try:
+            item = identifier(item, "item")
+        except BadLine as error:
+            count.drop(number, str(error))
+            continue
+        if item in items:
             count.drop(number, "item listed before")
         else:
-            items[row["item_id"]] = _describe(row["movie_title"], row["release_year"], row["class"])
-    titles, texts = ([item[part] for item in items.values()] for part in (0, 1))
+            items[item] = _describe(title, year, genres)
+    titles, texts = ([entry[part] for entry in items.values()] for part in (0, 1))
     return ItemCatalogue(list(items), titles, texts), count
 
 
-def _describe(title: str, year: str, genres: str) -> tuple[str, str]:
-    """A film's title with its year, and its text."""
+def _describe(title: str, year: str, genres: str) -> ItemText:
     if title.strip().casefold() in _UNKNOWN:
-        return "", ""
-    if not re.fullmatch(
-        r"\d{4}", year
-    ):  # one film has "V" (straight to video) there, and its year in the title
+        return ItemText("", "")
+    if not re.fullmatch(r"\d{4}", year):  # one film has "V" (straight to video), and its year in the title
         title, year = split_year(title)
     full = f"{natural_title(title)} ({year})" if year else natural_title(title)
     names = genres.split()
-    return full, f"{full}. Genres: {', '.join(names)}." if names else f"{full}."
+    return ItemText(full, f"{full}. Genres: {', '.join(names)}." if names else f"{full}.")
 
 
 def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactions, LineCount]:
     count = LineCount(path)
     rows: dict[tuple[str, str], int] = {}  # in the order of the lines
     known = set(catalogue.ids)
-    for number, row in read_table(path, ["user_id", "item_id", "timestamp"], count):
-        pair = row["user_id"], row["item_id"]
-        time = _seconds(row["timestamp"])
-        if not row["user_id"]:
-            count.drop(number, "no user id")
-        elif row["item_id"] not in known:
+    columns = [["user_id:token"], ["item_id:token"], ["timestamp:float"]]
+    for number, (user, item, time) in csv_rows(path, count, columns, 3, separator="\t"):
+        try:
+            pair = identifier(user, "user"), identifier(item, "item")
+            time = ticks(time, 1)
+        except BadLine as error:
+            count.drop(number, str(error))
+            continue
+        if pair[1] not in known:
             count.drop(number, "item not in the item file")
-        elif time is None:
-            count.drop(number, "timestamp is not a number of seconds")
         elif pair in rows:
             count.drop(number, "same user and item as an earlier line")
         else:
@@ -91,13 +96,6 @@ def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactio
     users = [user_index[user] for user, _ in rows]
     items = [catalogue.index_of(item) for _, item in rows]
     return Interactions(users, items, list(rows.values()), user_ids), count
-
-
-def _seconds(text: str) -> int | None:
-    try:
-        return int(float(text))
-    except (ValueError, OverflowError):  # OverflowError: "inf"
-        return None
 
 
 def _numbers_in_order(text: str) -> tuple[int, int, str]:
