@@ -2,6 +2,8 @@
 
 import hashlib
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from speeder.data.files import atomic_path
 
 log = logging.getLogger(__name__)
 
+_PLACES = 1 << 32  # more than a shard has rows
 _SHARD_ROWS = 256  # rows encoded between two writes: what an interruption may cost
 
 
@@ -42,34 +45,32 @@ def module_hash(module: nn.Module, leave_out: Collection[str] = ()) -> str:
 
 
 class FeatureCache:
-    """Feature rows of one encoder by content key, in safetensors shards, each written whole or not at all."""
+    """Feature rows of one encoder by content key, in safetensors shards, each written whole or not at all.
+
+    Rows lie on disk, memory-mapped; only their keys are held.
+    """
 
     def __init__(self, identity: str, folder: str | Path | None = None):
         """`identity` tells encoders and their settings apart; `folder` None is the user's cache."""
         root = cache_folder() / "features" if folder is None else Path(folder)
         self.folder = root / content_key(identity)[:32]
-        self._rows: dict[str, Tensor] = {}
+        self._shards: list[Tensor] = []
+        self._places: dict[str, int] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
-                shard = load_file(path)
-                keys, features = shard["keys"], shard["features"]
-                if features.shape[0] != keys.shape[0] or not torch.isfinite(features).all():
-                    raise ValueError("its rows do not fit its keys, or are not finite")
+                self._map(path)
             except (SafetensorError, OSError, KeyError, ValueError) as error:
                 log.warning("ignoring the broken cache file %s (%s); its rows are encoded again", path, error)
-                continue
-            self._rows.update(
-                (key.numpy().tobytes().hex(), row) for key, row in zip(keys, features, strict=True)
-            )
 
     def __contains__(self, key: str) -> bool:
-        return key in self._rows
+        return key in self._places
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._rows[key]
+        shard, row = divmod(self._places[key], _PLACES)
+        return self._shards[shard][row]
 
     def add(self, rows: dict[str, Tensor]) -> None:
-        """Keeps `{key: (F,) float32}` in memory and on disk."""
+        """Keeps `{key: (F,) float32}` on disk."""
         if not rows:
             return
         keys = b"".join(bytes.fromhex(key) for key in rows)
@@ -78,9 +79,33 @@ class FeatureCache:
             "features": torch.stack(list(rows.values())),
         }
         # Named by its content: two processes that encode the same rows write the same file.
-        with atomic_path(self.folder / f"{hashlib.sha256(keys).hexdigest()[:32]}.safetensors") as temporary:
+        path = self.folder / f"{hashlib.sha256(keys).hexdigest()[:32]}.safetensors"
+        with atomic_path(path) as temporary:
             save_file(tensors, temporary)
-        self._rows.update(rows)
+        self._map(path)
+
+    def _map(self, path: Path) -> None:
+        shard = load_file(path)
+        keys, features = shard["keys"], shard["features"]
+        if features.shape[0] != keys.shape[0] or not torch.isfinite(features).all():
+            raise ValueError("its rows do not fit its keys, or are not finite")
+        first = len(self._shards) * _PLACES
+        self._places.update((key.tobytes().hex(), first + row) for row, key in enumerate(keys.numpy()))
+        self._shards.append(features)
+
+
+def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
+    """`(rows, width)` float32 zeros that need no memory of their own: mapped to a file in `folder` without a name.
+
+    The file goes with the tensor. Raises `OSError` where the disk has no room for it.
+    """
+    if not rows * width:
+        return torch.zeros(rows, width)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk would kill who writes to the map
+        flat = torch.from_file(file.name, shared=True, size=rows * width, dtype=torch.float32)
+    return flat.view(rows, width)
 
 
 def encode_cached(
@@ -103,7 +128,7 @@ def encode_cached(
             cached).
 
     Returns:
-        `(N, width)` float32 with zeros where absent, and the `(N,)` bool mask of those present.
+        `(N, width)` float32 with zeros where absent, mapped to a file, and the `(N,)` bool mask of those present.
     """
     wanted: dict[str, int] = {}
     for position, key in enumerate(keys):
@@ -132,7 +157,8 @@ def encode_cached(
                     pending, failed = {}, 0
         finally:
             cache.add(pending)  # also on Ctrl-C: what is done stays done
-    features, present = torch.zeros(len(keys), width), torch.zeros(len(keys), dtype=torch.bool)
+    features = zeros_on_disk(len(keys), width, cache.folder)
+    present = torch.zeros(len(keys), dtype=torch.bool)
     for position, key in enumerate(keys):
         if key is not None and key in cache:
             features[position], present[position] = cache[key], True

@@ -1,5 +1,7 @@
 """The feature cache: each content once, whatever is interrupted or broken."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from speeder.encoders.cache import FeatureCache, content_key, encode_cached, module_hash
+from speeder.encoders.cache import FeatureCache, content_key, encode_cached, module_hash, zeros_on_disk
 
 WIDTH = 3
 
@@ -75,6 +77,45 @@ def test_broken_shards_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptu
     asked.clear()
     encode(tmp_path, texts, asked)  # the good shard took the broken one's place
     assert asked == []
+
+
+def mapped_file(tensor: torch.Tensor) -> str:
+    """The file that holds a tensor's numbers, "" where they lie in memory without one."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *name = line.split(maxsplit=5)
+        start, end = (int(number, 16) for number in span.split("-"))
+        if start <= tensor.data_ptr() < end:
+            return "".join(name)
+    raise AssertionError("the tensor's memory is not mapped at all")
+
+
+def test_rows_lie_on_disk(tmp_path: Path) -> None:
+    """Both those that were just encoded and those of an earlier run, and what is made of them."""
+    texts = [f"text {number}" for number in range(700)]
+    features, _ = encode(tmp_path, texts, [])
+    assert str(tmp_path) in mapped_file(features)
+    for cache in (FeatureCache("toy", tmp_path), fresh := FeatureCache("other", tmp_path)):
+        if cache is fresh:
+            cache.add({content_key(text): feature(text) for text in texts[:3]})
+        row = cache[content_key(texts[2])]
+        assert torch.equal(row, feature(texts[2])) and mapped_file(row).endswith(".safetensors")
+    names = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {".safetensors"}  # the matrix's own file has no name any more
+
+
+def test_a_matrix_that_the_disk_cannot_hold_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: a map that finds no room when it is written to kills the process."""
+
+    def no_room(descriptor: int, offset: int, length: int) -> None:
+        assert (offset, length) == (0, 5 * 7 * 4)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", no_room)
+    with pytest.raises(OSError, match="No space left"):
+        zeros_on_disk(5, 7, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_encoders_do_not_share_rows(tmp_path: Path) -> None:

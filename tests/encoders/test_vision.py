@@ -22,6 +22,8 @@ from transformers import (
     ConvNextModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     Siglip2Config,
     Siglip2ImageProcessorPil,
@@ -72,6 +74,10 @@ def dinov2() -> PreTrainedModel:
     return Dinov2Model(Dinov2Config(**VISION_TOWER, mlp_ratio=2))
 
 
+def dinov3() -> PreTrainedModel:
+    return DINOv3ViTModel(DINOv3ViTConfig(**VISION_TOWER, num_register_tokens=2))
+
+
 def vit() -> PreTrainedModel:
     return ViTModel(ViTConfig(**VISION_TOWER))
 
@@ -112,6 +118,11 @@ FAMILIES: dict[str, tuple[Callable, object, Callable]] = {
         lambda model, batch: model.layernorm(
             model.encoder(model.embeddings(batch["pixel_values"])).last_hidden_state
         )[:, 0],
+    ),
+    "dinov3": (  # whose own processor needs torchvision
+        dinov3,
+        ViTImageProcessorPil(size=SQUARE),
+        lambda model, batch: model(**batch).last_hidden_state[:, 0],
     ),
     "vit": (vit, ViTImageProcessorPil(size=SQUARE), lambda model, batch: model(**batch).pooler_output),
     "vit-classifier": (  # which comes without a pooler: transformers would draw one at random
