@@ -77,12 +77,15 @@ def item_cross_entropy_kernel(
     tl.store(total_parts + place, total, mask=row < N)
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "ITEMS", "S"])
 def combine_loss_kernel(
-    loss, lse, largest_parts, total_parts, hidden, item_table, targets, log_q, scale, N, H, S,
+    loss, lse, largest_parts, total_parts, hidden, item_table, targets, log_q, scale, N, ITEMS, H, S,
     CORRECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The splits' sums, first to last, and the target's own logit: loss and log-sum-exp of BLOCK_N rows."""
+    """The splits' sums, first to last, and the target's own logit: loss and log-sum-exp of BLOCK_N rows.
+
+    NaN is the loss of a target that is no item: nothing is read there.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_batch = row < N
     largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -95,20 +98,21 @@ def combine_loss_kernel(
         place = tl.cast(split, tl.int64) * N + row
         part = tl.load(largest_parts + place, mask=in_batch, other=0.0)
         total += tl.load(total_parts + place, mask=in_batch, other=0.0) * tl.exp(part - base)
-    target = tl.load(targets + row, mask=in_batch, other=0)
+    target = tl.load(targets + row, mask=in_batch, other=-1)
+    is_item = (target >= 0) & (target < ITEMS)
     products = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
     for first in range(0, H, BLOCK_H):
         column = first + tl.arange(0, BLOCK_H)
-        inside = in_batch[:, None] & (column < H)[None, :]
+        inside = is_item[:, None] & (column < H)[None, :]
         h = tl.load(hidden + row[:, None] * H + column[None, :], mask=inside, other=0.0)
         x = tl.load(item_table + target[:, None] * H + column[None, :], mask=inside, other=0.0)
         products += h.to(tl.float32) * x.to(tl.float32)
     logit = tl.sum(products, axis=1) * scale
     if CORRECTED:
-        logit -= tl.load(log_q + target, mask=in_batch, other=0.0)
+        logit -= tl.load(log_q + target, mask=is_item, other=0.0)
     log_sum = base + tl.log(tl.where(in_batch, total, 1.0))
     tl.store(lse + row, log_sum, mask=in_batch)
-    tl.store(loss + row, log_sum - logit, mask=in_batch)
+    tl.store(loss + row, tl.where(is_item, log_sum - logit, float("nan")), mask=in_batch)
 
 
 @triton.jit(do_not_specialize=["N", "ITEMS", "START"])
@@ -208,7 +212,11 @@ def _splits(device: torch.device, programs: int, steps: int) -> tuple[int, int]:
 def item_cross_entropy(
     hidden: Tensor, item_table: Tensor, targets: Tensor, scale: float, log_q: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Loss `(N,)` and log-sum-exp `(N,)`; contiguous tensors, int64 targets, float32 log_q."""
+    """Loss `(N,)` and log-sum-exp `(N,)`; contiguous tensors, int64 targets, float32 log_q.
+
+    The loss of a target that is no item, -100 say, is NaN; where nothing depends on it, the gradients are as without
+    the row.
+    """
     hidden, item_table = pad_columns(hidden), pad_columns(item_table)
     device, (n, h), i = hidden.device, hidden.shape, item_table.shape[0]
     row = tile(device, "item_cross_entropy", hidden.element_size())
@@ -224,7 +232,7 @@ def item_cross_entropy(
     row = tile(device, "combine_loss")
     tensors = (loss, lse, largest, total, hidden, item_table, targets, q)
     grid = (cdiv(n, row["BLOCK_N"]),)
-    launch(combine_loss_kernel, grid, *tensors, scale, n, h, splits, **correction, **row, fuse=True)
+    launch(combine_loss_kernel, grid, *tensors, scale, n, i, h, splits, **correction, **row, fuse=True)
     return loss, lse
 
 

@@ -15,11 +15,22 @@ from speeder_kernels.triton.tiles import cdiv, column_block, launch, tile
 SUM_AHEAD = 4  # rows of a sum that are fetched before the first is added
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit
+def _rows(table, row, inside, H, column):
+    """Columns of a table's rows; NaN, not read, where not `inside`."""
+    mask = inside[:, None] & (column[None, :] < H)
+    return tl.load(table + row[:, None] * H + column[None, :], mask=mask, other=float("nan"))
+
+
+@triton.jit(do_not_specialize=["T", "V", "U", "P"])
 def pack_tokens_kernel(
-    out, text, items, prompts, input_ids, item_rows, ranks, T, H, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """A program packs BLOCK_T tokens' BLOCK_H columns; what a token does not use is not read."""
+    out, text, items, prompts, input_ids, item_rows, ranks, T, H, V, U, P,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A program packs BLOCK_T tokens' BLOCK_H columns; what a token does not use is not read.
+
+    NaN is the row of a token whose index lies outside its table (V, U and P rows): nothing is read there.
+    """
     columns_of_blocks = tl.cdiv(H, BLOCK_H)
     token = (tl.program_id(0) // columns_of_blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.program_id(0) % columns_of_blocks * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -31,9 +42,9 @@ def pack_tokens_kernel(
     text_row = tl.load(input_ids + token, mask=is_text, other=0)
     in_row = column[None, :] < H
     has_prompt = (rank >= 0)[:, None] & in_row
-    words = tl.load(text + text_row[:, None] * H + column[None, :], mask=is_text[:, None] & in_row)
-    tokens = tl.load(items + row[:, None] * H + column[None, :], mask=is_item[:, None] & in_row)
-    prompt = tl.load(prompts + rank[:, None] * H + column[None, :], mask=has_prompt)
+    words = _rows(text, text_row, is_text & (text_row >= 0) & (text_row < V), H, column)
+    tokens = _rows(items, row, is_item & (row < U), H, column)
+    prompt = _rows(prompts, rank, (rank >= 0) & (rank < P), H, column)
     x = tl.where(is_item[:, None], tokens, words)
     # Not `x + 0` where there is no prompt: a row is passed on bit by bit.
     x = tl.where(has_prompt, (x.to(tl.float32) + prompt.to(tl.float32)).to(x.dtype), x)
@@ -81,7 +92,7 @@ def pack_tokens(
     ranks: Tensor,
     position_prompts: Tensor,
 ) -> Tensor:
-    """`(T, H)`; contiguous tensors, int64 indices."""
+    """`(T, H)`; contiguous tensors, int64 indices. A token with an index outside its table gets NaN."""
     tokens, hidden = input_ids.shape[0], text_embedding.shape[1]
     out = text_embedding.new_empty(tokens, hidden)
     block_t, block_h, warps = _blocks("pack_tokens", out)
@@ -93,6 +104,7 @@ def pack_tokens(
         *tensors,
         tokens,
         hidden,
+        *(x.shape[0] for x in (text_embedding, item_tokens, position_prompts)),
         BLOCK_T=block_t,
         BLOCK_H=block_h,
         num_warps=warps,

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from speeder_kernels.dispatch import LARGEST_HEAD
 from speeder_kernels.triton.spae_attention_backward import keys_kernel, queries_kernel, row_terms_kernel
 from speeder_kernels.triton.spae_attention_bias import LOG2E, describe_kernel
 from speeder_kernels.triton.spae_attention_decode import combine_kernel, decode_kernel
@@ -21,12 +22,17 @@ MOST_ROWS = 64  # queries of a sequence times query heads of a key head, up to w
 MOST_SPLITS = 32  # of a sequence's keys, for `combine_kernel` holds them all
 KEYS_OF_SPLIT = 256  # fewer are not worth a program of their own
 KEYS_OF_BLOCK = 64  # whose sums `absolute_kernel` takes at once
+PARTS_AT_ONCE = 32  # of the partial tables that `reduce_kernel` adds up: it waits on memory once for them
 PROGRAMS_PER_PROCESSOR = 8  # that share out tiles among them, each with a partial table: so many even out
 
 
 def _tile(x: Tensor, name: str) -> tuple[Tile, Tile]:
     """A kernel's row of the table of tiles, as the constants of its blocks and the options of its launch."""
     size = x.shape[-1]
+    if size > LARGEST_HEAD:  # the table of tiles has no rows for it
+        raise ValueError(
+            f"q: expected a head dimension of at most {LARGEST_HEAD} for the triton backend, got {size}"
+        )
     block_d = max(16, triton.next_power_of_2(size))
     row = tile(x.device, OP, name, block_d, x.element_size())
     blocks = {key.upper(): row[key] for key in ("block_q", "block_k") if key in row}
@@ -35,7 +41,8 @@ def _tile(x: Tensor, name: str) -> tuple[Tile, Tile]:
 
 
 def _tiles(tokens: int, cu_seqlens: Tensor, block: int) -> int:
-    return tokens // block + cu_seqlens.shape[0] - 1
+    """As `spae_attention_bias.py` numbers them: of the sequences, and of the tail behind them."""
+    return tokens // block + cu_seqlens.shape[0]
 
 
 def _heads_strides(*tensors: Tensor) -> tuple[int, ...]:
@@ -111,7 +118,7 @@ def _forward(q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, scale, cau
     launch(
         forward_kernel, (_tiles(q.shape[0], cu_q, blocks["BLOCK_Q"]) * heads,),
         out, lse, q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, *summaries,
-        *_heads_strides(q, k, v), heads, heads // k.shape[1], sequences, buckets, positions,
+        *_heads_strides(q, k, v), q.shape[0], heads, heads // k.shape[1], sequences, buckets, positions,
         scale * LOG2E.value, CAUSAL=causal, **blocks, **options, fuse=True,
     )  # fmt: skip
     return out, lse
@@ -135,7 +142,8 @@ def _decode(q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, max_q, max_
     buckets, positions = _sizes(relative, absolute)
     launch(
         decode_kernel, (programs * splits,), *target, q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute,
-        *_heads_strides(q, k, v), key_heads, group, splits, blocks_q, buckets, positions, scale * LOG2E.value,
+        *_heads_strides(q, k, v), key_heads, group, splits, blocks_q, sequences, tokens, buckets, positions,
+        scale * LOG2E.value,
         CAUSAL=causal, SPLIT=splits > 1, **blocks, **options, fuse=True,
     )  # fmt: skip
     if splits > 1:
@@ -191,6 +199,34 @@ def spae_attention_backward(
         *_heads_strides(grad), tokens_q, heads, **blocks, **options, fuse=True,
     )  # fmt: skip
 
+    # The tables' gradients need a delta that is not of the rounded output: see spae_attention_backward.py.
+    correct = (need_relative or need_absolute) and q.dtype != torch.float32
+    if need_q or need_relative or correct:
+        blocks, options = _tile(q, "queries")
+        summaries = _summaries(q, k, *ranks, relative_bias, blocks)
+        far = torch.empty_like(delta) if need_relative else None
+        launch(
+            queries_kernel, (_tiles(tokens_q, cu_seqlens_q, blocks["BLOCK_Q"]) * heads,), grad,
+            grad_q if need_q else None, far, q, k, v, lse2, delta, *ranks, relative_bias, absolute_bias,
+            *summaries, *_heads_strides(grad, q, k, v), tokens_q, heads, group, sequences, buckets, positions,
+            scale, scale * LOG2E.value, CORRECT=correct, CAUSAL=causal, **blocks, **options, fuse=True,
+        )  # fmt: skip
+    if need_relative:
+        far_summaries, far_sizes = summaries, {"FAR_Q": blocks["BLOCK_Q"], "FAR_K": blocks["BLOCK_K"]}
+        blocks, options = _tile(q, "relative")
+        summaries = _summaries(q, k, *ranks, relative_bias, blocks)
+        tiles = _tiles(tokens_q, cu_seqlens_q, blocks["BLOCK_Q"])
+        slots = _slots(q, tiles)
+        partials = relative_bias.new_empty(slots, heads, buckets + 2 * PAD.value)
+        launch(
+            relative_kernel, (slots * heads,), partials, far, grad, q, k, v, lse2, delta, *ranks,
+            relative_bias, absolute_bias, *summaries, *far_summaries, *_heads_strides(grad, q, k, v), tokens_q,
+            heads, group, sequences, buckets, positions, scale * LOG2E.value, tiles, slots,
+            CAUSAL=causal, PRECISION=_one_hot_precision(q),
+            **blocks, **far_sizes, **options, fuse=True,
+        )  # fmt: skip
+        grad_relative = _reduce(partials, relative_bias, PAD.value)
+
     if need_k or need_v or need_absolute:
         blocks, options = _tile(q, "keys")
         summaries = _summaries(q, k, *ranks, relative_bias, blocks)
@@ -209,32 +245,6 @@ def spae_attention_backward(
                 )  # fmt: skip
         if need_absolute:
             grad_absolute = _absolute_gradient(column_sums, rank_k, absolute_bias)
-
-    if need_q or need_relative:
-        blocks, options = _tile(q, "queries")
-        summaries = _summaries(q, k, *ranks, relative_bias, blocks)
-        far = torch.empty_like(delta) if need_relative else None
-        launch(
-            queries_kernel, (_tiles(tokens_q, cu_seqlens_q, blocks["BLOCK_Q"]) * heads,), grad,
-            grad_q if need_q else None, far, q, k, v, lse2, delta, *ranks, relative_bias, absolute_bias,
-            *summaries, *_heads_strides(grad, q, k, v), tokens_q, heads, group, sequences, buckets, positions,
-            scale, scale * LOG2E.value, CAUSAL=causal, **blocks, **options, fuse=True,
-        )  # fmt: skip
-    if need_relative:
-        far_summaries, far_sizes = summaries, {"FAR_Q": blocks["BLOCK_Q"], "FAR_K": blocks["BLOCK_K"]}
-        blocks, options = _tile(q, "relative")
-        summaries = _summaries(q, k, *ranks, relative_bias, blocks)
-        tiles = _tiles(tokens_q, cu_seqlens_q, blocks["BLOCK_Q"])
-        slots = _slots(q, tiles)
-        partials = relative_bias.new_empty(slots, heads, buckets + 2 * PAD.value)
-        launch(
-            relative_kernel, (slots * heads,), partials, far, grad, q, k, v, lse2, delta, *ranks,
-            relative_bias, absolute_bias, *summaries, *far_summaries, *_heads_strides(grad, q, k, v), tokens_q,
-            heads, group, sequences, buckets, positions, scale * LOG2E.value, tiles, slots,
-            CAUSAL=causal, PRECISION=_one_hot_precision(q),
-            **blocks, **far_sizes, **options, fuse=True,
-        )  # fmt: skip
-        grad_relative = _reduce(partials, relative_bias, PAD.value)
     return grad_q, grad_k, grad_v, grad_relative, grad_absolute
 
 
@@ -269,6 +279,6 @@ def _reduce(partials: Tensor, table: Tensor, padding: int) -> Tensor:
     heads, buckets = table.shape
     launch(
         reduce_kernel, (heads * cdiv(buckets, 128),), out, partials, heads, buckets, partials.shape[0],
-        PADDING=padding, BLOCK=128, num_warps=4, fuse=True,
+        PADDING=padding, BLOCK=128, BLOCK_P=PARTS_AT_ONCE, num_warps=8, fuse=True,
     )  # fmt: skip
     return out

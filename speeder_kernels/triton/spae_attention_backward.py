@@ -4,8 +4,12 @@
 over the queries of all its query heads. `queries_kernel`: a program owns BLOCK_Q queries of one head and walks over
 their keys. The gradients of the bias tables are in `spae_attention_tables.py`.
 
-    p = exp2(score - lse),  dp = grad . v,  ds = p * (dp - grad . out)
+    p = exp2(score - lse),  dp = grad . v,  ds = p * (dp - delta),  delta = grad . out = sum of p dp over the keys
     grad_v = p^T grad,  grad_k = scale ds^T q,  grad_q = scale ds k;  the tables' gradients are sums of ds.
+
+In half precision `out` has been rounded, and grad . out is off by a little: by the same for a whole row, which adds up
+in the tables' gradients. But a row's ds sum to nothing, so what they do sum to is that error. Where a table takes a
+gradient, `queries_kernel` comes first, with CORRECT: it sums them up, and leaves delta as exact as float32 has it.
 
 Shape letters: Q queries of a tile, K keys of a tile, D head size.
 """
@@ -27,6 +31,7 @@ from speeder_kernels.triton.spae_attention_bias import (
     sequence_span,
     store_rows,
     tile_ranks,
+    with_tail,
 )
 
 
@@ -201,8 +206,9 @@ def keys_kernel(
     tile = tl.program_id(0) // key_heads
     sequence = find_sequence(cu_seqlens_k, tile, sequences, BLOCK_K)
     first_k = (tile - first_tile(cu_seqlens_k, sequence, BLOCK_K)) * BLOCK_K
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence)
+    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
+    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
+    length_k = with_tail(start_k, length_k, sequence, sequences, tokens_k)
     if first_k < length_k:
         wide_head = key_head.to(tl.int64)
         k += start_k.to(tl.int64) * k_stride + wide_head * k_head_stride
@@ -282,7 +288,9 @@ def keys_kernel(
 @triton.jit
 def add_keys(
     grad_q_QD,
+    sum_Q,
     far_Q,
+    far_weight_Q,
     any_wide,
     q_QD,
     grad_QD,
@@ -310,6 +318,7 @@ def add_keys(
     scale,
     NEED_Q: tl.constexpr,
     NEED_FAR: tl.constexpr,
+    CORRECT: tl.constexpr,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -318,7 +327,8 @@ def add_keys(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Add what keys `begin` to `end` give to a tile of queries, and to the sums of what is far.
+    """Add what keys `begin` to `end` give to a tile of queries, to the sums of ds over all keys (with CORRECT) and over
+    those that are far, and to the weight of these.
 
     Tiles that are wide are left out and noted in `any_wide`; with WIDE, they alone are taken.
     """
@@ -351,10 +361,17 @@ def add_keys(
         grad_scores_QK = weights_QK * (grad_weights_QK - delta_Q[:, None])
         if NEED_Q:
             grad_q_QD = tl.dot(grad_scores_QK.to(k_KD.dtype), k_KD, grad_q_QD, input_precision="ieee")
-        if NEED_FAR:  # noqa: SIM102 - the one is decided when compiling
-            if is_far(kind_q, low_q, kind_k, low_k, buckets, BLOCK_K):
+        if CORRECT:
+            new_Q = tl.sum(grad_scores_QK, axis=1)
+            sum_Q += new_Q
+        if NEED_FAR:
+            far = is_far(kind_q, low_q, kind_k, low_k, buckets, BLOCK_K)
+            if CORRECT:
+                far_Q += tl.where(far, new_Q, 0.0)
+                far_weight_Q += tl.where(far, tl.sum(weights_QK, axis=1), 0.0)
+            elif far:
                 far_Q += tl.sum(grad_scores_QK, axis=1)
-    return grad_q_QD, far_Q, any_wide
+    return grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide
 
 
 @triton.jit(do_not_specialize=["tokens_q", "heads", "group", "sequences", "buckets", "positions"])
@@ -391,6 +408,7 @@ def queries_kernel(
     positions,
     softmax_scale,
     scale,
+    CORRECT: tl.constexpr,
     CAUSAL: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -398,7 +416,7 @@ def queries_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """grad_q (Tq, Hq, D), and far (Hq, Tq): ds summed over the keys that are so far that they share the last bucket,
-    in tiles where all are. None stands for what nobody needs.
+    in tiles where all are. None stands for what nobody needs. With CORRECT, delta is replaced by the exact one.
     """
     NEED_Q: tl.constexpr = grad_q is not None
     NEED_FAR: tl.constexpr = far is not None
@@ -406,11 +424,12 @@ def queries_kernel(
     tile = tl.program_id(0) // heads
     sequence = find_sequence(cu_seqlens_q, tile, sequences, BLOCK_Q)
     first = first_tile(cu_seqlens_q, sequence, BLOCK_Q)
-    number = first_tile(cu_seqlens_q, sequence + 1, BLOCK_Q) - 1 - tile  # the long ones first, as in forward
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence)
+    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
+    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
+    length_q = with_tail(start_q, length_q, sequence, sequences, tokens_q)
+    number = tl.cdiv(length_q, BLOCK_Q) - 1 - (tile - first)  # the long ones first, as in forward
     first_q = number * BLOCK_Q
-    if first_q < length_q:
+    if number >= 0:
         wide_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
         q += start_q.to(tl.int64) * q_stride + wide_head * q_head_stride
         grad += start_q.to(tl.int64) * grad_stride + wide_head * grad_head_stride
@@ -443,34 +462,39 @@ def queries_kernel(
             end = length_k
         whole = seen_by_all // BLOCK_K * BLOCK_K
         grad_q_QD = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+        sum_Q = tl.zeros((BLOCK_Q,), tl.float32)
         far_Q = tl.zeros((BLOCK_Q,), tl.float32)
+        far_weight_Q = tl.zeros((BLOCK_Q,), tl.float32)
         any_wide = False
-        grad_q_QD, far_Q, any_wide = add_keys(
-            grad_q_QD, far_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v, k_stride, v_stride,
-            rank_q_Q, rank_k,
+        grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide = add_keys(
+            grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v,
+            k_stride, v_stride, rank_q_Q, rank_k,
             relative, absolute, summary_k, kind_q, low_q, high_q, first_q, 0, whole, length_k, shift,
-            buckets, positions, scale, NEED_Q, NEED_FAR, CAUSAL, False, False, D, BLOCK_D, BLOCK_Q,
+            buckets, positions, scale, NEED_Q, NEED_FAR, CORRECT, CAUSAL, False, False, D, BLOCK_D, BLOCK_Q,
             BLOCK_K,
         )  # fmt: skip
-        grad_q_QD, far_Q, any_wide = add_keys(
-            grad_q_QD, far_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v, k_stride, v_stride,
-            rank_q_Q, rank_k,
+        grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide = add_keys(
+            grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v,
+            k_stride, v_stride, rank_q_Q, rank_k,
             relative, absolute, summary_k, kind_q, low_q, high_q, first_q, whole, end, length_k, shift,
-            buckets, positions, scale, NEED_Q, NEED_FAR, CAUSAL, True, False, D, BLOCK_D, BLOCK_Q,
+            buckets, positions, scale, NEED_Q, NEED_FAR, CORRECT, CAUSAL, True, False, D, BLOCK_D, BLOCK_Q,
             BLOCK_K,
         )  # fmt: skip
         if relative is not None:  # noqa: SIM102 - the one is decided when compiling
-            if any_wide:
-                grad_q_QD, far_Q, any_wide = add_keys(
-                    grad_q_QD, far_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v, k_stride, v_stride,
-                    rank_q_Q, rank_k,
+            if any_wide:  # such a tile is not far
+                grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide = add_keys(
+                    grad_q_QD, sum_Q, far_Q, far_weight_Q, any_wide, q_QD, grad_QD, lse2_Q, delta_Q, k, v,
+                    k_stride, v_stride, rank_q_Q, rank_k,
                     relative, absolute, summary_k, kind_q, low_q, high_q, first_q, 0, end, length_k, shift,
-                    buckets, positions, scale, NEED_Q, NEED_FAR, CAUSAL, True, True, D, BLOCK_D,
+                    buckets, positions, scale, NEED_Q, False, CORRECT, CAUSAL, True, True, D, BLOCK_D,
                     BLOCK_Q, BLOCK_K,
                 )  # fmt: skip
         if NEED_Q:
             grad_q += (start_q.to(tl.int64) * heads + head) * D
             grad_q_QD *= softmax_scale
             store_rows(grad_q, first_q, heads * D, length_q, grad_q_QD, BLOCK_Q, D, BLOCK_D)
+        if CORRECT:
+            far_Q -= sum_Q * far_weight_Q
+            tl.store(delta + at, delta_Q + sum_Q, mask=inside)
         if NEED_FAR:
             tl.store(far + at, far_Q, mask=inside)

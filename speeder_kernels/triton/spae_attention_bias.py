@@ -2,7 +2,9 @@
 
 A tile is BLOCK tokens of one sequence. Tiles are numbered so that a program finds its own from `cu_seqlens`
 alone: sequence s owns the numbers from `cu_seqlens[s] // BLOCK + s` on, which are enough and at most two too many.
-So a grid has `T // BLOCK + B` tiles whatever the lengths are, and the host need not know them.
+Tokens behind the last sequence (the tail of a batch that is padded to a fixed size) count as sequence B, which has
+queries without keys and keys without queries: it gets zeros, as whatever sees nothing does. So a grid has
+`T // BLOCK + B + 1` tiles whatever the lengths are, and the host need not know them.
 
 Scores are kept in base 2: the scale and the bias come multiplied by log2(e), and `exp2` is one instruction.
 
@@ -37,8 +39,8 @@ def first_tile(cu_seqlens, sequence, BLOCK: tl.constexpr):
 
 @triton.jit
 def find_sequence(cu_seqlens, tile, sequences, BLOCK: tl.constexpr):
-    """Whose tile this is, by bisection."""
-    low, high = 0, sequences
+    """Whose tile this is, by bisection; `sequences` itself stands for the tail."""
+    low, high = 0, sequences + 1
     while high - low > 1:
         middle = (low + high) // 2
         is_after = first_tile(cu_seqlens, middle, BLOCK) <= tile
@@ -48,10 +50,16 @@ def find_sequence(cu_seqlens, tile, sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sequence_span(cu_seqlens, sequence):
-    """Its first token, and its length."""
+def sequence_span(cu_seqlens, sequence, sequences):
+    """Its first token, and its length: 0 of the tail, as all but `with_tail` take it."""
     start = tl.load(cu_seqlens + sequence)
-    return start, tl.load(cu_seqlens + sequence + 1) - start
+    return start, tl.load(cu_seqlens + tl.minimum(sequence + 1, sequences)) - start
+
+
+@triton.jit
+def with_tail(start, length, sequence, sequences, tokens):
+    """A sequence's length; of the tail, what is left of all `tokens`."""
+    return tl.where(sequence < sequences, length, tokens - start)
 
 
 @triton.jit
@@ -88,7 +96,7 @@ def store_rows(x, first, stride, length, values, BLOCK: tl.constexpr, D: tl.cons
 def describe_tile(summary, cu_seqlens, rank, tile, sequences, BLOCK: tl.constexpr):
     """Write down what the ranks of one tile are."""
     sequence = find_sequence(cu_seqlens, tile, sequences, BLOCK)
-    start, length = sequence_span(cu_seqlens, sequence)
+    start, length = sequence_span(cu_seqlens, sequence, sequences)
     place = tl.arange(0, BLOCK)
     position = (tile - first_tile(cu_seqlens, sequence, BLOCK)) * BLOCK + place
     inside = position < length

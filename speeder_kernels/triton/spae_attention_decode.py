@@ -15,7 +15,18 @@ from speeder_kernels.triton.spae_attention_bias import LN2, LOG2E, load_rows, se
 from speeder_kernels.triton.spae_attention_forward import softmax_step
 
 
-@triton.jit(do_not_specialize=["key_heads", "group", "splits", "blocks_q", "buckets", "positions"])
+@triton.jit(
+    do_not_specialize=[
+        "key_heads",
+        "group",
+        "splits",
+        "blocks_q",
+        "sequences",
+        "tokens_q",
+        "buckets",
+        "positions",
+    ]
+)
 def decode_kernel(
     out,
     lse,
@@ -38,6 +49,8 @@ def decode_kernel(
     group,
     splits,
     blocks_q,
+    sequences,
+    tokens_q,
     buckets,
     positions,
     scale,
@@ -56,8 +69,23 @@ def decode_kernel(
     split, program = program % splits, program // splits
     block, program = program % blocks_q, program // blocks_q
     key_head, sequence = program % key_heads, program // key_heads
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence)
+    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
+    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
+    if sequence == sequences - 1:
+        # First, for it holds no registers: the tail, like queries that see no key.
+        end_q = start_q + length_q
+        rows = (tokens_q - end_q) * group
+        for first in range(block * BLOCK_Q, rows, blocks_q * BLOCK_Q):
+            row_Q = first + tl.arange(0, BLOCK_Q)
+            at_Q = (
+                (end_q + row_Q // group).to(tl.int64) * (key_heads * group) + key_head * group + row_Q % group
+            )
+            if SPLIT:
+                at_Q = at_Q * splits + split
+            tl.store(lse + at_Q, float("-inf") if SPLIT else float("inf"), mask=row_Q < rows)
+            column_D = tl.arange(0, BLOCK_D)
+            pointers = out + at_Q[:, None] * D + column_D[None, :]
+            tl.store(pointers, 0.0, mask=(row_Q < rows)[:, None] & (column_D < D)[None, :])
     row_Q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_Q = row_Q // group
     head_Q = key_head * group + row_Q % group

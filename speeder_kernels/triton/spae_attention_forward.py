@@ -19,6 +19,7 @@ from speeder_kernels.triton.spae_attention_bias import (
     sequence_span,
     store_rows,
     tile_ranks,
+    with_tail,
 )
 
 
@@ -101,7 +102,7 @@ def attend(
     return acc_QD, top_Q, total_Q, any_wide
 
 
-@triton.jit(do_not_specialize=["heads", "group", "sequences", "buckets", "positions"])
+@triton.jit(do_not_specialize=["tokens_q", "heads", "group", "sequences", "buckets", "positions"])
 def forward_kernel(
     out,
     lse,
@@ -122,6 +123,7 @@ def forward_kernel(
     k_head_stride,
     v_stride,
     v_head_stride,
+    tokens_q,
     heads,
     group,
     sequences,
@@ -143,12 +145,13 @@ def forward_kernel(
     tile = tl.program_id(0) // heads
     sequence = find_sequence(cu_seqlens_q, tile, sequences, BLOCK_Q)
     first = first_tile(cu_seqlens_q, sequence, BLOCK_Q)
+    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
+    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
+    length_q = with_tail(start_q, length_q, sequence, sequences, tokens_q)
     # A sequence's last queries see the most keys: they begin first, so that no long program is left for the end.
-    number = first_tile(cu_seqlens_q, sequence + 1, BLOCK_Q) - 1 - tile
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence)
+    number = tl.cdiv(length_q, BLOCK_Q) - 1 - (tile - first)
     first_q = number * BLOCK_Q
-    if first_q < length_q:
+    if number >= 0:
         wide_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
         q += start_q.to(tl.int64) * q_stride + wide_head * q_head_stride
         k += start_k.to(tl.int64) * k_stride + key_head * k_head_stride

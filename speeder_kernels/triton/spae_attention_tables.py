@@ -37,6 +37,7 @@ from speeder_kernels.triton.spae_attention_bias import (
     sequence_span,
     tile_ranks,
 )
+from speeder_kernels.triton.sum_parts import sum_of_parts
 
 # A partial table has this many places before its first bucket and after its last, for the distances that belong to
 # them: what a tile gives is then added without a clamp. Twice the keys of a tile is enough.
@@ -247,8 +248,8 @@ def relative_kernel(
     for tile in tl.range(slot, tiles, slots, disable_licm=True):
         sequence = find_sequence(cu_seqlens_q, tile, sequences, BLOCK_Q)
         first_q = (tile - first_tile(cu_seqlens_q, sequence, BLOCK_Q)) * BLOCK_Q
-        start_q, length_q = sequence_span(cu_seqlens_q, sequence)
-        start_k, length_k = sequence_span(cu_seqlens_k, sequence)
+        start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
+        start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
         kind_q, low_q, high_q = tile_ranks(summary_q, tile, BLOCK_Q)
         if (first_q < length_q) & (kind_q != NO_ITEM):
             q_sequence = q + start_q.to(tl.int64) * q_stride + wide_head * q_head_stride
@@ -304,31 +305,24 @@ def absolute_kernel(partials, column_sums, rank_k, tokens, heads, positions, slo
         tl.debug_barrier()
 
 
-@triton.jit
-def add_columns(partials, column, mask, heads, head, width, slots, BLOCK: tl.constexpr):
-    """Columns of one head's partial tables, added slot by slot."""
-    total = tl.zeros((BLOCK,), tl.float32)
-    for slot in range(0, slots):
-        row = partials + (slot * heads + head).to(tl.int64) * width
-        total += tl.load(row + column, mask=mask, other=0.0)
-    return total
-
-
 @triton.jit(do_not_specialize=["heads", "buckets", "slots"])
-def reduce_kernel(table, partials, heads, buckets, slots, PADDING: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_kernel(
+    table, partials, heads, buckets, slots, PADDING: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
+):
     """table (Hq, R): the sum of partials (slots, Hq, R + 2 PADDING), whose padding belongs to the outer buckets."""
     head = tl.program_id(0) % heads
     first = tl.program_id(0) // heads * BLOCK
     bucket = first + tl.arange(0, BLOCK)
-    width = buckets + 2 * PADDING
-    total = add_columns(partials, PADDING + bucket, bucket < buckets, heads, head, width, slots, BLOCK)
+    width = (buckets + 2 * PADDING).to(tl.int64)
+    partials += head * width
+    total = sum_of_parts(partials, slots, heads * width, PADDING + bucket, bucket < buckets, BLOCK_P)
     if PADDING > 0:
         pad = tl.arange(0, PADDING)
         if first == 0:
-            before = add_columns(partials, pad, pad < PADDING, heads, head, width, slots, PADDING)
+            before = sum_of_parts(partials, slots, heads * width, pad, pad < PADDING, BLOCK_P)
             total += tl.where(bucket == 0, tl.sum(before, axis=0), 0.0)
         if first + BLOCK >= buckets:
             column = PADDING + buckets + pad
-            after = add_columns(partials, column, pad < PADDING, heads, head, width, slots, PADDING)
+            after = sum_of_parts(partials, slots, heads * width, column, pad < PADDING, BLOCK_P)
             total += tl.where(bucket == buckets - 1, tl.sum(after, axis=0), 0.0)
     tl.store(table + head * buckets + bucket, total, mask=bucket < buckets)

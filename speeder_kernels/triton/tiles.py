@@ -25,7 +25,8 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("pack_tokens", 4): {80: dict(elements=1024, num_warps=4)},
     ("sum_rows", 2): {80: dict(elements=2048, num_warps=4)},
     ("sum_rows", 4): {80: dict(elements=1024, num_warps=4)},
-    ("sum_parts",): {80: dict(BLOCK_P=16, BLOCK_L=64, num_warps=4)},
+    # `elements` read at once, of as many parts as there are, but at most `parts`.
+    ("sum_parts",): {80: dict(elements=4096, parts=128, num_warps=8)},
     ("compress_items",): {80: dict(elements=2048, num_warps=4)},
     ("compress_items_backward",): {80: dict(elements=1024, num_warps=4)},
     # item_cross_entropy and topk_items: bytes of an element. float32 has no tensor cores here.
@@ -119,7 +120,7 @@ TILES: dict[tuple, dict[int, Tile]] = {
         100: dict(block_q=64, block_k=32, num_warps=4, num_stages=2, maxnreg=255),
     },
     ("spae_attention", "queries", 64, 2): {
-        80: dict(block_q=64, block_k=64, num_warps=4, num_stages=1),
+        80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1),
         90: dict(block_q=64, block_k=32, num_warps=4, num_stages=2),
     },
     ("spae_attention", "queries", 128, 2): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
@@ -232,15 +233,28 @@ def limits_registers() -> bool:
     return torch.version.hip is None
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, fuse: bool, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    fuse: bool,
+    num_warps: int,
+    num_stages: int = 1,
+    **constants: Any,
+) -> None:
     """Run `kernel` over `grid` on the device of its first argument.
+
+    Warps and stages are never left to Triton's defaults, which differ between releases and GPUs: one stage, where the
+    table of tiles does not say more, for loops without a product have nothing to gain from buffers in shared memory.
 
     `fuse` says whether a product and a sum may become one instruction. It is never left to Triton's default,
     which has changed between releases: where a result must equal the other backends' to the last bit it is off,
     everywhere else on, for one rounding less and the full rate of the multiply-add units.
     """
     with torch.cuda.device_of(arguments[0]):
-        kernel[grid](*arguments, enable_fp_fusion=fuse, **options)
+        kernel[grid](
+            *arguments, enable_fp_fusion=fuse, num_warps=num_warps, num_stages=num_stages, **constants
+        )
 
 
 def cdiv(a: int, b: int) -> int:

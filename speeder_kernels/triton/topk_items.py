@@ -133,12 +133,16 @@ def topk_items(
 def _sorted_exclusions(
     indptr: Tensor | None, items: Tensor | None, catalogue: int
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The lists with each row's items rising, or None for lists that are empty."""
+    """The lists with each row's items rising, or None for lists that are empty.
+
+    What is no item excludes nothing, and no row's list reaches behind the last: nobody has read the numbers.
+    """
     if indptr is None or items.shape[0] == 0:
         return None, None
-    rows = torch.arange(indptr.shape[0] - 1, device=indptr.device)
-    rows = torch.repeat_interleave(rows, indptr.diff(), output_size=items.shape[0])
-    return indptr, (rows * catalogue + items).sort().values % catalogue
+    indptr = indptr.clamp(0, items.shape[0])
+    rows = torch.searchsorted(indptr, torch.arange(items.shape[0], device=items.device), right=True)
+    items = torch.where((items >= 0) & (items < catalogue), items, catalogue)
+    return indptr, (rows * (catalogue + 1) + items).sort().values % (catalogue + 1)
 
 
 def _candidate_keys(codes: Tensor, groups: Tensor, start: int) -> Tensor:

@@ -15,7 +15,7 @@ from tests.kernels import gpu_resources, triton_aot
 
 SCRIPT = Path(triton_aot.__file__)
 ROW = {"op", "kernel", "arch", "case", "dtype", "constants", "num_warps", "num_stages"}
-ROW |= {"registers", "stack", "shared", "occupancy", "matrix"}
+ROW |= {"registers", "stack", "shared", "occupancy", "matrix", "barriers"}
 PRODUCTS = ("item_cross_entropy", "logit_gradient", "grad_hidden", "grad_table", "item_codes")
 
 
@@ -75,6 +75,18 @@ def test_products_use_the_matrix_instruction_of_their_architecture(table):
     for row in rows:
         wanted = {None} if row["dtype"] == "float32" else {triton_aot.MATRIX[row["arch"]]}
         assert row["matrix"] in wanted, row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_barriers_are_compiled(table):
+    """Of the kernels that read what their other threads have stored, each of those that stand in the source: which they
+    must be is tested in the interpreter (`missing_barriers_fail`)."""
+    least = {"absolute_kernel": 2, "relative_kernel": 6}
+    rows = [row for row in table if row["kernel"] in least]
+    assert {row["kernel"] for row in rows} == set(least)
+    for row in rows:
+        assert row["barriers"] >= least[row["kernel"]], row
 
 
 @pytest.mark.slow

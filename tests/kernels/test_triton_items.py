@@ -4,6 +4,7 @@ small that tiny shapes fill and overflow them; in the interpreter, or on a GPU w
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.kernels.places import at
 from tests.kernels.triton_tools import (
     DEVICE,
     DTYPES,
+    exact_bfloat16,
     interpreted_only,
     programs_in_any_order,
     small_tiles,
@@ -30,8 +32,26 @@ dtypes, seeds = st.sampled_from(DTYPES), st.integers(0, 10_000)
 processors = st.sampled_from([1, 2, 5])
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _exact_bfloat16() -> Iterator[None]:
+    with exact_bfloat16():
+        yield
+
+
 def triton(op):
     return at(op, "triton", DEVICE)
+
+
+def test_warps_and_stages_are_never_left_to_a_default():
+    """Triton's own is three stages, which take shared memory."""
+    options = {}
+    kernel = {(1,): lambda *arguments, **given: options.update(given)}
+    tiles.launch(kernel, (1,), torch.zeros(1), fuse=True, num_warps=4)
+    assert options == {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    tiles.launch(kernel, (1,), torch.zeros(1), fuse=True, num_warps=8, num_stages=3)
+    assert (options["num_warps"], options["num_stages"]) == (8, 3)
+    with pytest.raises(TypeError, match="num_warps"):
+        tiles.launch(kernel, (1,), torch.zeros(1), fuse=True)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +187,75 @@ def test_topk_finds_a_nan(monkeypatch):
         table[217] = torch.copysign(torch.tensor(float("nan")), torch.tensor(sign))
         with pytest.raises(ValueError, match="got NaN in row 0"):
             triton(sk.topk_items)(torch.ones(1, 8), table, 3)
+
+
+# --- numbers out of range: on a GPU nobody reads them, and nothing is read where they point -------------------------
+
+
+@pytest.fixture
+def unchecked(monkeypatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("speeder_kernels.validate.reads_values", lambda tensor: False)
+
+
+FAR = 1 << 40  # so far behind any tensor that reading there fails
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_targets_that_are_no_item(corrected, unchecked):
+    """Their loss is NaN. Where it is left out, the gradients are those of the other rows alone."""
+    h, table, targets, log_q = cross_entropy.make(6, 40, 20)
+    log_q = log_q if corrected else None
+    wrong = targets.clone()
+    wrong[[0, 2, 3, 5]] = torch.tensor([-100, 40, FAR, -FAR])
+    results = []
+    for rows, chosen in (([1, 4], targets[[1, 4]]), (slice(None), wrong)):
+        inputs = cross_entropy.leaves(h, table)
+        with small_tiles():
+            loss = triton(sk.item_cross_entropy)(inputs[0][rows], inputs[1], chosen, scale=0.3, log_q=log_q)
+            used = loss[~loss.isnan()]
+            results.append((used, *torch.autograd.grad(used.sum(), inputs)))
+    assert loss.isnan().tolist() == [True, False, True, True, False, True]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_indices_outside_the_tables(unchecked):
+    """The token's row is NaN, the others are as without it; gradients go to no row."""
+    args = pack.make(12, vocabulary=7, items=4, prompts=5, hidden=20)
+    items = torch.arange(12) % 2 == 1
+    args["item_rows"], args["input_ids"] = torch.where(items, 1, -1), torch.full((12,), 3)
+    args["ranks"] = torch.where(items, 2, FAR)
+    wrong = dict(args)
+    for name, place, value in (
+        ("input_ids", 0, 7), ("input_ids", 2, FAR), ("input_ids", 4, -1), ("item_rows", 1, 4), ("item_rows", 3, FAR),
+        ("ranks", 5, 5), ("ranks", 7, FAR),
+    ):  # fmt: skip
+        wrong[name] = wrong[name].clone()
+        wrong[name][place] = value
+    bad = torch.arange(12) < 8
+    bad[6] = False
+    outs, grads = [], []
+    for case in (args, wrong):
+        copy, inputs = pack.leaves(case)
+        with small_tiles():
+            outs.append(triton(sk.pack_tokens)(**copy))
+            grads.append(torch.autograd.grad(outs[-1][~bad].sum(), inputs))
+    assert torch.equal(outs[1].isnan(), bad[:, None].expand(12, 20))
+    assert torch.equal(outs[1][~bad], outs[0][~bad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_exclusions_that_are_no_item(unchecked):
+    """They exclude nothing, in their row and in the others; nor do those behind the end of the lists."""
+    h, table = torch.ones(3, 4), torch.arange(40.0)[:, None].expand(-1, 4).contiguous()
+    lists = {
+        "exclude_indptr": torch.tensor([0, 4, 5, FAR]),
+        "exclude_items": torch.tensor([39, 40, FAR, -1, 38, 37]),
+    }
+    with small_tiles():
+        _, best = triton(sk.topk_items)(h, table, 2, **lists)
+    assert best.tolist() == [[38, 37], [39, 37], [39, 38]]
 
 
 def gradients_of(op: str, seed: int) -> list[torch.Tensor]:

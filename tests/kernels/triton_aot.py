@@ -11,7 +11,8 @@ Run it as a process of its own, without TRITON_INTERPRET. The table is a JSON li
     op, kernel, arch, case, dtype; constants, num_warps, num_stages; registers (a thread), stack (bytes a thread:
     spilled registers, for these kernels have nothing else to put there), shared (bytes a block), occupancy
     (share of the processor's warps that can be resident; null for AMD), matrix (the instruction that multiplies
-    matrices, of those in `MATRIX`, or null: float32 is multiplied without one).
+    matrices, of those in `MATRIX`, or null: float32 is multiplied without one), barriers (those between a program's
+    threads that stand in Triton's own code: what the kernel asks for).
 """
 
 from __future__ import annotations
@@ -234,6 +235,7 @@ def measure(compiled, options: dict) -> dict:
     constants = {name: value for name, value in options.items() if name.isupper()}
     row = {"constants": constants, "num_warps": metadata.num_warps, "num_stages": metadata.num_stages}
     assembly = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    row["barriers"] = len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"]))
     row["matrix"] = next((name for name in reversed(MATRIX.values()) if name in assembly), None)
     if "amdgcn" in compiled.asm:
         found = {
