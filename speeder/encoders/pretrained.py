@@ -113,6 +113,7 @@ def model_file(folder: str, file: str) -> Path | None:
     """One file of a model in a folder or on the Hub; None where the model has no such file.
 
     Without a connection, a file that was never asked for is taken for one that is not there, with a warning.
+    Raises `OSError` where nothing of the model is there.
     """
     if Path(folder).is_dir():
         path = Path(folder) / file
@@ -120,6 +121,9 @@ def model_file(folder: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(folder, file))
     except LocalEntryNotFoundError:
+        held = (try_to_load_from_cache(folder, known) for known in ("config.json", "modules.json"))
+        if not any(isinstance(path, str) for path in held):
+            raise OSError("it is no folder, nor in the Hub's cache, and the Hub cannot be reached") from None
         if try_to_load_from_cache(folder, file) is not _CACHED_NO_EXIST:
             log.warning("%s: no connection to see whether it has %s; it is taken to have none", folder, file)
         return None
