@@ -23,7 +23,10 @@ Tensor pack_tokens_cuda(const Tensor& input_ids, const Tensor& text_embedding,
                       out.mutable_data_ptr(),
                       tokens,
                       hidden};
-  check_launch(cuda::pack_tokens(args, dtype, current_stream(text_embedding.get_device_index())));
+  const cuda::PackTables tables{text_embedding.size(0), item_tokens.size(0),
+                                position_prompts.size(0)};
+  void* stream = current_stream(text_embedding.get_device_index());
+  check_launch(cuda::pack_tokens(args, tables, dtype, stream));
   return out;
 }
 

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "cuda/compress_items.cuh"
+#include "cuda/sum_parts.cuh"
 
 namespace speeder {
 namespace cuda {
@@ -161,36 +162,6 @@ struct CompressItemsBackward {
   }
 };
 
-// The sum of the blocks' parts, 32 columns a block: every warp adds some of the parts, the first
-// one what the warps have.
-struct SumWeightParts {
-  static constexpr int kThreads = 1024, kMinBlocks = 1;
-  static constexpr int kWarps = kThreads / kWarp;
-
-  const float* weight_parts;  // (parts, size)
-  float* grad_weight;         // (size,)
-  int64_t parts;
-  int64_t size;
-
-  SPEEDER_DEVICE void operator()() const {
-    SharedLayout layout;
-    const Shared<float> sums = layout.take<float>(kThreads);
-    const int64_t d = int64_t{block_index_x()} * kWarp + lane();
-    float total = 0.0f;
-    if (d < size) {
-      for (int64_t part = warp(); part < parts; part += kWarps) {
-        total += weight_parts[part * size + d];
-      }
-    }
-    sums.set(thread_index(), total);
-    sync_block();
-    if (warp() > 0 || d >= size) return;
-    float whole = 0.0f;
-    for (int w = 0; w < kWarps; ++w) whole += sums.get(w * kWarp + lane());
-    grad_weight[d] = whole;
-  }
-};
-
 template <typename T, int N, typename Launcher>
 void launch_compress_backward(const CompressBackward& call, float* scratch, Launcher& launcher) {
   const CompressArgs& args = call.args;
@@ -201,10 +172,7 @@ void launch_compress_backward(const CompressBackward& call, float* scratch, Laun
   CompressShared(layout, args, threads, call.grad_logits != nullptr, weight);
   launcher.launch(Grid{parts, 1, 1, threads, layout.bytes()},
                   CompressItemsBackward<T, N>{call, scratch});
-  if (!weight) return;
-  using Sum = SumWeightParts;
-  launcher.launch(Grid{divide_up(args.size, kWarp), 1, 1, Sum::kThreads, Sum::kThreads * 4},
-                  Sum{scratch, call.grad_weight, parts, args.size});
+  if (weight) launch_sum_parts(scratch, call.grad_weight, parts, args.size, launcher);
 }
 
 // `scratch` has compress_scratch_floats(), or is null where there is no grad_weight.

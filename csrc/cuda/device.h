@@ -27,8 +27,10 @@
 
 #ifdef __CUDACC__
 #define SPEEDER_UNROLL _Pragma("unroll")
+#define SPEEDER_ROLLED _Pragma("unroll 1")
 #else
 #define SPEEDER_UNROLL
+#define SPEEDER_ROLLED
 #endif
 
 namespace speeder {

@@ -3,7 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda/device.h"
+#include "cuda/launch_limits.h"
 
 namespace speeder {
 namespace cuda {
@@ -20,26 +20,42 @@ class StreamLauncher {
 
   template <typename Kernel>
   void launch(const Grid& grid, const Kernel& kernel) {
-    constexpr int64_t kFree = 48 * 1024;  // shared memory that needs no asking for
-    if (error_ != nullptr || grid.x * grid.y * grid.z == 0) return;
-    if (grid.shared_bytes > kFree &&
-        cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(grid.shared_bytes)) != cudaSuccess) {
-      cudaGetLastError();  // it would be told once more by the next launch
-      error_ = "these sizes need more shared memory than a block has on this GPU";
-      return;
+    if (error_ != nullptr || grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    const int64_t shared_most = grid.shared_bytes > kSharedFree ? this->shared_most() : kSharedFree;
+    if (error_ == nullptr) error_ = refusal(grid, shared_most);
+    if (error_ != nullptr) return;
+    if (grid.shared_bytes > kSharedFree) {
+      note(cudaFuncSetAttribute(run<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(grid.shared_bytes)));
+      if (error_ != nullptr) return;
     }
     const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                       static_cast<unsigned>(grid.z));
-    run<Kernel><<<blocks, grid.threads, grid.shared_bytes, stream_>>>(kernel);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) error_ = cudaGetErrorString(error);
+    void* arguments[] = {const_cast<Kernel*>(&kernel)};
+    note(cudaLaunchKernel(reinterpret_cast<const void*>(run<Kernel>), blocks, dim3(grid.threads),
+                          arguments, grid.shared_bytes, stream_));
+  }
+
+  // Bytes of shared memory that a block may have on the current device.
+  int64_t shared_most() {
+    int device = 0, bytes = 0;
+    note(cudaGetDevice(&device));
+    note(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
   }
 
   // Null, or what went wrong.
   const char* error() const { return error_; }
 
  private:
+  static constexpr int64_t kSharedFree = 48 * 1024;  // that needs no asking for
+
+  void note(cudaError_t status) {
+    if (status == cudaSuccess || error_ != nullptr) return;
+    cudaGetLastError();  // it would be told once more by the next call
+    error_ = cudaGetErrorString(status);
+  }
+
   cudaStream_t stream_;
   const char* error_ = nullptr;
 };

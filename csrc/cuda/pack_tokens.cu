@@ -5,9 +5,9 @@
 namespace speeder {
 namespace cuda {
 
-const char* pack_tokens(const PackArgs& args, DType dtype, void* stream) {
+const char* pack_tokens(const PackArgs& args, const PackTables& tables, DType dtype, void* stream) {
   StreamLauncher launcher(stream);
-  launch_pack_tokens(args, dtype, launcher);
+  launch_pack_tokens(args, tables, dtype, launcher);
   return launcher.error();
 }
 

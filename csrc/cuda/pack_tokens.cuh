@@ -2,10 +2,12 @@
 //
 // A warp moves a part of one token's row, 16 bytes a lane and access where rows are whole multiples
 // of that, else an element; a lane has its loads on their way together. sum_rows adds a row's
-// tokens in the order they are listed, a column in one thread: no atomics, so the gradient is the
-// same to the last bit in every run.
+// tokens in the order they are listed, a column in one thread; a row of many tokens is cut into as
+// many parts as the block has warps, and the parts are added in order. No atomics, so the gradient
+// is the same to the last bit in every run.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cuda/device.h"
@@ -25,6 +27,7 @@ struct PackTokens {
   static constexpr int kColumns = kWarp * kPackLoads;  // vectors of a warp
 
   PackArgs args;
+  PackTables tables;
 
   SPEEDER_DEVICE void operator()() const {
     using V = Vector<T, N>;
@@ -32,8 +35,10 @@ struct PackTokens {
     if (token >= args.tokens) return;
     const int64_t row = args.item_rows[token];
     const int64_t rank = row >= 0 ? args.ranks[token] : -1;
-    const V* source =
-        row >= 0 ? at(args.item_tokens, row) : at(args.text_embedding, args.input_ids[token]);
+    const int64_t id = row >= 0 ? 0 : args.input_ids[token];
+    const bool found = row < tables.items && rank < tables.prompts &&
+                       (row >= 0 || (id >= 0 && id < tables.vocabulary));
+    const V* source = row >= 0 ? at(args.item_tokens, row) : at(args.text_embedding, id);
     const int64_t vectors = args.hidden / N;
     V* out = static_cast<V*>(args.out) + token * vectors;
     const int64_t first = int64_t{block_index_y()} * kColumns + lane();
@@ -42,9 +47,9 @@ struct PackTokens {
     SPEEDER_UNROLL
     for (int i = 0; i < kPackLoads; ++i) {
       const int64_t column = first + i * kWarp;
-      if (column < vectors) values[i] = read_global(source + column);
+      if (column < vectors) values[i] = found ? read_global(source + column) : not_a_number();
     }
-    if (rank >= 0) {
+    if (rank >= 0 && found) {
       const V* prompt = at(args.position_prompts, rank);
       SPEEDER_UNROLL
       for (int i = 0; i < kPackLoads; ++i) {
@@ -64,6 +69,13 @@ struct PackTokens {
     return static_cast<const Vector<T, N>*>(table) + row * (args.hidden / N);
   }
 
+  static SPEEDER_DEVICE Vector<T, N> not_a_number() {
+    Vector<T, N> value;
+    SPEEDER_UNROLL
+    for (int c = 0; c < N; ++c) value.at[c] = from_float<T>(NAN);
+    return value;
+  }
+
   static SPEEDER_DEVICE void add(Vector<T, N>& value, const Vector<T, N>& prompt) {
     SPEEDER_UNROLL
     for (int c = 0; c < N; ++c) {
@@ -75,17 +87,59 @@ struct PackTokens {
 template <typename T, int N>
 struct SumRows {
   static constexpr int kThreads = kPackWarps * kWarp, kMinBlocks = 1;
+  static constexpr int kLong = 64;  // tokens: rows of more are the whole block's work
+
+  struct Memory {
+    SPEEDER_HOST_DEVICE constexpr Memory()
+        : parts(layout.take<float>(kThreads * N)), long_rows(layout.take<int>(kPackWarps)) {}
+    SharedLayout layout;
+    Shared<float> parts;    // (warps, lanes, N): what each warp has of a long row
+    Shared<int> long_rows;  // (warps,): whether each warp's row is long
+  };
 
   SumArgs args;
 
   SPEEDER_DEVICE void operator()() const {
-    const int64_t row = int64_t{block_index_x()} * kPackWarps + warp();
-    const int64_t column = (int64_t{block_index_y()} * kWarp + lane()) * N;
-    if (row >= args.rows || column >= args.hidden) return;
-    const T* grad = static_cast<const T*>(args.grad) + column;
-    const int64_t end = args.starts[row + 1];
-    int64_t s = args.starts[row];
+    const Memory memory;
+    const int64_t first = int64_t{block_index_x()} * kPackWarps, row = first + warp();
+    const int64_t begin = row < args.rows ? args.starts[row] : 0;
+    const int64_t end = row < args.rows ? args.starts[row + 1] : 0;
+    if (lane() == 0) memory.long_rows.set(warp(), end - begin > kLong);
+    if (row < args.rows && end - begin <= kLong) store(row, sum(begin, end));
+    sync_block();
+    SPEEDER_ROLLED
+    for (int r = 0; r < kPackWarps; ++r) {
+      if (memory.long_rows.get(r)) add_long(memory, first + r, warp() == r);
+    }
+  }
+
+ private:
+  SPEEDER_DEVICE int64_t column() const { return (int64_t{block_index_y()} * kWarp + lane()) * N; }
+
+  // By all warps, of which one writes the row.
+  SPEEDER_DEVICE void add_long(const Memory& memory, int64_t row, bool writes) const {
+    const int64_t begin = args.starts[row], count = args.starts[row + 1] - begin;
+    store_floats(
+        memory.parts, thread_index() * N,
+        sum(begin + count * warp() / kPackWarps, begin + count * (warp() + 1) / kPackWarps));
+    sync_block();
+    if (writes) {
+      Floats<N> total;
+      SPEEDER_ROLLED
+      for (int w = 0; w < kPackWarps; ++w) {
+        add(total, load_floats<N>(memory.parts, (w * kWarp + lane()) * N));
+      }
+      store(row, total);
+    }
+    sync_block();  // until it has read the parts
+  }
+
+  // Of the tokens begin .. end - 1 of `order`.
+  SPEEDER_DEVICE Floats<N> sum(int64_t begin, int64_t end) const {
     Floats<N> total;
+    if (column() >= args.hidden) return total;
+    const T* grad = static_cast<const T*>(args.grad) + column();
+    int64_t s = begin;
     for (; s + kPackLoads <= end; s += kPackLoads) {
       Floats<N> values[kPackLoads];
       SPEEDER_UNROLL
@@ -96,10 +150,14 @@ struct SumRows {
       for (int i = 0; i < kPackLoads; ++i) add(total, values[i]);
     }
     for (; s < end; ++s) add(total, load_floats<N>(grad + args.order[s] * args.hidden));
-    store_floats<N>(static_cast<T*>(args.out) + row * args.hidden + column, total);
+    return total;
   }
 
- private:
+  SPEEDER_DEVICE void store(int64_t row, const Floats<N>& total) const {
+    if (column() >= args.hidden) return;
+    store_floats<N>(static_cast<T*>(args.out) + row * args.hidden + column(), total);
+  }
+
   static SPEEDER_DEVICE void add(Floats<N>& total, const Floats<N>& value) {
     SPEEDER_UNROLL
     for (int c = 0; c < N; ++c) total.at[c] += value.at[c];
@@ -107,29 +165,33 @@ struct SumRows {
 };
 
 template <typename T, int N, typename Launcher>
-void launch_pack(const PackArgs& args, Launcher& launcher) {
+void launch_pack(const PackArgs& args, const PackTables& tables, Launcher& launcher) {
   using Kernel = PackTokens<T, N>;
   const int64_t parts = divide_up(args.hidden / N, Kernel::kColumns);
   launcher.launch(Grid{divide_up(args.tokens, kPackWarps), parts, 1, Kernel::kThreads},
-                  Kernel{args});
+                  Kernel{args, tables});
 }
 
 template <typename T, int N, typename Launcher>
 void launch_sum(const SumArgs& args, Launcher& launcher) {
   using Kernel = SumRows<T, N>;
   const int64_t parts = divide_up(args.hidden / N, kWarp);
-  launcher.launch(Grid{divide_up(args.rows, kPackWarps), parts, 1, Kernel::kThreads}, Kernel{args});
+  const typename Kernel::Memory memory;
+  launcher.launch(
+      Grid{divide_up(args.rows, kPackWarps), parts, 1, Kernel::kThreads, memory.layout.bytes()},
+      Kernel{args});
 }
 
 template <typename Launcher>
-void launch_pack_tokens(const PackArgs& args, DType dtype, Launcher& launcher) {
+void launch_pack_tokens(const PackArgs& args, const PackTables& tables, DType dtype,
+                        Launcher& launcher) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int N = kVector<T>;
     const bool wide = args.hidden % N == 0 && aligned(args.text_embedding) &&
                       aligned(args.item_tokens) && aligned(args.position_prompts) &&
                       aligned(args.out);
-    wide ? launch_pack<T, N>(args, launcher) : launch_pack<T, 1>(args, launcher);
+    wide ? launch_pack<T, N>(args, tables, launcher) : launch_pack<T, 1>(args, tables, launcher);
   });
 }
 

@@ -9,16 +9,20 @@ namespace speeder {
 namespace cuda {
 namespace {
 
-constexpr int64_t kBlocksMost = 0x7FFFFFFF;
-
 int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
-// The finest grid of all passes has a block for 32 tokens and a head.
+// The finest grid of all passes has a block for 16 tokens and a head.
 const char* refusal(const AttentionArgs& args, const Extents& extents) {
-  if (args.size > kLargestHead) return "spae_attention: a head has at most 256 elements on a GPU";
-  const int64_t tiles = divide_up(std::max(extents.longest_q, extents.longest_k), 32);
+  if (args.size > kLargestHead) {
+    return message("spae_attention: a head has at most %lld elements on a GPU, got %lld",
+                   kLargestHead, args.size);
+  }
+  const int64_t tiles = divide_up(std::max(extents.longest_q, extents.longest_k), 16);
   if (tiles * args.sequences > kBlocksMost / args.heads) {
-    return "spae_attention: more sequences, or longer ones, than a grid has blocks for";
+    return message(
+        "spae_attention: %lld sequences of up to %lld tokens and %lld heads are more than a "
+        "grid has blocks for",
+        args.sequences, std::max(extents.longest_q, extents.longest_k), args.heads);
   }
   return nullptr;
 }

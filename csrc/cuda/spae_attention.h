@@ -4,7 +4,8 @@
 // the same to the last bit from run to run.
 //
 // cu_q and cu_k lie on the device and are not read here, so the caller says how long the longest
-// sequence is; longer is allowed and costs empty blocks.
+// sequence is; longer is allowed and costs empty blocks. They are trusted: Python reads them only
+// with SPEEDER_CHECK=1. Ranks are clamped to the tables, so any will do.
 #pragma once
 
 #include "cpu/spae_attention.h"

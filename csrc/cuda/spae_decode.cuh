@@ -25,9 +25,8 @@ struct DecodeSums {
       : values(scratch + share * rows * (size + 2)), top(values + rows * size), total(top + rows) {}
 };
 
-template <typename T, int kSize>
-struct SpaeDecode {
-  using Shape = DecodeShape<sizeof(T), kSize>;
+template <typename T, int kSize, typename Shape>
+struct DecodePass {
   static constexpr int kThreads = Shape::kThreads, kMinBlocks = Shape::kMinBlocks;
   static constexpr int kWarps = Shape::kWarps, kColumns = Shape::kColumns;
   static constexpr int kTile = kColumns * kStride<T, kSize>;
@@ -165,6 +164,11 @@ struct SpaeDecode {
     }
   }
 };
+
+template <typename T, int kSize>
+struct SpaeDecode : DecodePass<T, kSize, DecodeShape<sizeof(T), kSize>> {};
+template <typename T, int kSize>
+struct SpaeSmallDecode : DecodePass<T, kSize, SmallDecodeShape<sizeof(T), kSize>> {};
 
 // A warp has one row: its output from the shares, added up in order.
 template <typename T>

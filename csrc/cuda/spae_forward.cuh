@@ -58,9 +58,8 @@ SPEEDER_DEVICE void start_keys(const Kernel& kernel, const typename Kernel::Memo
   bias.prefetch(following);
 }
 
-template <typename T, int kSize>
-struct SpaeForward {
-  using Shape = ForwardShape<sizeof(T), kSize>;
+template <typename T, int kSize, typename Shape>
+struct ForwardPass {
   using Bias = TileBias<Shape, false>;
   static constexpr int kThreads = Shape::kThreads, kMinBlocks = Shape::kMinBlocks;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
@@ -133,7 +132,7 @@ struct SpaeForward {
   SPEEDER_DEVICE void start_tile(const Memory& memory, Bias& bias, const Span& span, int head,
                                  int n) const {
     const int column = n * kColumns;
-    start_keys<SpaeForward, T, kSize>(*this, memory, bias, span, head, n, column,
+    start_keys<ForwardPass, T, kSize>(*this, memory, bias, span, head, n, column,
                                       column + kColumns);
   }
 
@@ -163,6 +162,11 @@ struct SpaeForward {
                                           Rows<T>{out, args.heads * args.size});
   }
 };
+
+template <typename T, int kSize>
+struct SpaeForward : ForwardPass<T, kSize, ForwardShape<sizeof(T), kSize>> {};
+template <typename T, int kSize>
+struct SpaeSmallForward : ForwardPass<T, kSize, SmallForwardShape<sizeof(T), kSize>> {};
 
 }  // namespace cuda
 }  // namespace speeder

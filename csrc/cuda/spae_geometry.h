@@ -3,7 +3,8 @@
 //
 // A warp owns rows of 16 x kRowTiles, and the block's warps lie one below the other; the loop goes
 // over tiles of kColumns. Sizes are bounded by registers (sums of a row are spread over four lanes)
-// and by the 163 KiB of shared memory that a block may have on sm_80.
+// and by the 163 KiB of shared memory that a block may have on sm_80. sm_86, sm_89 and sm_120 give
+// a block 99 KiB: each shape that takes more has a small one beside it, which is launched there.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +17,7 @@ namespace speeder {
 namespace cuda {
 
 constexpr int kLargestHead = 256;
+constexpr int64_t kSharedLeast = 99 * 1024;  // that a block has on every GPU, if it asks for it
 
 template <int kWarpCount, int kTiles, int kColumnCount, int kBlocks>
 struct TileShape {
@@ -41,6 +43,17 @@ struct ForwardShape<4, 128> : TileShape<4, 1, 32, 1> {};
 template <>
 struct ForwardShape<4, 256> : TileShape<4, 1, 16, 1> {};
 
+template <int kBytes, int kSize>
+struct SmallForwardShape;
+template <>
+struct SmallForwardShape<2, 128> : TileShape<8, 1, 48, 1> {};
+template <>
+struct SmallForwardShape<2, 256> : TileShape<6, 1, 16, 1> {};
+template <>
+struct SmallForwardShape<4, 128> : TileShape<4, 1, 16, 1> {};
+template <>
+struct SmallForwardShape<4, 256> : TileShape<2, 1, 16, 1> {};
+
 // Rows are queries, columns keys.
 template <int kBytes, int kSize>
 struct GradQShape : TileShape<4, 1, 64, 2> {};
@@ -55,8 +68,20 @@ struct GradQShape<4, kSize> : TileShape<4, 1, 32, 1> {};
 template <>
 struct GradQShape<4, 256> : TileShape<2, 1, 16, 1> {};
 
+template <int kBytes, int kSize>
+struct SmallGradQShape;
+template <>
+struct SmallGradQShape<2, 256> : TileShape<3, 1, 16, 1> {};
+template <>
+struct SmallGradQShape<4, 128> : TileShape<2, 1, 16, 1> {};
+template <>
+struct SmallGradQShape<4, 256> : TileShape<1, 1, 16, 1> {};
+
+// The fewest that a tile has on any GPU, so that the working memory is the same on all.
 constexpr int64_t grad_q_rows(int64_t bytes, int64_t size) {
-  return bytes == 4 && size > 128 ? GradQShape<4, 256>::kRows : GradQShape<2, 64>::kRows;
+  if (size > 128)
+    return bytes == 4 ? SmallGradQShape<4, 256>::kRows : SmallGradQShape<2, 256>::kRows;
+  return bytes == 4 && size > 64 ? SmallGradQShape<4, 128>::kRows : GradQShape<2, 64>::kRows;
 }
 
 // Rows are keys, columns queries.
@@ -75,6 +100,15 @@ struct GradKVShape<4, 128> : TileShape<4, 1, 16, 1> {};
 template <>
 struct GradKVShape<4, 256> : TileShape<2, 1, 16, 1> {};
 
+template <int kBytes, int kSize>
+struct SmallGradKVShape;
+template <>
+struct SmallGradKVShape<2, 256> : TileShape<3, 1, 16, 1> {};
+template <>
+struct SmallGradKVShape<4, 128> : TileShape<2, 1, 16, 1> {};
+template <>
+struct SmallGradKVShape<4, 256> : TileShape<1, 1, 16, 1> {};
+
 // The sums of both gradients of 256 values do not fit in registers: they take a pass each.
 template <int kSize>
 constexpr bool kGradKVTogether = kSize <= 128;
@@ -86,6 +120,11 @@ template <int kBytes, int kSize>
 struct DecodeShape : TileShape<4, 1, (kBytes * kSize > 256 ? 16 : 32), 1> {};
 template <>
 struct DecodeShape<4, 256> : TileShape<2, 1, 16, 1> {};
+
+template <int kBytes, int kSize>
+struct SmallDecodeShape : TileShape<(kBytes * kSize > 256 ? 2 : 4), 1, 16, 1> {};
+template <>
+struct SmallDecodeShape<4, 256> : TileShape<1, 1, 16, 1> {};
 
 inline bool decodes(const AttentionArgs& args, const Extents& extents) {
   return extents.longest_q * (args.heads / args.kv_heads) <= kDecodeRows;
@@ -100,7 +139,7 @@ struct DecodePlan {
   DecodePlan(const AttentionArgs& args, const Extents& extents)
       : rows(extents.longest_q * (args.heads / args.kv_heads)),
         pairs(args.sequences * args.kv_heads),
-        splits(std::min({kSplitsMost, std::max<int64_t>(kBlocksWanted / pairs, 1),
+        splits(std::min({kSplitsMost, kBlocksWanted / std::clamp<int64_t>(pairs, 1, kBlocksWanted),
                          std::max<int64_t>(divide_up(extents.longest_k, kKeysLeast), 1)})) {}
 
   // Each share has, row by row, `size` weighted values, the largest score and the sum of weights.
@@ -138,7 +177,8 @@ struct BackwardPlan {
     absolute = take(call.grad_absolute ? absolute_shares * args.heads * args.positions : 0);
   }
 
-  int64_t query_tiles;  // of SpaeGradQ: of all sequences, as if all were as long as the longest
+  // Of SpaeGradQ, or more: of all sequences, as if all were as long as the longest.
+  int64_t query_tiles;
   int64_t relative_shares, absolute_shares;
   // Places in the working memory.
   int64_t delta;     // (tokens_q, heads): out . grad

@@ -10,9 +10,8 @@ namespace cuda {
 
 // kGradK, kGradV: which of the two sums a pass has registers for. The first also gives the key
 // sums, of which the absolute table's gradient is made.
-template <typename T, int kSize, bool kGradK, bool kGradV>
-struct SpaeGradKV {
-  using Shape = GradKVShape<sizeof(T), kSize>;
+template <typename T, int kSize, typename Shape, bool kGradK, bool kGradV>
+struct GradKVPass {
   using Bias = TileBias<Shape, true>;
   static constexpr int kThreads = Shape::kThreads, kMinBlocks = Shape::kMinBlocks;
   static constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns;
@@ -240,6 +239,12 @@ struct SpaeGradKV {
     store_rows<T, kRows, kSize, kThreads>(memory, rows, static_cast<int>(call.args.size), wide,
                                           Rows<T>{static_cast<T*>(out) + at, stride});
   }
+};
+
+template <typename T, int kSize, bool kGradK, bool kGradV>
+struct SpaeGradKV : GradKVPass<T, kSize, GradKVShape<sizeof(T), kSize>, kGradK, kGradV> {};
+template <typename T, int kSize, bool kGradK, bool kGradV>
+struct SpaeSmallGradKV : GradKVPass<T, kSize, SmallGradKVShape<sizeof(T), kSize>, kGradK, kGradV> {
 };
 
 }  // namespace cuda

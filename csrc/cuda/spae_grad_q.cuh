@@ -14,9 +14,8 @@
 namespace speeder {
 namespace cuda {
 
-template <typename T, int kSize>
-struct SpaeGradQ {
-  using Shape = GradQShape<sizeof(T), kSize>;
+template <typename T, int kSize, typename Shape>
+struct GradQPass {
   using Bias = TileBias<Shape, false>;
   using Sums = RelativeSums<Shape>;
   static constexpr int kThreads = Shape::kThreads, kMinBlocks = Shape::kMinBlocks;
@@ -146,8 +145,8 @@ struct SpaeGradQ {
       }
     }
     if (find_delta && steps == key_tiles) keep_delta(row_delta, token, tile.head, first, rows);
+    wait_copies<0>();  // where no key is seen, queries and gradients are still on their way
     if (call.grad_q == nullptr) return;
-    wait_copies<0>();
     sync_block();
     keep_sums<T, 1, kSize>(memory.q, first, out, [&](int, int) { return args.scale; });
     sync_block();
@@ -173,10 +172,15 @@ struct SpaeGradQ {
   SPEEDER_DEVICE void start_tile(const Memory& memory, Bias& bias, const Span& span, int head,
                                  int n, int key_tiles) const {
     const int column = (n < key_tiles ? n : n - key_tiles) * kColumns;
-    start_keys<SpaeGradQ, T, kSize>(*this, memory, bias, span, head, n, column,
+    start_keys<GradQPass, T, kSize>(*this, memory, bias, span, head, n, column,
                                     n + 1 == key_tiles ? 0 : column + kColumns);
   }
 };
+
+template <typename T, int kSize>
+struct SpaeGradQ : GradQPass<T, kSize, GradQShape<sizeof(T), kSize>> {};
+template <typename T, int kSize>
+struct SpaeSmallGradQ : GradQPass<T, kSize, SmallGradQShape<sizeof(T), kSize>> {};
 
 }  // namespace cuda
 }  // namespace speeder

@@ -2,11 +2,14 @@
 // them on the host.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/dispatch.h"
 #include "cuda/spae_decode.cuh"
 #include "cuda/spae_grad_kv.cuh"
 #include "cuda/spae_grad_q.cuh"
 #include "cuda/spae_tables.cuh"
+#include "cuda/sum_parts.cuh"
 
 namespace speeder {
 namespace cuda {
@@ -24,14 +27,23 @@ bool wide_rows(const AttentionArgs& args, const void* out) {
          wide_rows<T>(args.k) && wide_rows<T>(args.v);
 }
 
-// kSize, here and below: the head size to compile for, args.size or more.
-template <typename T, int kSize, typename Launcher>
+// Calls `launch` with a null pointer of the kernel to launch: Large, or Small where a block has
+// less shared memory than Large takes. Small is compiled only if there are such GPUs.
+template <typename Large, typename Small, typename Launcher, typename F>
+void with_fitting(Launcher& launcher, F&& launch) {
+  constexpr int64_t kBytes = typename Large::Memory().layout.bytes();
+  if constexpr (kBytes > kSharedLeast) {
+    if (launcher.shared_most() < kBytes) return launch(static_cast<Small*>(nullptr));
+  }
+  launch(static_cast<Large*>(nullptr));
+}
+
+template <typename T, typename Decode, typename Launcher>
 void launch_spae_decode(const AttentionForward& call, const Extents& extents, float* scratch,
                         Launcher& launcher) {
   const AttentionArgs& args = call.args;
   const DecodePlan plan(args, extents);
   const int rows = static_cast<int>(plan.rows), splits = static_cast<int>(plan.splits);
-  using Decode = SpaeDecode<T, kSize>;
   const Decode decode{call, scratch, splits, rows, wide_rows<T>(args, call.out)};
   const typename Decode::Memory memory;
   launcher.launch({plan.pairs * splits, 1, 1, Decode::kThreads, memory.layout.bytes()}, decode);
@@ -41,14 +53,9 @@ void launch_spae_decode(const AttentionForward& call, const Extents& extents, fl
   launcher.launch({blocks, 1, 1, Combine::kThreads, 0}, combine);
 }
 
-template <typename T, int kSize, typename Launcher>
-void launch_spae_forward(const AttentionForward& call, const Extents& extents, float* scratch,
-                         Launcher& launcher) {
+template <typename T, typename Kernel, typename Launcher>
+void launch_spae_prefill(const AttentionForward& call, const Extents& extents, Launcher& launcher) {
   const AttentionArgs& args = call.args;
-  if (decodes(args, extents)) {
-    return launch_spae_decode<T, kSize>(call, extents, scratch, launcher);
-  }
-  using Kernel = SpaeForward<T, kSize>;
   const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
   const Kernel kernel{call, static_cast<int>(tiles), wide_rows<T>(args, call.out)};
   const typename Kernel::Memory memory;
@@ -56,17 +63,35 @@ void launch_spae_forward(const AttentionForward& call, const Extents& extents, f
   launcher.launch({blocks, 1, 1, Kernel::kThreads, memory.layout.bytes()}, kernel);
 }
 
+// kSize, here and below: the head size to compile for, args.size or more.
+template <typename T, int kSize, typename Launcher>
+void launch_spae_forward(const AttentionForward& call, const Extents& extents, float* scratch,
+                         Launcher& launcher) {
+  if (decodes(call.args, extents)) {
+    with_fitting<SpaeDecode<T, kSize>, SpaeSmallDecode<T, kSize>>(launcher, [&](auto* kernel) {
+      launch_spae_decode<T, std::decay_t<decltype(*kernel)>>(call, extents, scratch, launcher);
+    });
+  } else {
+    with_fitting<SpaeForward<T, kSize>, SpaeSmallForward<T, kSize>>(launcher, [&](auto* kernel) {
+      launch_spae_prefill<T, std::decay_t<decltype(*kernel)>>(call, extents, launcher);
+    });
+  }
+}
+
 template <typename T, int kSize, bool kGradK, bool kGradV, typename Launcher>
 void launch_spae_grad_kv(const AttentionBackward& call, const Extents& extents, const float* delta,
                          float* key_sums, bool wide, Launcher& launcher) {
-  using Kernel = SpaeGradKV<T, kSize, kGradK, kGradV>;
-  const AttentionArgs& args = call.args;
-  const int64_t tiles = divide_up(extents.longest_k, Kernel::kRows);
-  const Kernel kernel{call, delta, key_sums, extents.tokens_k, static_cast<int>(tiles), wide};
-  const typename Kernel::Memory memory;
-  launcher.launch(
-      {args.sequences * tiles * args.kv_heads, 1, 1, Kernel::kThreads, memory.layout.bytes()},
-      kernel);
+  using Large = SpaeGradKV<T, kSize, kGradK, kGradV>;
+  using Small = SpaeSmallGradKV<T, kSize, kGradK, kGradV>;
+  with_fitting<Large, Small>(launcher, [&](auto* fitting) {
+    using Kernel = std::decay_t<decltype(*fitting)>;
+    const AttentionArgs& args = call.args;
+    const int64_t tiles = divide_up(extents.longest_k, Kernel::kRows);
+    const Kernel kernel{call, delta, key_sums, extents.tokens_k, static_cast<int>(tiles), wide};
+    const typename Kernel::Memory memory;
+    const int64_t blocks = args.sequences * tiles * args.kv_heads;
+    launcher.launch({blocks, 1, 1, Kernel::kThreads, memory.layout.bytes()}, kernel);
+  });
 }
 
 // SpaeDelta, or SpaeGradQ where that finds delta itself.
@@ -83,15 +108,17 @@ void launch_spae_grad_q(const AttentionBackward& call, const Extents& extents,
     launcher.launch({blocks, 1, 1, Delta::kThreads, 0}, Delta{call, delta, extents.tokens_q});
     if (call.grad_q == nullptr && call.grad_relative == nullptr) return;
   }
-  using Kernel = SpaeGradQ<T, kSize>;
-  static_assert(Kernel::kRows == grad_q_rows(sizeof(T), kSize), "the plan counts these tiles");
   float* tables = call.grad_relative != nullptr ? scratch + plan.relative : nullptr;
-  const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
   const int shares = static_cast<int>(plan.relative_shares);
-  const Kernel kernel{call, delta, find_delta, tables, static_cast<int>(tiles), shares, wide};
-  const typename Kernel::Memory memory;
-  const int64_t bytes = tables != nullptr ? memory.layout.bytes() : memory.bytes_without_table;
-  launcher.launch({shares * args.heads, 1, 1, Kernel::kThreads, bytes}, kernel);
+  with_fitting<SpaeGradQ<T, kSize>, SpaeSmallGradQ<T, kSize>>(launcher, [&](auto* fitting) {
+    using Kernel = std::decay_t<decltype(*fitting)>;
+    static_assert(Kernel::kRows >= grad_q_rows(sizeof(T), kSize), "the plan counts these tiles");
+    const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
+    const Kernel kernel{call, delta, find_delta, tables, static_cast<int>(tiles), shares, wide};
+    const typename Kernel::Memory memory;
+    const int64_t bytes = tables != nullptr ? memory.layout.bytes() : memory.bytes_without_table;
+    launcher.launch({shares * args.heads, 1, 1, Kernel::kThreads, bytes}, kernel);
+  });
 }
 
 template <typename T, int kSize, typename Launcher>
@@ -118,30 +145,22 @@ void launch_spae_grads(const AttentionBackward& call, const Extents& extents,
   }
 }
 
-template <typename Launcher>
-void launch_sum_tables(const float* tables, float* out, int64_t count, int64_t shares,
-                       Launcher& launcher) {
-  using Kernel = SpaeSumTables;
-  const Kernel kernel{tables, out, count, shares};
-  launcher.launch({divide_up(count, Kernel::kThreads), 1, 1, Kernel::kThreads, 0}, kernel);
-}
-
 // What turns the partial sums of a backward pass into the tables' gradients; for any element type.
 template <typename Launcher>
 void launch_spae_tables(const AttentionBackward& call, const Extents& extents,
                         const BackwardPlan& plan, float* scratch, Launcher& launcher) {
   const AttentionArgs& args = call.args;
   if (call.grad_relative != nullptr) {
-    launch_sum_tables(scratch + plan.relative, call.grad_relative, args.heads * args.buckets,
-                      plan.relative_shares, launcher);
+    launch_sum_parts(scratch + plan.relative, call.grad_relative, plan.relative_shares,
+                     args.heads * args.buckets, launcher);
   }
   if (call.grad_absolute == nullptr) return;
   const SpaeAbsoluteSums sums{scratch + plan.key_sums, args.rank_k, scratch + plan.absolute,
                               extents.tokens_k,        args.heads,  args.positions,
                               plan.absolute_shares};
   launcher.launch({plan.absolute_shares * args.heads, 1, 1, SpaeAbsoluteSums::kThreads, 0}, sums);
-  launch_sum_tables(scratch + plan.absolute, call.grad_absolute, args.heads * args.positions,
-                    plan.absolute_shares, launcher);
+  launch_sum_parts(scratch + plan.absolute, call.grad_absolute, plan.absolute_shares,
+                   args.heads * args.positions, launcher);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
 // The small kernels of the backward pass: out . grad of every row before it, and after it what
-// turns partial sums into the tables' gradients, in a fixed order.
+// makes tables out of the keys' sums, in a fixed order (sum_parts.cuh adds them up).
 #pragma once
 
 #include "cuda/spae_tile.cuh"
@@ -62,23 +62,6 @@ struct SpaeAbsoluteSums {
       }
       if (first) table[place] += sum;
     }
-  }
-};
-
-// out[n] = the sum over `shares` tables of `count` values, in their order.
-struct SpaeSumTables {
-  static constexpr int kThreads = 256, kMinBlocks = 1;
-
-  const float* tables;
-  float* out;
-  int64_t count, shares;
-
-  SPEEDER_DEVICE void operator()() const {
-    const int64_t n = block_index_x() * int64_t{kThreads} + thread_index();
-    if (n >= count) return;
-    float sum = 0.0f;
-    for (int64_t s = 0; s < shares; ++s) sum += tables[s * count + n];
-    out[n] = sum;
   }
 };
 

@@ -8,10 +8,8 @@
 #include "cuda/tile_product.h"
 
 #ifdef __CUDACC__
-#define SPEEDER_ROLLED _Pragma("unroll 1")
 #define SPEEDER_UNROLL_BY_TIMES _Pragma("unroll kTimes")
 #else
-#define SPEEDER_ROLLED
 #define SPEEDER_UNROLL_BY_TIMES
 #endif
 

@@ -1,7 +1,9 @@
-"""What spae_attention's CUDA kernels are launched with, by dry runs of their launch functions on the host.
+"""What the CUDA kernels are launched with, by dry runs of their launch functions on the host.
 
-`launches()` gives a row a kernel: kernel (with its template arguments), threads and shared (bytes) of a block.
-float16 is launched like bfloat16, and left out. pack_tokens and compress_items take next to no shared memory.
+`launches()` gives a row a kernel: kernel (with its template arguments), threads and shared (bytes) of a block. Those of
+spae_attention are for each padded head size, also as they are launched where blocks have less shared memory, and for
+bfloat16 and float32 (float16 is launched like bfloat16); those of pack_tokens and compress_items for each element type
+and width of their accesses.
 """
 
 from __future__ import annotations
@@ -12,40 +14,71 @@ from pathlib import Path
 
 import torch
 
-from tests.kernels.host_device import HostDevice, Launch, compile_program
+from speeder_kernels.validate import FLOATS
+from tests.kernels.host_device import SHARED_H100, SHARED_LEAST, HostDevice, Launch, compile_program
 from tests.kernels.test_spae_attention import make
 from tests.kernels.test_spae_attention_cuda_on_host import common, view
 
 # Head sizes are padded to these.
 TYPES = {torch.bfloat16: ("BFloat16", (32, 64, 96, 128, 256)), torch.float32: ("float", (64, 128, 256))}
 TABLES = (512, 512)  # entries a head: what bias and gradients take of shared memory depends on them
+HIDDEN = (576, 577)  # of pack_tokens and compress_items: rows that go in 16 bytes an access, and in elements
+MODALITIES = 4
+FLAGS = ("-O0", "-g0", "-fno-sanitize=all")  # nothing is run: neither sanitizers nor speed matter
 
 
 def launches() -> list[dict]:
-    """Forward, decoding and backward with all gradients, for each element type and padded head size."""
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
-        found = pool.map(lambda dtype: _launches(Path(folder), dtype), TYPES)
-        distinct = dict.fromkeys(launch for rows in found for launch in rows)
-    return [{"kernel": x.kernel, "threads": x.threads, "shared": x.shared} for x in distinct]
+    """Forward, decoding and backward with all gradients."""
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
+        folder = Path(name)
+        found = [pool.submit(_attention, folder, dtype) for dtype in TYPES]
+        found += [pool.submit(_pack_tokens, folder), pool.submit(_compress_items, folder)]
+        distinct = dict.fromkeys((x.kernel, x.threads, x.shared) for rows in found for x in rows.result())
+    return [dict(zip(("kernel", "threads", "shared"), x, strict=True)) for x in distinct]
 
 
-def _launches(folder: Path, dtype: torch.dtype) -> list[Launch]:
+def _attention(folder: Path, dtype: torch.dtype) -> list[Launch]:
     name, sizes = TYPES[dtype]
     folder = folder / name
     folder.mkdir()
-    # Nothing is run: neither sanitizers nor speed matter.
-    flags = ("-O0", "-g0", "-fno-sanitize=all", f"-DSPEEDER_TYPE={name}")
-    flags += (f"-DSPEEDER_SIZES={','.join(map(str, sizes))}",)
+    flags = (*FLAGS, f"-DSPEEDER_TYPE={name}", f"-DSPEEDER_SIZES={','.join(map(str, sizes))}")
     out = []
     with HostDevice(compile_program("spae_attention", folder, extra=flags)) as device:
         for size in sizes:
-            for queries in (300, 1):
+            for queries, shared_most in (
+                (300, SHARED_H100),
+                (1, SHARED_H100),
+                (300, SHARED_LEAST),
+                (1, SHARED_LEAST),
+            ):
                 args = make([queries], [300], 2, 1, size, TABLES, dtype)
-                grads = [
-                    torch.empty_like(args[name]) for name in ("q", "k", "v", "relative_bias", "absolute_bias")
-                ]
+                names = ("q", "k", "v", "relative_bias", "absolute_bias")
+                grads = [torch.empty_like(args[name]) for name in names]
+                if (dtype, size, shared_most) == (torch.float32, 256, SHARED_LEAST):
+                    grads[3] = None  # refused there
                 result, lse = torch.empty_like(args["q"]), torch.empty(args["q"].shape[:2])
-                call = common(args, True)
-                out += device.call("forward", *call, result, lse, dry=True)
-                out += device.call("backward", *call, *view(result), result, lse, *grads, dry=True)
-    return [Launch(x.kernel, (0, 0, 0), x.threads, x.shared) for x in out]
+                call, how = common(args, True), {"dry": True, "shared_most": shared_most}
+                out += device.call("forward", *call, result, lse, **how)
+                out += device.call("backward", *call, *view(result), result, lse, *grads, **how)
+    return out
+
+
+def _pack_tokens(folder: Path) -> list[Launch]:
+    out = []
+    with HostDevice(compile_program("pack_tokens", folder, extra=FLAGS)) as device:
+        for dtype in FLOATS:
+            for hidden in HIDDEN:
+                out += device.call("pack_tokens", dtype, *[None] * 7, 16, hidden, 1, 1, 1, dry=True)
+                out += device.call("sum_rows", dtype, *[None] * 4, 16, hidden, dry=True)
+    return out
+
+
+def _compress_items(folder: Path) -> list[Launch]:
+    out, grads = [], [torch.empty(4)] * 3
+    with HostDevice(compile_program("compress_items", folder, extra=FLAGS)) as device:
+        for dtype in FLOATS:
+            for hidden in HIDDEN:
+                args = (dtype, *[None] * 4, 16, MODALITIES, hidden, 1e-6)
+                out += device.call("compress_items", *args, None, None, dry=True)
+                out += device.call("compress_items_backward", *args, None, None, *grads, dry=True)
+    return out

@@ -26,7 +26,7 @@ from tests.kernels import cuda_launches, cuda_resources, triton_aot
 FILE = Path(__file__).with_name("gpu_resources.json")
 REWRITE = "python -m tests.kernels.gpu_resources rewrites the file"
 # What is kept of a row, and whether more of it is worse. CUDA's shared memory is a matter of the launch: "launches" are
-# spae_attention's CUDA kernels (cuda_launches.py), their occupancy with the registers that "cuda" holds.
+# the CUDA kernels as cuda_launches.py launches them, their occupancy with the registers that "cuda" holds.
 COLUMNS = {
     "cuda": {"registers": True, "stack": True},
     "launches": {"shared": True, "occupancy": False},

@@ -28,7 +28,8 @@ from speeder_kernels.validate import FLOATS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = Path(__file__).with_name("cuda_host")
-
+# Bytes of shared memory that a block may have: on sm_90 and sm_100, and on sm_86, sm_89 and sm_120.
+SHARED_H100, SHARED_LEAST = 227 * 1024, 99 * 1024
 
 Argument = torch.Tensor | int | float | torch.dtype | None
 
@@ -47,21 +48,31 @@ class Launch:
     shared: int
 
 
-def compile_program(name: str, folder: Path, csrc: Path = ROOT / "csrc", extra: tuple[str, ...] = ()) -> Path:
-    """Compile `cuda_host/<name>.cpp` over the kernels in `csrc`, with `extra` flags; returns the program."""
-    program = folder / name
+def compile_program(
+    name: str, folder: Path, csrc: Path = ROOT / "csrc", extra: tuple[str, ...] = (), watch: bool = False
+) -> Path:
+    """Compile `cuda_host/<name>.cpp` over the kernels in `csrc`, with `extra` flags; returns the program.
+
+    `watch`: every access to global memory is watched for races (see cuda_host/watched_memory.h), in the place of the
+    sanitizers, since a program is compiled for one or the other.
+    """
+    program, source = folder / name, str(SOURCES / f"{name}.cpp")
+    if watch:
+        _compile(csrc, "-O1", "-fsanitize=thread", *extra, "-c", source, "-o", f"{program}.o")
+        _compile(csrc, f"{program}.o", str(_shared("engine")), str(_shared("watch")), "-o", str(program))
+        return program
     flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    _compile(csrc, *flags, *extra, str(SOURCES / f"{name}.cpp"), str(_engine()), "-o", str(program))
+    _compile(csrc, *flags, *extra, source, str(_shared("engine")), "-o", str(program))
     return program
 
 
 @functools.cache
-def _engine() -> Path:
-    """What all programs share, compiled once: it is not what the sanitizers are to watch."""
+def _shared(name: str) -> Path:
+    """What programs share, compiled once: it is not what the sanitizers are to watch."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
-    compiled = Path(folder) / "engine.o"
-    _compile(ROOT / "csrc", "-O2", "-g1", "-c", str(SOURCES / "engine.cpp"), "-o", str(compiled))
+    compiled = Path(folder) / f"{name}.o"
+    _compile(ROOT / "csrc", "-O2", "-g1", "-c", str(SOURCES / f"{name}.cpp"), "-o", str(compiled))
     return compiled
 
 
@@ -102,17 +113,25 @@ class HostDevice:
             self._process.wait()
             self._process = None
 
-    def call(self, function: str, *arguments: Argument, seed: int = 0, dry: bool = False) -> list[Launch]:
+    def call(
+        self,
+        function: str,
+        *arguments: Argument,
+        seed: int = 0,
+        dry: bool = False,
+        shared_most: int = SHARED_H100,
+    ) -> list[Launch]:
         """Launch kernels by one of the program's functions; returns what was launched.
 
         Tensors must be contiguous; all are written back, as a device would leave them. `seed` draws the order in
         which blocks and threads run. `dry` runs nothing: any tensor will do then, and None where only its place counts.
+        `shared_most` is how many bytes of shared memory a block may have.
 
         Raises:
             HostDeviceError: what is wrong with the kernel.
         """
         request = [struct.pack("<I", len(function)), function.encode()]
-        request += [struct.pack("<Q?I", seed, dry, len(arguments)), *map(_packed, arguments)]
+        request += [struct.pack("<Q?qI", seed, dry, shared_most, len(arguments)), *map(_packed, arguments)]
         if self._process is None:
             pipe = subprocess.PIPE
             with self._report.open("wb") as report:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.host_device import HostDevice, HostDeviceError, compile_program
+from tests.kernels.host_device import SHARED_LEAST, HostDevice, HostDeviceError, compile_program
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a missing barrier is seen as depends on who comes first.
@@ -29,12 +29,22 @@ FAULTS = (
     "wait for too few",
     "overwritten copy",
     "global out of bounds",
+    "unfinished copy",
+    "unordered writes",
+    "unordered read",
 )
 
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
     with HostDevice(compile_program("layer", tmp_path_factory.mktemp("layer"))) as device:
+        yield device
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """With every access to global memory watched."""
+    with HostDevice(compile_program("layer", tmp_path_factory.mktemp("watched"), watch=True)) as device:
         yield device
 
 
@@ -110,12 +120,55 @@ def test_asynchronous_copies(device, valid):
         ("wait for too few", "read of shared memory whose asynchronous copy was not waited for"),
         ("overwritten copy", "write to shared memory that is still being copied to"),
         ("missing barrier", UNORDERED),
+        ("unfinished copy", "ended before its asynchronous copies were waited for"),
     ],
 )
 def test_a_fault_of_copies_is_caught(device, fault, message):
     given, out = torch.randn(5, 128), torch.zeros(5, 128)
     with pytest.raises(HostDeviceError, match=message):
         device.call("stream", given, out, 5, 5, FAULTS.index(fault))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("unordered writes", "race in global memory: write to what another thread writes"),
+        ("unordered read", "race in global memory: (read of|write to) what another thread (writes|reads)"),
+    ],
+)
+def test_a_race_in_global_memory_is_caught(watched, fault, message, seed):
+    given, out = torch.randn(64), torch.zeros(64)
+    with pytest.raises(HostDeviceError, match=message):
+        watched.call("reverse", given, out, FAULTS.index(fault), seed=seed)
+    test_barriers_and_shared_memory(watched, seed)
+
+
+def test_an_atomic_is_a_race(watched):
+    with pytest.raises(
+        HostDeviceError, match=r"race in global memory: .* what another (block|thread) writes"
+    ):
+        watched.call("sum", torch.randn(3, 4, 32), torch.zeros(3, 4, 32), torch.zeros(1), 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2**31, 1, 1, 0), "a grid of 2147483648 x 1 x 1 blocks, and a GPU takes 2147483647 x 65535 x 65535"),
+        ((1, 65536, 1, 0), "a grid of 1 x 65536 x 1 blocks"),
+        ((1, 1, 65536, 0), "a grid of 1 x 1 x 65536 blocks"),
+        (
+            (1, 1, 1, SHARED_LEAST + 1),
+            "101377 bytes of shared memory for a block, and this GPU gives it 101376",
+        ),
+    ],
+)
+def test_launches_that_no_gpu_takes(device, sizes, message):
+    with pytest.raises(HostDeviceError, match=message):
+        device.call("nothing", *sizes, dry=True, shared_most=SHARED_LEAST)
+    most = (2**31 - 1, 65535, 65535, SHARED_LEAST)
+    (launch,) = device.call("nothing", *most, dry=True, shared_most=SHARED_LEAST)
+    assert (*launch.grid, launch.shared) == most
 
 
 def test_sums_over_a_warp_and_with_atomics(device):

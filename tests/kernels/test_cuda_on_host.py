@@ -45,11 +45,11 @@ class PackTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, device, seed, ids, text, items, rows, ranks, prompts):
         out = empty(len(ids), text.shape[1], dtype=text.dtype)
-        device.call(
-            "pack_tokens", text.dtype, ids, text, items, rows, ranks, prompts, out, *out.shape, seed=seed
-        )
+        sizes = [len(table) for table in (text, items, prompts)]
+        tensors = (ids, text, items, rows, ranks, prompts, out)
+        device.call("pack_tokens", text.dtype, *tensors, *out.shape, *sizes, seed=seed)
         ctx.save_for_backward(ids, rows, ranks)
-        ctx.constants = device, seed, [len(table) for table in (text, items, prompts)]
+        ctx.constants = device, seed, sizes
         return out
 
     @staticmethod
@@ -111,6 +111,36 @@ def test_pack_tokens(pack_device, tokens, sizes, hidden, dtype, seed):
     pack_tests.check_against_the_loop(pack_on(pack_device, seed), args)
 
 
+@pytest.mark.parametrize("hidden", [64, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_many_tokens(pack_device, dtype, hidden):
+    """All warps of a block sum those, and the order of threads changes no bit."""
+    args = pack_tests.make(500, vocabulary=3, items=9, prompts=1, hidden=hidden, dtype=dtype)
+    pack_tests.check_against_the_loop(pack_on(pack_device), args)
+    args, inputs = pack_tests.leaves(args)
+    first, *others = (naive.gradients(pack_on(pack_device, seed)(**args), inputs) for seed in range(3))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("hidden", [64, 65])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("item_rows", 4), ("ranks", 5), ("ranks", 2**62), ("input_ids", -1), ("input_ids", 7)],
+)
+def test_a_token_with_an_index_outside_of_its_table_gets_nan(pack_device, name, value, dtype, hidden):
+    """Nothing is read there, and the other tokens are as they were."""
+    args = pack_tests.make(vocabulary=7, items=4, prompts=5, hidden=hidden, dtype=dtype)
+    sound = pack_on(pack_device)(**args)
+    is_item = args["item_rows"] >= 0
+    token = int((is_item != (name == "input_ids")).nonzero()[0])
+    args[name][token] = value
+    out = pack_on(pack_device)(**args)
+    assert out[token].isnan().all()
+    sound[token] = out[token] = 0
+    assert torch.equal(out, sound)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     items=st.integers(1, 7),
@@ -142,7 +172,7 @@ def test_rows_that_do_not_start_at_16_bytes(pack_device, compress_device, dtype)
     text = pack["text_embedding"]
     for table, width in ((text, 1), (text.clone(), 16 // dtype.itemsize)):
         tensors = (None, table, None, None, None, None, None)
-        (launch,) = pack_device.call("pack_tokens", dtype, *tensors, 12, 64, dry=True)
+        (launch,) = pack_device.call("pack_tokens", dtype, *tensors, 12, 64, 7, 4, 5, dry=True)
         assert launch.kernel.startswith("speeder::cuda::PackTokens<") and launch.kernel.endswith(
             f", {width}>"
         )
@@ -187,8 +217,8 @@ def test_only_wanted_gradients(compress_device, wanted):
 # --- planted faults: each is made in a copy of the sources, and caught --------------------------------------
 
 
-def faulty(program: str, folder, *edits: tuple[str, str, str]) -> HostDevice:
-    return HostDevice(compile_program(program, folder, plant(folder, *edits)))
+def faulty(program: str, folder, *edits: tuple[str, str, str], watch: bool = False) -> HostDevice:
+    return HostDevice(compile_program(program, folder, plant(folder, *edits), watch=watch))
 
 
 def test_a_missing_barrier_is_caught(tmp_path):
@@ -219,17 +249,41 @@ def test_an_off_by_one_bound_is_caught(tmp_path):
 def test_an_atomic_in_place_of_the_fixed_order_is_caught(tmp_path):
     """The gradient is as accurate as before, and other bits come with another order of the threads."""
     edit = (
-        "cuda/compress_items_backward.cuh",
+        "cuda/sum_parts.cuh",
         "    sums.set(thread_index(), total);\n",
-        "    if (warp() == 0 && d < size) grad_weight[d] = 0.0f;\n"
+        "    if (warp() == 0 && n < size) out[n] = 0.0f;\n"
         "    sync_block();\n"
-        "    if (d < size) atomic_add(grad_weight + d, total);\n"
-        "    if (d >= 0) return;\n",
+        "    if (n < size) atomic_add(out + n, total);\n"
+        "    if (n >= 0) return;\n",
     )
     with faulty("compress_items", tmp_path, edit) as device:
         runs = [compress_gradients(device, seed)[-1] for seed in range(4)]
     torch.testing.assert_close(runs[0], runs[1])
     assert not all(torch.equal(runs[0], other) for other in runs[1:])
+
+
+def test_no_race_in_global_memory(tmp_path):
+    """Every access is watched; tables of partial sums with rows of each block's own among them."""
+    with HostDevice(compile_program("pack_tokens", tmp_path, watch=True)) as device:
+        args, inputs = pack_tests.leaves(pack_tests.make(200, vocabulary=2, items=9, prompts=1, hidden=64))
+        naive.gradients(pack_on(device)(**args), inputs)
+    with HostDevice(compile_program("compress_items", tmp_path, watch=True)) as device:
+        compress_gradients(device, 0, items=9)
+
+
+def test_blocks_that_share_their_partial_sums_are_caught(tmp_path):
+    """In one run: the numbers might be right."""
+    edit = (
+        "cuda/compress_items_backward.cuh",
+        "store_floats<N>(weight_parts + int64_t{block_index_x()} * size + d,",
+        "store_floats<N>(weight_parts + d,",
+    )
+    race = "race in global memory: write to what another block writes"
+    with (
+        faulty("compress_items", tmp_path, edit, watch=True) as device,
+        pytest.raises(HostDeviceError, match=race),
+    ):
+        compress_gradients(device, 0, items=9)
 
 
 def test_the_cuda_library_loads_with_any_torch():

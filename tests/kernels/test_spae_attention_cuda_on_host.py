@@ -12,17 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels import naive
-from tests.kernels.host_device import HostDevice, HostDeviceError, Launch, compile_program, plant
+from tests.kernels.host_device import (
+    SHARED_H100,
+    SHARED_LEAST,
+    HostDevice,
+    HostDeviceError,
+    Launch,
+    compile_program,
+    plant,
+)
 from tests.kernels.test_spae_attention import NAMES, leaves, make, run_naive
 from tests.kernels.test_spae_attention_cpu import GRADS, KINDS, set_ranks
 
 pytestmark = pytest.mark.slow
 
-# Which head sizes are compiled for which element type: every size, every type, and float32 where its tiles are smaller.
+# Which head sizes are compiled for which element type: every size of bfloat16 and float32, and one of float16.
 BUILDS = {
     torch.bfloat16: ("BFloat16", (32, 64, 96, 128, 256)),
     torch.float16: ("Half", (64,)),
-    torch.float32: ("float", (128, 256)),
+    torch.float32: ("float", (64, 128, 256)),
 }
 ALL = (True,) * 5
 
@@ -62,18 +70,19 @@ def common(args: dict, causal: bool) -> list:
     return [*views, *small, *tables, *counts, 1 / math.sqrt(q.shape[2]), int(causal), *extents]
 
 
-def forward(device: HostDevice, args: dict, causal: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(device: HostDevice, args: dict, causal: bool, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """`options`: of HostDevice.call."""
     out = torch.full(args["q"].shape, float("nan"), dtype=args["q"].dtype)
     lse = torch.full(out.shape[:2], float("nan"))
-    device.call("forward", *common(args, causal), out, lse, seed=seed)
+    device.call("forward", *common(args, causal), out, lse, **options)
     return out, lse
 
 
 def backward(
-    device: HostDevice, args: dict, causal: bool, needs=ALL, seed: int = 0
+    device: HostDevice, args: dict, causal: bool, needs=ALL, **options
 ) -> tuple[list[torch.Tensor | None], list[Launch]]:
     """The gradients that are needed, and what was launched for them."""
-    out, lse = forward(device, args, causal, seed)
+    out, lse = forward(device, args, causal, **options)
     grads = [
         torch.full(args[name].shape, float("nan"), dtype=args[name].dtype)
         if need and args[name] is not None
@@ -81,7 +90,7 @@ def backward(
         for name, need in zip(GRADS, needs, strict=True)
     ]
     grad = view(upstream(args))
-    return grads, device.call("backward", *common(args, causal), *grad, out, lse, *grads, seed=seed)
+    return grads, device.call("backward", *common(args, causal), *grad, out, lse, *grads, **options)
 
 
 def upstream(args: dict) -> torch.Tensor:
@@ -89,11 +98,11 @@ def upstream(args: dict) -> torch.Tensor:
     return torch.randn(args["q"].shape, generator=draw).to(torch.bfloat16).to(args["q"].dtype)
 
 
-def check(device: HostDevice, args: dict, causal: bool = True, needs=ALL, seed: int = 0) -> None:
+def check(device: HostDevice, args: dict, causal: bool = True, needs=ALL, **options) -> None:
     """Output and every gradient that is needed: our error is at most twice PyTorch's."""
     grad = upstream(args)
-    out, _ = forward(device, args, causal, seed)
-    grads, _ = backward(device, args, causal, needs, seed)
+    out, _ = forward(device, args, causal, **options)
+    grads, _ = backward(device, args, causal, needs, **options)
     exact, exact_leaves = leaves(args, torch.float64)
     same, same_leaves = leaves(args)
     out_exact = torch_exact(exact, causal)
@@ -155,13 +164,17 @@ cases = [
     kind=st.sampled_from(KINDS),
     causal=st.booleans(),
     layout=st.sampled_from([None, 0, 1]),
+    shared_most=st.sampled_from([SHARED_LEAST, SHARED_H100]),
     seed=st.integers(0, 10_000),
 )
-def test_matches_float64(devices, lengths, heads, case, buckets, kind, causal, layout, seed):
+def test_matches_float64(devices, lengths, heads, case, buckets, kind, causal, layout, shared_most, seed):
     dtype, size = case
+    if case == (torch.float32, 256):
+        shared_most = SHARED_H100  # see test_float32_heads_above_128_need_more_shared_memory
     lengths_q, lengths_k = zip(*lengths, strict=True)
     args = set_ranks(make(lengths_q, lengths_k, *heads, size, buckets, dtype, seed), kind, seed)
-    check(devices[dtype], args if layout is None else strided(args, layout), causal, seed=seed)
+    args = args if layout is None else strided(args, layout)
+    check(devices[dtype], args, causal, seed=seed, shared_most=shared_most)
 
 
 @pytest.mark.parametrize("dtype", BUILDS, ids=str)
@@ -170,6 +183,28 @@ def test_sequences_of_several_tiles(devices, dtype, kind):
     """Tiles that are Toeplitz from end to end, with both tables ending within, and tiles without a mask."""
     args = set_ranks(make([150, 66], [190, 66], 2, 1, 64, (70, 90), dtype), kind)
     check(devices[dtype], args)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)]
+)
+def test_several_tiles_where_blocks_have_less_shared_memory(devices, dtype, size):
+    """Forward, decoding and backward by the smaller shapes: the larger would be refused there."""
+    for lengths in ([70, 130], [110, 130]), ([1, 2], [300, 40]):
+        args = set_ranks(make(*lengths, 2, 1, size, (70, 90), dtype), "late")
+        check(devices[dtype], args, shared_most=SHARED_LEAST)
+        _, launches = backward(devices[dtype], args, True, shared_most=163 * 1024)
+        assert not any("SpaeSmall" in launch.kernel for launch in launches)
+
+
+def test_float32_heads_above_128_need_more_shared_memory(devices):
+    """On a GPU whose blocks have 99 KiB, the relative table's gradient is refused; all else runs."""
+    args = make([20], [30], 1, 1, 256, (70, 90), torch.float32)
+    check(devices[torch.float32], args, needs=(True, True, True, False, True), shared_most=SHARED_LEAST)
+    with pytest.raises(
+        HostDeviceError, match="need 101968 bytes of shared memory for a block, and this GPU gives it 101376"
+    ):
+        backward(devices[torch.float32], args, True, shared_most=SHARED_LEAST)
 
 
 @pytest.mark.parametrize("size", [32, 128, 250])
@@ -189,15 +224,24 @@ def test_one_query_against_a_long_cache(devices, size):
     assert launches[0].grid == (5 * 2 * 3, 1, 1)
 
 
+def test_no_sequence(devices):
+    """Then there is nothing to launch, and nothing to share."""
+    args = make([1], [1], 2, 1, 32, (5, 5), torch.bfloat16)
+    args |= {name: torch.zeros(1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    result, lse = torch.empty_like(args["q"]), torch.empty(1, 2)
+    launches = devices[torch.bfloat16].call("forward", *common(args, True), result, lse, dry=True)
+    assert [launch.grid[0] for launch in launches] == [0, 0]
+
+
 def test_several_tiles_share_a_table_where_all_would_be_too_large(devices):
-    args = set_ranks(make([5] * 8, [9] * 8, 1, 1, 32, (3_000_000, None), torch.bfloat16), "far")
+    args = set_ranks(make([1] * 250, [2] * 250, 1, 1, 32, (70_000, None), torch.bfloat16), "far")
     device = devices[torch.bfloat16]
     grads, launches = backward(device, args, True)
-    assert [launch.grid[0] for launch in launches if "SpaeGradQ" in launch.kernel] == [5]
+    assert [launch.grid[0] for launch in launches if "SpaeGradQ" in launch.kernel] == [239]
     small = {**args, "relative_bias": args["relative_bias"][:, [0, -1]].contiguous()}
     few, launches = backward(device, small, True)
-    assert [launch.grid[0] for launch in launches if "SpaeGradQ" in launch.kernel] == [8]
-    assert set(grads[3].nonzero()[:, 1].tolist()) <= {0, 2_999_999}
+    assert [launch.grid[0] for launch in launches if "SpaeGradQ" in launch.kernel] == [250]
+    assert set(grads[3].nonzero()[:, 1].tolist()) <= {0, 69_999}
     torch.testing.assert_close(grads[3][:, [0, -1]], few[3])
 
 
@@ -213,7 +257,20 @@ def test_only_what_is_asked_for(devices, wanted, size):
     kernels = " ".join(launch.kernel for launch in launches)
     assert ("SpaeGradQ" in kernels) == bool({"q", "relative_bias"} & set(wanted))
     assert ("SpaeGradKV" in kernels) == bool({"k", "v", "absolute_bias"} & set(wanted))
-    assert ("SpaeSumTables" in kernels) == bool({"relative_bias", "absolute_bias"} & set(wanted))
+    assert ("SumParts" in kernels) == bool({"relative_bias", "absolute_bias"} & set(wanted))
+
+
+# Tiles that see no key, several of them a block, since the tables of all would be too large together.
+BLIND = ([70, *[1] * 129], [3] * 130, 1, 1, 32, (70_000, None), torch.bfloat16)
+ONLY_RELATIVE = [name == "relative_bias" for name in GRADS]
+
+
+def test_tiles_that_see_no_key_and_ask_for_the_relative_table_alone(devices):
+    args = set_ranks(make(*BLIND), "late")
+    grads, launches = backward(devices[torch.bfloat16], args, True, ONLY_RELATIVE)
+    assert [launch.grid[0] for launch in launches if "SpaeGradQ" in launch.kernel] == [239]
+    whole, _ = backward(devices[torch.bfloat16], args, True)
+    assert torch.equal(grads[3], whole[3]) and grads[3].any()
 
 
 def test_frozen_tables(devices):
@@ -225,7 +282,8 @@ def test_frozen_tables(devices):
 def runs(device: HostDevice, args: dict) -> list[list[torch.Tensor]]:
     """Output and gradients with threads and blocks in four orders."""
     return [
-        [*forward(device, args, True, seed), *backward(device, args, True, seed=seed)[0]] for seed in range(4)
+        [*forward(device, args, True, seed=seed), *backward(device, args, True, seed=seed)[0]]
+        for seed in range(4)
     ]
 
 
@@ -292,7 +350,10 @@ def faulty(tmp_path_factory):
         "sync_block();\natomic_add(table_, below_);\natomic_add(table_ + last_, above_);\n"
         "const float below = 0.0f, above = 0.0f;",
     )
-    edits = {name: edit for name, (edit, _) in FAULTS.items()} | {"atomic": atomic}
+    wait = "    wait_copies<0>();  // where no key is seen, queries and gradients are still on their way\n"
+    leave = "    if (call.grad_q == nullptr) return;\n"
+    unfinished = ("spae_grad_q.cuh", wait + leave, leave + wait)
+    edits = {name: edit for name, (edit, _) in FAULTS.items()} | {"atomic": atomic, "unfinished": unfinished}
 
     def compile_fault(name):
         file, sound, wrong = edits[name]
@@ -319,6 +380,29 @@ def test_planted_faults_are_caught(devices, faulty, fault):
     with pytest.raises(HostDeviceError if message else AssertionError, match=message or "error .* allowed"):
         for x in (args, few):
             check(faulty[fault], x)
+
+
+@pytest.mark.parametrize("lengths", [(BLIND[0], BLIND[1]), ([70], [3])], ids=["several", "one"])
+def test_copies_on_their_way_are_caught(faulty, lengths):
+    """Where the next tile of the block begins, or the block ends, before they have come."""
+    args = set_ranks(make(*lengths, *BLIND[2:]), "late")
+    with pytest.raises(HostDeviceError, match=r"still being copied to|ended before its asynchronous copies"):
+        backward(faulty["unfinished"], args, True, ONLY_RELATIVE)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["sound", "shared"])
+def test_blocks_that_share_a_table_are_caught(tmp_path, shared):
+    """In one run with every access to global memory watched, in which the kernels as they are show no race."""
+    edit = ("cuda/spae_grad_q.cuh", "tables + (int64_t{share} * heads + head)", "tables + int64_t{head}")
+    csrc = plant(tmp_path, *[edit][:shared])
+    with build(tmp_path / "program", torch.bfloat16, (32,), csrc=csrc, extra=("-O0",), watch=True) as device:
+        for lengths in ([70, 17], [70, 40]), ([2, 1], [300, 9]):
+            args = set_ranks(make(*lengths, 2, 1, 32, (20, 30), torch.bfloat16), "mixed")
+            if not shared:
+                backward(device, args, True)
+                continue
+            with pytest.raises(HostDeviceError, match=r"race in global memory: .* what another block writes"):
+                backward(device, args, True)
 
 
 def test_an_atomic_sum_is_caught(devices, faulty):

@@ -11,6 +11,8 @@
 #include "checked_memory.h"
 #include "cuda/device.h"
 #include "fiber.h"
+#include "order.h"
+#include "watched_memory.h"
 
 namespace speeder {
 namespace cuda {
@@ -43,7 +45,9 @@ class Block {
     int open = 0;              // and how many are in none yet
   };
 
-  CheckedMemory memory;
+  Order order;
+  CheckedMemory memory{order};
+  WatchedMemory global{order};
 
   Block() : stacks_(kThreadsMost), fibers_(kThreadsMost), warps_(kThreadsMost / kWarp) {
     for (int n = 0; n < kThreadsMost; ++n) {
@@ -66,6 +70,7 @@ class Block {
     body_ = body;
     kernel_ = kernel;
     at_barrier_ = ended_ = 0;
+    order.start_block();
     memory.start_block(shared_bytes);
     ready_.clear();
     for (int n = 0; n < threads; ++n) {
@@ -87,6 +92,7 @@ class Block {
     if (Fiber* first = pick()) {
       start(first);
       switch_context(main_, first->context);
+      current = nullptr;
     }
     if (error.empty() && ended_ < threads) error = place(-1) + stuck();
     if (!error.empty()) {
@@ -104,7 +110,7 @@ class Block {
     current->state = Fiber::kAtBarrier;
     current->where = where;
     if (++at_barrier_ == threads) {
-      memory.sync_block();
+      order.sync_block();
       at_barrier_ = 0;
       for (int n = 0; n < threads; ++n) wake(n);
     }
@@ -137,7 +143,15 @@ class Block {
     switch_context(current->context, main_);
   }
 
-  Fiber* current = nullptr;
+  void start_launch() {
+    order.start_launch();
+    global.start_launch();
+  }
+
+  // Whether a thread of the block accesses what is not on its own stack.
+  bool touches_global(uintptr_t at) const { return current != nullptr && !stacks_.hold(at); }
+
+  Fiber* current = nullptr;  // null outside of run()
   std::string error;
 
  private:
@@ -153,6 +167,7 @@ class Block {
   void live() {
     for (;;) {
       body_(kernel_);
+      if (!current->copies.empty()) give_up("ended before its asynchronous copies were waited for");
       current->state = Fiber::kEnded;
       ++ended_;
       yield();

@@ -1,29 +1,23 @@
 // The block's shared memory, with what a GPU does not tell: accesses outside of a view, reads of
 // what was never written or is still being copied, and two threads that touch the same place with
 // nothing between them that orders the two.
-//
-// Time is counted in epochs: one begins at every barrier of the block, and within it a warp counts
-// its own at every sync_warp. Two accesses of different threads conflict if one of them writes and
-// they fall into one epoch of the block, unless the threads share a warp and its epochs differ.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
+#include "order.h"
+
 namespace speeder {
 namespace cuda {
 namespace host {
 
-struct Thread {
-  int index = 0;
-  int warp = 0;
-};
-
 class CheckedMemory {
  public:
   static constexpr int kUnit = 2;  // bytes that are watched together
-  static constexpr int kWarpsMost = 32;
+
+  explicit CheckedMemory(const Order& order) : order_(order) {}
 
   void start_block(int64_t bytes) {
     bytes_ = bytes;
@@ -31,10 +25,7 @@ class CheckedMemory {
       data_.resize(bytes);
       units_.resize(bytes / kUnit);
     }
-    first_epoch_ = ++epoch_;
   }
-  void sync_block() { ++epoch_; }
-  void sync_warp(int warp) { ++warp_epochs_[warp]; }
 
   // Each returns null, or what is wrong; `unit` is then the place.
   const char* check_place(uint32_t start, uint32_t bytes, int64_t at, int64_t size) const {
@@ -49,10 +40,10 @@ class CheckedMemory {
   const char* read(const Thread& thread, int64_t at, int64_t size, void* to) {
     for (int64_t u = at / kUnit; u < (at + size) / kUnit; ++u) {
       Unit& unit = units_[u];
-      if (unit.write.epoch < first_epoch_) return "read of never-written shared memory";
+      if (!order_.of_this_block(unit.write)) return "read of never-written shared memory";
       if (unit.in_flight) return "read of shared memory whose asynchronous copy was not waited for";
-      if (conflict(unit.write, thread)) return "race: read of what another thread writes";
-      note_read(unit.read, thread);
+      if (order_.unordered(unit.write, thread)) return "race: read of what another thread writes";
+      order_.note_read(unit.read, thread);
     }
     memcpy(to, data_.data() + at, size);
     return nullptr;
@@ -83,62 +74,27 @@ class CheckedMemory {
   }
 
  private:
-  enum : int16_t { kNobody = -1, kLanes = -2, kWarps = -3 };  // kLanes: several of one warp
-
-  struct Access {
-    uint32_t epoch = 0;
-    uint32_t warp_epoch = 0;
-    int16_t thread = kNobody;
-    int16_t warp = 0;
-  };
   struct Unit {
     Access write;
     Access read;
     bool in_flight = false;
   };
 
-  bool conflict(const Access& earlier, const Thread& thread) const {
-    if (earlier.epoch != epoch_ || earlier.thread == thread.index) return false;
-    const bool warp_between = earlier.thread != kWarps && earlier.warp == thread.warp &&
-                              earlier.warp_epoch != warp_epochs_[thread.warp];
-    return !warp_between;
-  }
-
-  void note_read(Access& read, const Thread& thread) {
-    const Access mine = now(thread);
-    if (read.epoch != epoch_) {
-      read = mine;
-    } else if (read.thread == kWarps || read.warp != thread.warp) {
-      read.thread = kWarps;
-    } else if (read.warp_epoch != mine.warp_epoch) {
-      read = mine;  // the earlier ones of this warp are ordered before
-    } else if (read.thread != thread.index) {
-      read.thread = kLanes;
-    }
-  }
-
   const char* note_write(Unit& unit, const Thread& thread) {
-    if (unit.in_flight && unit.write.epoch >= first_epoch_) {
+    if (unit.in_flight && order_.of_this_block(unit.write)) {
       return "write to shared memory that is still being copied to";
     }
-    if (conflict(unit.write, thread)) return "race: write to what another thread writes";
-    if (conflict(unit.read, thread)) return "race: write to what another thread reads";
+    if (order_.unordered(unit.write, thread)) return "race: write to what another thread writes";
+    if (order_.unordered(unit.read, thread)) return "race: write to what another thread reads";
     unit.in_flight = false;
-    unit.write = now(thread);
+    unit.write = order_.now(thread);
     return nullptr;
   }
 
-  Access now(const Thread& thread) const {
-    return {epoch_, warp_epochs_[thread.warp], static_cast<int16_t>(thread.index),
-            static_cast<int16_t>(thread.warp)};
-  }
-
+  const Order& order_;
   int64_t bytes_ = 0;
   std::vector<unsigned char> data_;
   std::vector<Unit> units_;
-  uint32_t epoch_ = 0;
-  uint32_t first_epoch_ = 1;  // of this block
-  uint32_t warp_epochs_[kWarpsMost] = {};
 };
 
 }  // namespace host

@@ -20,6 +20,8 @@ const char* run_block(void (*body)(const void*), const void* kernel, int threads
   return block().run(body, kernel, threads, shared_bytes) ? nullptr : block().error.c_str();
 }
 
+void start_launch() { block().start_launch(); }
+
 void meet_block(const Where& where) { block().meet_block(where); }
 
 char* meet_warp(const void* mine, int bytes, const Where& where, void (*combine)(char* slots)) {
@@ -28,7 +30,7 @@ char* meet_warp(const void* mine, int bytes, const Where& where, void (*combine)
 
 void meet_warp_in_order(const Where& where) {
   block().meet_warp(nullptr, 0, where,
-                    [](char*) { block().memory.sync_warp(block().current->warp); });
+                    [](char*) { block().order.sync_warp(block().current->warp); });
 }
 
 void fail(const char* format, ...) {
@@ -64,6 +66,12 @@ void read(SharedRange range, int byte, int size, void* to) {
 void write(SharedRange range, int byte, int size, const void* from) {
   const int64_t at = place(range, byte, size);
   check(block().memory.write(*block().current, at, size, from), range, byte, size);
+}
+
+void touch(uintptr_t at, uintptr_t size, bool writes) {
+  if (!block().touches_global(at)) return;
+  const char* wrong = block().global.touch(*block().current, at, size, writes);
+  if (wrong != nullptr) fail("%s", wrong);
 }
 
 void start_copy(const Copy& copy) {

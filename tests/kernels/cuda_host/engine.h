@@ -32,6 +32,8 @@ struct Where {
 void seed(uint64_t seed);
 uint32_t random_below(uint32_t limit);
 
+void start_launch();
+
 // Runs the block that `now` names, `threads` times `body(kernel)`; null, or what is wrong.
 const char* run_block(void (*body)(const void*), const void* kernel, int threads,
                       int64_t shared_bytes);
@@ -50,6 +52,9 @@ void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // `size` bytes from `byte` on, within `range`, in one access.
 void read(SharedRange range, int byte, int size, void* to);
 void write(SharedRange range, int byte, int size, const void* from);
+
+// An access to any memory, in a program that tells them all.
+void touch(uintptr_t at, uintptr_t size, bool writes);
 
 // An asynchronous copy of 16 or 4 bytes: null for zeros. What has landed is no longer waited for.
 struct Copy {

@@ -13,9 +13,8 @@
 #include <ucontext.h>
 #endif
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#endif
+// Where AddressSanitizer watches the kernels: what includes this is compiled without it.
+extern "C" __attribute__((weak)) void __asan_unpoison_memory_region(const volatile void*, size_t);
 
 namespace speeder {
 namespace cuda {
@@ -83,13 +82,14 @@ class Stacks {
 
   char* stack(int n) const { return memory_ + n * (kBytes + page_) + page_; }
 
+  bool hold(uintptr_t at) const {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(memory_);
+    return at >= first && at < first + count_ * (kBytes + page_);
+  }
+
   // A fiber that is given up leaves what AddressSanitizer marked in its frames.
   void forget(int n) const {
-#if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack(n), kBytes);
-#else
-    (void)n;
-#endif
+    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack(n), kBytes);
   }
 
  private:

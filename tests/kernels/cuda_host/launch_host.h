@@ -7,29 +7,36 @@
 #include <typeinfo>
 #include <vector>
 
-#include "cuda/device.h"
+#include "cuda/launch_limits.h"
 
 namespace speeder {
 namespace cuda {
 
 class HostLauncher {
  public:
-  // `dry`: notes what would be launched, and launches nothing.
-  HostLauncher(uint64_t seed, bool dry) : dry_(dry) { host::seed(seed); }
+  // `dry`: notes what would be launched, and launches nothing. `shared_most`: bytes of shared
+  // memory that a block may have.
+  HostLauncher(uint64_t seed, bool dry, int64_t shared_most)
+      : dry_(dry), shared_most_(shared_most) {
+    host::seed(seed);
+  }
 
   // Block by block, in an order drawn from the seed.
   template <typename Kernel>
   void launch(const Grid& grid, const Kernel& kernel) {
     if (!error_.empty()) return;
-    constexpr int64_t kSharedMost = 227 * 1024;  // on sm_90 and sm_100
-    if (grid.threads <= 0 || grid.threads % kWarp != 0 || grid.threads > Kernel::kThreads ||
-        grid.shared_bytes > kSharedMost || grid.y > 65535 || grid.z > 65535) {
-      error_ = "a launch that no GPU takes: " + std::to_string(grid.threads) + " threads, " +
-               std::to_string(grid.shared_bytes) + " bytes of shared memory";
+    if (const char* reason = refusal(grid, shared_most_)) {
+      error_ = reason;
+      return;
+    }
+    if (grid.threads <= 0 || grid.threads % kWarp != 0 || grid.threads > Kernel::kThreads) {
+      error_ =
+          "blocks of " + std::to_string(grid.threads) + " threads, which the kernel does not take";
       return;
     }
     note(typeid(Kernel).name(), grid);
     if (dry_) return;
+    host::start_launch();
     std::vector<int64_t> order(grid.x * grid.y * grid.z);
     for (size_t n = 0; n < order.size(); ++n) {
       const size_t place = host::random_below(static_cast<uint32_t>(n + 1));
@@ -52,6 +59,8 @@ class HostLauncher {
     }
   }
 
+  int64_t shared_most() const { return shared_most_; }
+
   // Null, or what went wrong.
   const char* error() const { return error_.empty() ? nullptr : error_.c_str(); }
 
@@ -70,6 +79,7 @@ class HostLauncher {
   }
 
   bool dry_;
+  int64_t shared_most_;
   std::string launches_;
   std::string error_;
 };

@@ -96,6 +96,9 @@ enum Fault : int64_t {
   kWaitForTooFew,
   kOverwrittenCopy,
   kGlobalOutOfBounds,
+  kUnfinishedCopy,
+  kUnorderedWrites,
+  kUnorderedRead,
 };
 
 struct Reverse {
@@ -125,6 +128,8 @@ struct Reverse {
     if (fault == kLargerThanLaunched) layout.take<float>(1).get(0);
     out[t] = values.get(fault == kOutOfBounds ? t + 1 : kThreads - 1 - t);
     if (fault == kGlobalOutOfBounds) out[t + 1] = 0.0f;
+    if (fault == kUnorderedWrites) out[t / 2] = 0.0f;
+    if (fault == kUnorderedRead) out[t] += out[t ^ 1];
   }
 };
 
@@ -163,6 +168,7 @@ struct Stream {
       }
       if (fault != kMissingBarrier) sync_block();
     }
+    if (fault == kUnfinishedCopy) copy(stages[0], 0);
   }
 
   void copy(Shared<float> stage, int64_t n) const {
@@ -177,6 +183,19 @@ void stream(Arguments& arguments, HostLauncher& launcher) {
   const int64_t chunks = arguments.integer(), valid = arguments.integer();
   const int64_t bytes = 2 * Stream::kChunk * sizeof(float);
   launcher.launch({1, 1, 1, 32, bytes}, Stream{in, out, chunks, valid, arguments.integer()});
+}
+
+// A launch of any size.
+struct Nothing {
+  static constexpr int kThreads = 32, kMinBlocks = 1;
+  void operator()() const {}
+};
+
+void nothing(Arguments& arguments, HostLauncher& launcher) {
+  Grid grid;
+  for (int64_t* n : {&grid.x, &grid.y, &grid.z, &grid.shared_bytes}) *n = arguments.integer();
+  grid.threads = 32;
+  launcher.launch(grid, Nothing{});
 }
 
 // The sum of `in` in as many ways as there are: over a warp's lanes, and with atomics.
@@ -206,6 +225,9 @@ void sum(Arguments& arguments, HostLauncher& launcher) {
 
 int main() {
   using namespace speeder::cuda;
-  return host::serve(
-      {{"product", product}, {"reverse", reverse}, {"stream", stream}, {"sum", sum}});
+  return host::serve({{"product", product},
+                      {"reverse", reverse},
+                      {"stream", stream},
+                      {"nothing", nothing},
+                      {"sum", sum}});
 }

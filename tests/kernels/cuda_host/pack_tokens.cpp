@@ -19,7 +19,11 @@ void pack(host::Arguments& arguments, HostLauncher& launcher) {
   args.out = arguments.pointer<void>();
   args.tokens = arguments.integer();
   args.hidden = arguments.integer();
-  launch_pack_tokens(args, dtype, launcher);
+  PackTables tables{};
+  tables.vocabulary = arguments.integer();
+  tables.items = arguments.integer();
+  tables.prompts = arguments.integer();
+  launch_pack_tokens(args, tables, dtype, launcher);
 }
 
 void sum(host::Arguments& arguments, HostLauncher& launcher) {

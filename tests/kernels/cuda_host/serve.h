@@ -2,10 +2,11 @@
 // on standard output.
 //
 // Request: length and name of the function, the seed of the order in which threads run, whether to
-// run nothing and only tell what would be launched, the number of arguments, and each of them: a
-// letter, then an integer (i, eight bytes), a float64 (d), nothing (n: a null pointer) or a tensor
-// (t: its bytes, their number first, and where it lies between two multiples of 16). Answer: length
-// and text of the error, then, if there is none, the tensors' bytes.
+// run nothing and only tell what would be launched, the bytes of shared memory that a block may
+// have, the number of arguments, and each of them: a letter, then an integer (i, eight bytes), a
+// float64 (d), nothing (n: a null pointer) or a tensor (t: its bytes, their number first, and where
+// it lies between two multiples of 16). Answer: length and text of the error, then, if there is
+// none, the tensors' bytes.
 #pragma once
 
 #include <cstdint>
@@ -105,7 +106,8 @@ inline int serve(const Entry (&entries)[kCount]) {
     std::string name(Arguments::take<uint32_t>(), ' ');
     Arguments::take_bytes(&name[0], static_cast<int64_t>(name.size()));
     const uint64_t seed = Arguments::take<uint64_t>();
-    HostLauncher launcher(seed, Arguments::take<bool>());
+    const bool dry = Arguments::take<bool>();
+    HostLauncher launcher(seed, dry, Arguments::take<int64_t>());
     Arguments arguments;
     arguments.read();
     const Entry* found = nullptr;
