@@ -53,7 +53,7 @@ inline const float* floats(const Tensor& tensor, int64_t rows, int64_t columns) 
 
 inline const void* table(const Tensor& tensor, int64_t hidden, DType dtype) {
   STD_TORCH_CHECK(dtype_of(tensor) == dtype && tensor.dim() == 2 && tensor.size(1) == hidden &&
-                      tensor.is_contiguous(),
+                      hidden > 0 && tensor.is_contiguous(),
                   "expected a contiguous table with the same dtype and hidden size as the others");
   return tensor.const_data_ptr();
 }

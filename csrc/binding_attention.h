@@ -40,6 +40,10 @@ inline AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tens
   args.heads = q.size(1);
   args.kv_heads = k.size(1);
   args.size = q.size(2);
+  STD_TORCH_CHECK(args.sequences >= 0 && args.size > 0 && args.heads > 0 && args.kv_heads > 0 &&
+                      args.heads % args.kv_heads == 0,
+                  "expected heads of at least one element, key heads that divide the query heads, "
+                  "and sequences");
   args.q = token_view(q, q.size(0), args.heads, args.size, dtype);
   args.k = token_view(k, k.size(0), args.kv_heads, args.size, dtype);
   args.v = token_view(v, k.size(0), args.kv_heads, args.size, dtype);

@@ -17,6 +17,8 @@ inline CompressArgs compress_args(const Tensor& experts, const Tensor& logits,
   args.items = experts.size(0);
   args.modalities = experts.size(1);
   args.size = experts.size(2);
+  STD_TORCH_CHECK(args.modalities > 0 && args.size > 0,
+                  "expected at least one modality of at least one element");
   STD_TORCH_CHECK(present.scalar_type() == ScalarType::Bool && present.is_contiguous() &&
                       present.numel() == args.items * args.modalities,
                   "expected a contiguous bool mask (items, modalities)");

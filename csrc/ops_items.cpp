@@ -37,6 +37,7 @@ ItemLossArgs loss_args(const Tensor& hidden, const Tensor& table_, const Tensor&
   args.rows = hidden.size(0);
   args.items = table_.size(0);
   args.size = hidden.size(1);
+  STD_TORCH_CHECK(args.items > 0, "expected at least one item");
   args.hidden = table(hidden, args.size, dtype);
   args.table = table(table_, args.size, dtype);
   args.targets = indices(targets, args.rows);

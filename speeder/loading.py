@@ -144,7 +144,13 @@ def load_backbone(name: str | Path) -> PreTrainedModel:
     from speeder.assets import resolve_backbone
 
     try:
-        return AutoModelForCausalLM.from_pretrained(resolve_backbone(str(name)), dtype=torch.float32)
+        # no pickles, and no code but transformers' own
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_backbone(str(name)),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
     except (OSError, ValueError) as error:
         raise SpeederError(
             f"backbone {str(name)!r} could not be loaded: {str(error).splitlines()[0]}"
@@ -160,7 +166,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from speeder.assets import resolve_backbone
 
     try:
-        return AutoTokenizer.from_pretrained(resolve_backbone(str(name)))
+        return AutoTokenizer.from_pretrained(resolve_backbone(str(name)), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SpeederError(
             f"backbone {str(name)!r} has no tokenizer: {str(error).splitlines()[0]}"

@@ -252,6 +252,6 @@ def _checked(
     if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
         row = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
         raise ValueError(f"features of {name!r} must be finite, but row {row} is not")
-    if bool(present.all()) or not bool(features[~present].any()):
+    if bool(present.all()) or not bool(features.any(dim=1)[~present].any()):
         return features, present
     return features.masked_fill(~present[:, None], 0.0), present

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -135,3 +137,42 @@ def test_a_log_q_that_is_not_finite_is_refused(op, case, backend, device, monkey
     message = f"log_q: expected finite numbers, got {case} at position 3"
     with pytest.raises(ValueError, match=message):
         at(sk.item_cross_entropy, backend, device)(**arguments(op, SIZES), log_q=log_q)
+
+
+RAW_KERNELS = """
+import torch
+import speeder_kernels as sk
+
+sk.backends()  # loads the kernels
+ops, i64, i32 = torch.ops.speeder, dict(dtype=torch.int64), dict(dtype=torch.int32)
+zeros, ids, one = torch.zeros, torch.zeros(2, **i64), torch.tensor([0, 1], **i32)
+
+def attention(heads, key_heads, size):
+    q, k, rank = zeros(1, heads, size), zeros(1, key_heads, size), zeros(1, **i32)
+    rest = (one, one, rank, rank, None, None, 1, 1, 1.0, True)
+    yield lambda: ops.spae_attention_kernel(q, k, k, *rest)
+    yield lambda: ops.spae_attention_backward_kernel(q, q, k, k, q, zeros(1, heads), *rest, 7)
+
+def compress(modalities, size):
+    experts, gates, weight = zeros(2, modalities, size), zeros(2, modalities), zeros(size)
+    yield lambda: ops.compress_items_kernel(experts, gates, gates == 0, weight, 1e-6)
+
+rows = zeros(2, 0)
+calls = [lambda: ops.pack_tokens_kernel(ids, rows, rows, ids, ids, rows)]
+calls += [lambda: ops.item_cross_entropy_kernel(zeros(2, 4), zeros(0, 4), ids, 1.0, None)]
+calls += [*attention(0, 1, 4), *attention(2, 0, 4), *attention(2, 1, 0), *attention(1, 3, 4), *attention(4, 3, 4)]
+calls += [*compress(0, 4), *compress(2, 0)]
+for n, call in enumerate(calls):
+    print("call", n, flush=True)
+    try:
+        call()
+    except RuntimeError:
+        continue
+    raise SystemExit(f"call {n} was not refused")
+"""
+
+
+def test_compiled_kernels_refuse_sizes_that_they_divide_by():
+    """Called as they are, without the checks of the Python functions: an error, not the end of the process."""
+    result = subprocess.run([sys.executable, "-c", RAW_KERNELS], capture_output=True, text=True)
+    assert result.returncode == 0, (result.returncode, result.stdout[-20:], result.stderr[-2000:])

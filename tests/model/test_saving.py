@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from speeder.config import SpeederConfig
@@ -169,6 +170,15 @@ def test_other_models_and_settings_are_refused(tmp_path):
         tiny_model(position_proxy_weight=-1.0)
     with pytest.raises(NotImplementedError, match="item ids"):
         tiny_model().resize_token_embeddings(100)
+
+
+def test_a_pickled_backbone_is_refused(tmp_path):
+    folder = save_tiny_backbone(tmp_path / "llama")
+    SpeederForCausalLM.from_backbone(folder, tiny_catalogue())
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SpeederError, match=r"could not be loaded: .*safetensors"):
+        SpeederForCausalLM.from_backbone(folder, tiny_catalogue())
 
 
 @pytest.mark.parametrize("family", ["granite", "lfm2"])
