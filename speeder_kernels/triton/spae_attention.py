@@ -134,7 +134,10 @@ def _decode(q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, max_q, max_
     splits = max(1, min(MOST_SPLITS, 2 * processors(q.device) // programs, cdiv(max_k, KEYS_OF_SPLIT)))
     out, lse = _outputs(q)
     target = (out, lse)
-    if splits > 1:
+    if splits == 1:  # rows behind the last sequence belong to no program
+        out.zero_()
+        lse.fill_(float("inf"))
+    else:
         target = (
             q.new_empty((tokens, heads, splits, size), dtype=torch.float32),
             q.new_empty((tokens, heads, splits), dtype=torch.float32),
@@ -142,13 +145,12 @@ def _decode(q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute, max_q, max_
     buckets, positions = _sizes(relative, absolute)
     launch(
         decode_kernel, (programs * splits,), *target, q, k, v, cu_q, cu_k, rank_q, rank_k, relative, absolute,
-        *_heads_strides(q, k, v), key_heads, group, splits, blocks_q, sequences, tokens, buckets, positions,
-        scale * LOG2E.value,
+        *_heads_strides(q, k, v), key_heads, group, splits, blocks_q, buckets, positions, scale * LOG2E.value,
         CAUSAL=causal, SPLIT=splits > 1, **blocks, **options, fuse=True,
     )  # fmt: skip
     if splits > 1:
         launch(
-            combine_kernel, (tokens * heads,), out, lse, *target, splits,
+            combine_kernel, (tokens * heads,), out, lse, *target, cu_q, splits, heads, sequences,
             D=size, BLOCK_D=blocks["BLOCK_D"], BLOCK_S=MOST_SPLITS, num_warps=4, fuse=True,
         )  # fmt: skip
     return out, lse

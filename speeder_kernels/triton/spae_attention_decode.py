@@ -15,18 +15,7 @@ from speeder_kernels.triton.spae_attention_bias import LN2, LOG2E, load_rows, se
 from speeder_kernels.triton.spae_attention_forward import softmax_step
 
 
-@triton.jit(
-    do_not_specialize=[
-        "key_heads",
-        "group",
-        "splits",
-        "blocks_q",
-        "sequences",
-        "tokens_q",
-        "buckets",
-        "positions",
-    ]
-)
+@triton.jit(do_not_specialize=["key_heads", "group", "splits", "blocks_q", "buckets", "positions"])
 def decode_kernel(
     out,
     lse,
@@ -49,8 +38,6 @@ def decode_kernel(
     group,
     splits,
     blocks_q,
-    sequences,
-    tokens_q,
     buckets,
     positions,
     scale,
@@ -64,28 +51,14 @@ def decode_kernel(
     """A program takes a block of rows of one sequence and key head, and one of the `splits` parts of the keys.
 
     out (Tq, Hq, D) and lse (Tq, Hq). With SPLIT (Tq, Hq, splits, D) and (Tq, Hq, splits), in float32 and base 2.
+    Nothing is written behind the last sequence.
     """
     program = tl.program_id(0)
     split, program = program % splits, program // splits
     block, program = program % blocks_q, program // blocks_q
     key_head, sequence = program % key_heads, program // key_heads
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
-    if sequence == sequences - 1:
-        # First, for it holds no registers: the tail, like queries that see no key.
-        end_q = start_q + length_q
-        rows = (tokens_q - end_q) * group
-        for first in range(block * BLOCK_Q, rows, blocks_q * BLOCK_Q):
-            row_Q = first + tl.arange(0, BLOCK_Q)
-            at_Q = (
-                (end_q + row_Q // group).to(tl.int64) * (key_heads * group) + key_head * group + row_Q % group
-            )
-            if SPLIT:
-                at_Q = at_Q * splits + split
-            tl.store(lse + at_Q, float("-inf") if SPLIT else float("inf"), mask=row_Q < rows)
-            column_D = tl.arange(0, BLOCK_D)
-            pointers = out + at_Q[:, None] * D + column_D[None, :]
-            tl.store(pointers, 0.0, mask=(row_Q < rows)[:, None] & (column_D < D)[None, :])
+    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequence + 1)
+    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequence + 1)
     row_Q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     query_Q = row_Q // group
     head_Q = key_head * group + row_Q % group
@@ -137,19 +110,24 @@ def decode_kernel(
     tl.store(pointers, out_QD.to(out.dtype.element_ty), mask=inside[:, None] & (row_D < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits", "heads", "sequences"])
 def combine_kernel(
-    out, lse, parts, parts_lse2, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """A program puts one row together: parts (Tq, Hq, splits, D) and parts_lse2 (Tq, Hq, splits) of decode_kernel."""
+    out, lse, parts, parts_lse2, cu_seqlens_q, splits, heads, sequences,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A program puts one row together: parts (Tq, Hq, splits, D) and parts_lse2 (Tq, Hq, splits) of decode_kernel.
+
+    A row behind the last sequence has no parts: zeros, as where a query sees no key.
+    """
     row = tl.program_id(0).to(tl.int64)
+    parts_of_row = tl.where(row < tl.load(cu_seqlens_q + sequences).to(tl.int64) * heads, splits, 0)
     split_S, column_D = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
-    lse2_S = tl.load(parts_lse2 + row * splits + split_S, mask=split_S < splits, other=float("-inf"))
+    lse2_S = tl.load(parts_lse2 + row * splits + split_S, mask=split_S < parts_of_row, other=float("-inf"))
     top = tl.max(lse2_S, axis=0)
     is_blind = top == float("-inf")
     weights_S = tl.math.exp2(lse2_S - tl.where(is_blind, 0.0, top))
     total = tl.where(is_blind, 1.0, tl.sum(weights_S, axis=0))
-    mask = (split_S < splits)[:, None] & (column_D < D)[None, :]
+    mask = (split_S < parts_of_row)[:, None] & (column_D < D)[None, :]
     parts_SD = tl.load(
         parts + (row * splits + split_S)[:, None] * D + column_D[None, :], mask=mask, other=0.0
     )

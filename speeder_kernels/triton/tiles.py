@@ -82,6 +82,7 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("spae_attention", "forward", 128, 2): {
         80: dict(block_q=128, block_k=32, num_warps=8, num_stages=2),
         90: dict(block_q=128, block_k=64, num_warps=8, num_stages=2),
+        100: dict(block_q=128, block_k=32, num_warps=8, num_stages=2),
     },
     ("spae_attention", "forward", 256, 2): {80: dict(block_q=64, block_k=32, num_warps=8, num_stages=1)},
     ("spae_attention", "decode", 16, 2): {80: dict(block_q=16, block_k=64, num_warps=4, num_stages=3)},
@@ -140,7 +141,9 @@ TILES: dict[tuple, dict[int, Tile]] = {
     ("spae_attention", "relative", 256, 2): {
         80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=255)
     },
-    ("spae_attention", "forward", 16, 4): {80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1)},
+    ("spae_attention", "forward", 16, 4): {
+        80: dict(block_q=32, block_k=32, num_warps=4, num_stages=1, maxnreg=128)
+    },
     ("spae_attention", "forward", 32, 4): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "forward", 64, 4): {80: dict(block_q=64, block_k=32, num_warps=4, num_stages=1)},
     ("spae_attention", "forward", 128, 4): {
