@@ -4,8 +4,8 @@ All take packed sequences: `T` tokens of `B` sequences end to end, no padding. A
 and float16 with sums in float32 (and in float64 on the reference backend), give gradients that are
 bit-identical from run to run on one machine with one number of threads, and work under `torch.compile`.
 First-order gradients only. The numbers in integer tensors are checked on a CPU; on a GPU that would wait for
-the device, so there they are checked only where the environment variable SPEEDER_CHECK is 1, and out-of-range
-numbers are otherwise undefined.
+the device, so there they are checked only where the environment variable SPEEDER_CHECK is 1. What numbers out of
+range give otherwise is in docs/kernels.md.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ def test_cuda_compiles_without_spills(build, source, arch):
 
 @pytest.mark.slow
 def test_cuda_launches_take_no_more_than_agreed():
-    """Shared memory of spae_attention's kernels, and how many warps can be resident; within what an A100 has."""
+    """Shared memory of the CUDA kernels, and how many warps can be resident; within what an A100 has."""
     agreed = json.loads(gpu_resources.FILE.read_text())
     launches = cuda_launches.launches()
     assert max(launch["shared"] for launch in launches) <= 163 * 1024
