@@ -107,11 +107,15 @@ def add_images(
             refused, and listed in the manifest.
         include_plot: whether a plot that the folder knows of is added to the item's text.
     """
-    catalogue, refused = data.catalogue, []
+    catalogue, refused, manifest = data.catalogue, [], dict(data.manifest)
+    named = sum(name is not None for name in catalogue.images)
     if folder is None:
+        if named:
+            log.warning("%d items name a picture, but no folder of pictures is given: they have none", named)
+            manifest["images"] = {"matched": 0, "names_without_folder": named}
         bare = ItemCatalogue(catalogue.ids, catalogue.titles, catalogue.texts)
-        return PreparedData(bare, data.interactions, data.manifest)
-    if by_name and any(catalogue.images):
+        return PreparedData(bare, data.interactions, manifest)
+    if by_name and named:
         posters, refused = _named(Path(folder), catalogue)
     else:
         posters = match_posters(folder, catalogue.titles, catalogue.ids)
@@ -129,7 +133,7 @@ def add_images(
         "sha256": _hash_all(images),
     }
     described = ItemCatalogue(catalogue.ids, catalogue.titles, texts, images)
-    return PreparedData(described, data.interactions, {**data.manifest, "images": record})
+    return PreparedData(described, data.interactions, {**manifest, "images": record})
 
 
 def _named(folder: Path, catalogue: ItemCatalogue) -> tuple[list[Poster], list[str]]:

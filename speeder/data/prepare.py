@@ -9,7 +9,8 @@ from speeder.data.prepared import PreparedData, check_replaceable
 from speeder.data.read import read_raw, scratch_folder
 from speeder.data.readers import READERS
 from speeder.data.readers.ml100k import read_ml100k
-from speeder.data.readers.plain import TIME_UNITS, plain
+from speeder.data.readers.plain import plain
+from speeder.data.readers.times import TIME_UNITS
 from speeder.errors import SpeederError
 from speeder.recipe import MODALITIES
 

@@ -16,7 +16,8 @@ from speeder.data.prepared import PreparedData
 from speeder.data.readers.lines import BadLine, LineCount
 from speeder.data.readers.raw import NO_INTERACTIONS, RawData
 from speeder.data.readers.text import MAX_TEXT, MAX_TITLE, ItemText
-from speeder.data.readers.values import identifier, rating, ticks
+from speeder.data.readers.times import PER_SECOND, hold_dates, nanoseconds
+from speeder.data.readers.values import identifier, rating
 from speeder.data.spool import Spool
 from speeder.errors import SpeederError
 
@@ -58,10 +59,10 @@ def read_raw(
         raise SpeederError(
             f"{raw.interaction_file}: no interaction is left of {count.read} lines ({reasons or 'it is empty'})"
         )
-    order = np.lexsort((time, user))  # by ticks: whole seconds would make ties of them
+    order = np.lexsort((time, user))  # by nanoseconds: whole seconds would make ties of them
     user = user[order]  # one by one: each old column makes room for the next new one
     item = item[order]
-    time = time[order] // raw.ticks_per_second
+    time = time[order] // PER_SECOND
     del order
     interactions = Interactions(user, item, time, user_ids)
     del user, item, time
@@ -79,10 +80,11 @@ def read_raw(
 
 
 def _fill(spool: Spool, raw: RawData, count: LineCount, min_rating: float | None) -> None:
-    for row in raw.interactions(count):
+    dates, rows = hold_dates(raw.interactions(count))
+    for row in rows:
         try:
             user, item = identifier(row.user, "user"), identifier(row.item, "item")
-            time = ticks(row.time, raw.ticks_per_second)
+            time = nanoseconds(row.time, raw.ticks_per_second, dates=dates)
             rated_low = min_rating is not None and rating(row.rating) < min_rating
         except BadLine as error:
             count.drop(row.number, str(error))
@@ -97,7 +99,7 @@ def _fill(spool: Spool, raw: RawData, count: LineCount, min_rating: float | None
 def _filtered(
     spool: Spool, count: LineCount, core: int, repeats: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
-    """Columns user, item, ticks of what is kept, in the order of the lines, and both sides' ids."""
+    """Columns user, item, nanoseconds of what is kept, in the order of the lines, and both sides' ids."""
     user, user_hashes = spool.users.codes()
     item, item_hashes = spool.items.codes()
     keep = first_of_repeats(user, item, spool.times(), same_time=repeats)
@@ -116,7 +118,7 @@ def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
     """The catalogue of these items, in this order, and the manifest's record of their lines."""
     place = {external: row for row, external in enumerate(ids)}
     found: list[ItemText | None] = [None] * len(ids)
-    cut, summary = 0, {}
+    cut, summary = np.zeros(len(ids), dtype=bool), {}
     if raw.items is not None:
         count = LineCount(raw.item_file)
         for entry in raw.items(count, place):
@@ -125,22 +127,35 @@ def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
             except BadLine as error:
                 count.drop(entry.number, str(error))
                 continue
-            if external not in place:
+            row = place.get(external)
+            if row is None:
                 count.leave_out(NO_INTERACTIONS)
-            elif found[place[external]] is not None:
+                continue
+            earlier = found[row]
+            if earlier:
                 count.drop(entry.number, "item listed before")
-            else:
-                title, text, image = raw.describe(entry.record)
-                cut += len(title) > MAX_TITLE or len(text) > MAX_TEXT
-                found[place[external]] = ItemText(title[:MAX_TITLE], text[:MAX_TEXT], image)
-        summary = {**count.summary(), "cut_short": cut}
+            if earlier and earlier.title:
+                continue
+            described = raw.describe(entry.record)
+            if earlier is None or described.title:  # of an item's lines, the first with a title
+                cut[row] = len(described.title) > MAX_TITLE or len(described.text) > MAX_TEXT
+                found[row] = described._replace(
+                    title=described.title[:MAX_TITLE],
+                    text=described.text[:MAX_TEXT],
+                    image=described.image or (earlier and earlier.image),
+                )
+        summary = {
+            **count.summary(),
+            "cut_short": int(cut.sum()),
+            "titles_blanked": sum(entry is not None and entry.blanked for entry in found),
+        }
         if not any(found):
             raise SpeederError(
                 f"{raw.item_file} lists none of the {len(ids)} items of {raw.interaction_file}:"
                 " do they belong together?"
             )
     summary["without_line"] = found.count(None)
-    titles, texts, images = zip(*(entry or ItemText("", "") for entry in found), strict=True)
+    titles, texts, images, _ = zip(*(entry or ItemText("", "") for entry in found), strict=True)
     summary["without_text"] = texts.count("")
     return ItemCatalogue(ids, titles, texts, images), summary
 

@@ -111,3 +111,10 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
     assert len(files) == 4
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_parts_of_a_second_order(tmp_path: Path) -> None:
+    items = b"".join(b"%d\tFilm %d\t1995\tDrama\n" % (n, n) for n in (1, 2, 3))
+    data = read_ml100k(write(tmp_path, items, b"9\t1\t5\t5.9\n9\t2\t5\t5.1\n9\t3\t5\t5.5\n"))
+    assert [data.catalogue.ids[item] for item in data.interactions.sequences()[0]] == ["2", "3", "1"]
+    assert data.interactions.time.tolist() == [5, 5, 5]

@@ -258,7 +258,18 @@ def test_names_of_pictures_stay_in_their_folder(tmp_path: Path) -> None:
     assert found.catalogue.images == [str(folder / "sub" / "a.png"), *[None] * 6]
     assert found.manifest["images"]["refused"] == ["i1", "i2", "i3"]
     assert found.manifest["images"]["missing"] == [f"i{n}" for n in range(1, 7)]
-    assert add_images(data, None).catalogue.images == [None] * 7
+
+
+def test_names_of_pictures_without_a_folder_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "items.csv").write_text("item,title,image\na,A,a.png\nb,B,\nc,C,c.png\n")
+    (tmp_path / "interactions.csv").write_text("user,item,timestamp\nu,a,1\nu,b,2\nu,c,3\n")
+    data = prepare("plain", tmp_path, tmp_path / "out", modalities=())
+    assert data.catalogue.images == [None] * 3
+    assert data.manifest["images"] == {"matched": 0, "names_without_folder": 2}
+    assert "2 items name a picture, but no folder of pictures is given" in caplog.text
+    assert PreparedData.load(tmp_path / "out").manifest == data.manifest
 
 
 def test_killed_anywhere_it_leaves_the_old_or_the_new(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_amazon_2018(tmp_path: Path) -> None:
         "kept": 3,
         "dropped": {"item listed before": 1, NO_INTERACTIONS: 1, "no item id": 1},
         "cut_short": 0,
+        "titles_blanked": 1,
         "without_line": 1,
         "without_text": 1,
     }
@@ -117,6 +118,26 @@ def test_amazon_2018(tmp_path: Path) -> None:
     assert histories(rated) == {"A1": ["B1"], "A2": ["B3", "B1"]}
     assert rated.manifest["interactions"]["dropped"]["rated lower than the threshold"] == 2
     assert rated.manifest["interactions"]["dropped"]["rating is not a number"] == 1
+
+
+def test_of_an_items_lines_the_first_with_a_title_counts(tmp_path: Path) -> None:
+    reviews = write(tmp_path / "R.json", [review_2018("A1", item, time) for time, item in enumerate("abc")])
+    lines = [
+        {"asin": "a", "title": "", "description": "x" * 3000},
+        {"asin": "b", "description": "Kept"},
+        {"asin": "c", "title": "x.getTime()"},
+        {"asin": "a", "title": "A", "brand": "B"},
+        {"asin": "a", "title": "Too late"},
+        {"asin": "b", "description": "Not this"},
+        {"asin": "c", "title": "C"},
+    ]
+    metas = write(tmp_path / "meta_R.json", [json.dumps(line) for line in lines])
+    data = read("amazon-2018", reviews, metas)
+    assert data.catalogue.titles == ["A", "", "C"]
+    assert data.catalogue.texts == ["A. Brand: B.", "Kept.", "C."]
+    counts = data.manifest["items"]
+    assert (counts["kept"], counts["dropped"]) == (3, {"item listed before": 4})
+    assert counts["cut_short"] == counts["titles_blanked"] == 0, "what is replaced does not count"
 
 
 def test_amazon_2018_ratings_have_the_item_first(tmp_path: Path) -> None:
@@ -251,6 +272,19 @@ def test_movielens_20m_and_latest(name: str, tmp_path: Path) -> None:
     assert data.manifest["items"]["dropped"] == {"quotes that do not match": 1}
 
 
+def test_another_release_of_movielens_is_refused(tmp_path: Path) -> None:
+    ratings = write(tmp_path / "ml" / "ratings.csv", ["userId,movieId,rating,timestamp", "1,10,3.5,300"])
+    write(tmp_path / "ml" / "movies.csv", ["movieId,title,genres", "10,Heat (1995),Action"])
+    for path in (tmp_path / "ml", ratings):
+        with pytest.raises(
+            SpeederError, match=r"ratings\.dat of ml-1m, found ratings\.csv \(ml-20m or ml-latest\)"
+        ):
+            read("ml-1m", path)
+    assert read("ml-20m", ratings).catalogue.titles == ["Heat (1995)"]
+    with pytest.raises(SpeederError, match=r"expected u\.data of ml-100k, found no ratings"):
+        read("ml-100k", tmp_path)
+
+
 def test_movielens_100k_from_grouplens(tmp_path: Path, ml100k_folder: Path) -> None:
     """The original files give what the asset's give."""
     rows = [line.split("\t") for line in (ml100k_folder / "ml-100k.inter").read_text().splitlines()[1:]]
@@ -293,6 +327,43 @@ def test_microlens_pairs_of_both_kinds(tmp_path: Path) -> None:
     assert READERS["microlens"].open(folder, None).images == folder / "M_covers"
 
 
+PAIRS = ["user,item,timestamp", "7,1,1000", "7,2,2000", "8,3,3000"]
+RELEASED = ["1,One, or two", '2,"Two, ""quoted"""', '3,"Three" and, more', "no comma", '"4",Four']
+
+
+def test_microlens_titles_as_released(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`*_title_en.csv` has no header, and its titles hold commas and quotes; others may lie beside it."""
+    folder = tmp_path / "ml"
+    write(folder / "MicroLens-100k_pairs.csv", PAIRS)
+    data = read("microlens", folder)
+    assert data.catalogue.titles == ["", "", ""]
+    assert f"{folder}: no titles (*_title*.csv) were found, so items have no text" in caplog.text
+
+    caplog.clear()
+    english = write(folder / "MicroLens-100k_title_en.csv", RELEASED)
+    expected = ["One, or two", 'Two, "quoted"', '"Three" and, more']
+    data = read("microlens", folder)
+    assert data.catalogue.titles == expected and data.catalogue.texts[0] == "One, or two."
+    assert data.manifest["items"]["read"] == 5
+    assert data.manifest["items"]["dropped"] == {"wrong number of fields": 1, NO_INTERACTIONS: 1}
+
+    write(folder / "MicroLens-100k_title_cn.csv", ["1,一"])
+    assert read("microlens", folder).catalogue.titles == expected
+    assert (
+        "of MicroLens-100k_title_cn.csv, MicroLens-100k_title_en.csv, MicroLens-100k_title_en.csv is read"
+        in (caplog.text)
+    )
+    elsewhere = write(tmp_path / "elsewhere" / "names.csv", RELEASED)
+    assert read("microlens", folder, elsewhere).catalogue.titles == expected
+    english.unlink()
+    assert read("microlens", folder).catalogue.titles == ["一", "", ""]
+    write(folder / "MicroLens_titles.csv", ["item,title", "1,One"])
+    with pytest.raises(
+        SpeederError, match=r"one file \*_title\*\.csv, found MicroLens-100k_title_cn\.csv, Micro"
+    ):
+        read("microlens", folder)
+
+
 PLAIN = [("u1", "i1", 100), ("u1", "i2", 50), ("u2", "i1", 7)]
 
 
@@ -332,6 +403,91 @@ def test_plain_tables(form: str, tmp_path: Path) -> None:
     assert data.catalogue.texts == ["One and more.", "Just text."]
 
 
+SUBSECOND = {  # three times within a second of 2020, given latest, earliest, middle
+    "float seconds": ("csv", [1588687728.9, 1588687728.1, 1588687728.5]),
+    "dates": ("csv", ["2020-05-05T14:08:48.900", "2020-05-05 14:08:48.1", "2020-05-05T16:08:48.5+02:00"]),
+    "microseconds": ("csv", ["2020-05-05T14:08:48.000003", "2020-05-05T14:08:48.000001Z", "1588687728.000002"]),
+    "JSON numbers": ("jsonl", [1588687728.9, 1588687728.1, 1588687728.5]),
+    "Parquet ms": ("parquet", pa.array([1588687728900, 1588687728100, 1588687728500], pa.timestamp("ms"))),
+    "Parquet ns": ("parquet", pa.array([1588687728000000003, 1588687728000000001, 1588687728000000002],
+                                       pa.timestamp("ns", "Asia/Tokyo"))),
+    "Parquet float": ("parquet", pa.array([1588687728.9, 1588687728.1, 1588687728.5])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SUBSECOND)
+@pytest.mark.parametrize("repeats", [False, True])
+def test_parts_of_a_second_order(kind: str, repeats: bool, tmp_path: Path) -> None:
+    """Cut to seconds first, they would leave the order of the file, and another item as the test target."""
+    suffix, times = SUBSECOND[kind]
+    path = write_plain(tmp_path / f"x.{suffix}", ["u"] * 3, ["c", "a", "b"], times)
+    data = read("plain", path, repeats=repeats)
+    assert histories(data) == {"u": ["a", "b", "c"]}
+    assert data.interactions.time.tolist() == [1588687728] * 3
+
+
+def write_plain(path: Path, users: list, items: list, times: object) -> Path:
+    """A plain table of interactions, in the form that its name says."""
+    rows = zip(users, items, times, strict=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"user": users, "item": items, "timestamp": times}), path)
+    elif path.suffix == ".jsonl":
+        write(path, [json.dumps({"user": u, "item": i, "timestamp": t}) for u, i, t in rows])
+    else:
+        write(path, ["user,item,timestamp"] + [f"{u},{i},{t}" for u, i, t in rows])
+    return path
+
+
+def test_parts_of_a_tick_order_in_every_unit(tmp_path: Path) -> None:
+    path = write_plain(tmp_path / "x.csv", ["u"] * 3, ["c", "a", "b"], ["7000.9", "7000.1", "7000.5"])
+    for unit in ("ms", "us", "ns"):
+        with scratch_folder(tmp_path / "out") as scratch:
+            data = read_raw(plain(path, None, unit), scratch)
+        # a nanosecond is what is kept
+        assert histories(data) == {"u": ["c", "a", "b"] if unit == "ns" else ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (pa.timestamp("ms"), [2**63 - 1, 2**55, -(2**63), -1, 4_102_444_800_001]),
+        (pa.timestamp("ns"), [-(2**63), -1, 4_102_444_800 * 10**9 + 1]),
+        (pa.date64(), [2**63 - 1, -86_400_000]),
+        # the last's nanoseconds wrap around to 1970 in 64 bits
+        (pa.date32(), [2**31 - 1, -(2**31), 213_504]),
+        (pa.float64(), [float("nan"), float("inf"), 1e300, -0.5]),
+        (pa.int64(), [2**63 - 1, -1]),
+    ],
+)
+def test_hostile_times_in_parquet_are_counted(kind: pa.DataType, values: list, tmp_path: Path) -> None:
+    column = pa.array([*values, 0], pa.int64() if pa.types.is_date64(kind) else kind).cast(kind)
+    path = write_plain(
+        tmp_path / "x.parquet", ["u"] * len(column), list(map(str, range(len(column)))), column
+    )
+    data = read("plain", path)
+    assert histories(data) == {"u": [str(len(values))]}
+    assert sum(data.manifest["interactions"]["dropped"].values()) == len(values)
+
+
+def test_eight_digits_are_dates_among_dates(tmp_path: Path) -> None:
+    """`20200101` is a date where most of the first times are, and the number that it is elsewhere."""
+    times = ["20200103", "2020-01-02", "20200101", "2020-01-04T00:00:00", "20201399"]
+    path = write_plain(tmp_path / "dates.csv", ["u"] * 5, list("cabde"), times)
+    data = read("plain", path)
+    assert histories(data) == {"u": ["b", "a", "c", "d"]}
+    assert data.interactions.time.tolist() == [1577836800 + 86_400 * day for day in range(4)]
+    assert data.manifest["interactions"]["dropped"] == {"timestamp is not a date": 1}
+    path = write_plain(
+        tmp_path / "rows.csv", ["u"] * 4, list("badc"), ["20200102", "20200101", "30200000", "20200103"]
+    )
+    data = read("plain", path)
+    assert histories(data) == {"u": ["a", "b", "c", "d"]} and data.interactions.time[0] == 20_200_101
+    path = write_plain(
+        tmp_path / "few.csv", ["u"] * 4, list("abcd"), ["1588687728", "20200102", "2020-01-01", "9"]
+    )
+    assert histories(read("plain", path)) == {"u": ["d", "b", "c", "a"]}
+
+
 def test_plain_time_units_and_repeats(tmp_path: Path) -> None:
     path = write(
         tmp_path / "plays.csv",
@@ -354,6 +510,15 @@ def test_plain_time_units_and_repeats(tmp_path: Path) -> None:
 def test_plain_tables_that_are_none(tmp_path: Path) -> None:
     for name, content, message in [
         ("interactions.csv", "", "is empty"),
+        ("interactions.csv", "\n \n", "is empty"),
+        (
+            "interactions.csv",
+            "üser,item\n".encode("latin-1"),
+            "its first line is not UTF-8, and a header line was",
+        ),
+        ("interactions.csv", "user,item,timestamp\nu,i,1".encode("utf-16"), "its first line is not UTF-8"),
+        ("interactions.csv", b"\xff\nuser,item,timestamp\nu,i,1\n", "its first line is not UTF-8"),
+        ("interactions.csv", "x" * (4 << 20) + "y\n", "its first line is longer than 4 MiB"),
         ("interactions.csv", "user,thing,timestamp\n", "no column 'item' or 'item_id'"),
         ("interactions.csv", "user,item,timestamp\n", "no interaction is left of 0 lines"),
         ("interactions.csv", "user,item,timestamp\nu,i,soon\n", "1 timestamp is not a number"),
@@ -364,7 +529,7 @@ def test_plain_tables_that_are_none(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         for old in folder.iterdir():
             old.unlink()
-        (folder / name).write_text(content)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(SpeederError, match=message):
             read("plain", folder)
     write(folder / "interactions.csv", ["user,item,timestamp"])

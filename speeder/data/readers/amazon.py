@@ -149,9 +149,9 @@ def _items(edition: Edition, path: Path, count: LineCount, wanted: Container[str
 
 def _describe(edition: Edition, record: dict) -> ItemText:
     title = clean(record.get("title"))
-    if "getTime" in title:  # some of 2018's titles are a piece of the page's script
-        title = ""
+    script = "getTime" in title  # some of 2018's titles are a piece of the page's script
+    title = "" if script else title
     categories = parts(record.get(edition.categories))
     facts = [("Brand", parts(record.get(edition.brand))), ("Categories", categories)]
     passages = [" ".join(parts(record.get(key))) for key in (edition.features, "description")]
-    return ItemText(title, compose(title, facts, *passages))
+    return ItemText(title, compose(title, facts, *passages), blanked=script)

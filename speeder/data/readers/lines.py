@@ -17,6 +17,7 @@ from speeder.errors import SpeederError
 log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 4 << 20  # the longest real line (an Amazon item with its page's HTML) is far shorter
+BLANK = "blank"  # the reason under which lines without any text are counted
 _LOGGED_EACH = 20  # line numbers logged per reason: a file of another format would fill the log
 _BAR_LINES = 4096  # lines between two updates of the progress bar
 
@@ -84,7 +85,7 @@ def read_lines(
                     count.drop(number, "not UTF-8" if encoding == "utf-8" else f"not {encoding}")
                     continue
                 if not text or text.isspace():
-                    count.drop(number, "blank")
+                    count.drop(number, BLANK)
                     continue
                 yield number, text
             bar.update(raw.tell() - bar.n)

@@ -9,10 +9,12 @@ from speeder.data.files import sha256_file
 from speeder.data.interactions import SPLIT_RULE, Interactions
 from speeder.data.prepared import PreparedData
 from speeder.data.readers.lines import BadLine, LineCount
+from speeder.data.readers.movielens import film_text
 from speeder.data.readers.tables import csv_rows
 from speeder.data.readers.text import ItemText
-from speeder.data.readers.values import identifier, ticks
-from speeder.data.titles import natural_title, split_year
+from speeder.data.readers.times import PER_SECOND, nanoseconds
+from speeder.data.readers.values import identifier
+from speeder.data.titles import split_year
 
 # MovieLens' film 267 is "unknown"; the atomic files spell it so.
 _UNKNOWN = {"unkonwn", "unknown", ""}
@@ -68,9 +70,7 @@ def _describe(title: str, year: str, genres: str) -> ItemText:
         return ItemText("", "")
     if not re.fullmatch(r"\d{4}", year):  # one film has "V" (straight to video), and its year in the title
         title, year = split_year(title)
-    full = f"{natural_title(title)} ({year})" if year else natural_title(title)
-    names = genres.split()
-    return ItemText(full, f"{full}. Genres: {', '.join(names)}." if names else f"{full}.")
+    return film_text(title, year, genres.split())
 
 
 def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactions, LineCount]:
@@ -81,7 +81,7 @@ def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactio
     for number, (user, item, time) in csv_rows(path, count, columns, 3, separator="\t"):
         try:
             pair = identifier(user, "user"), identifier(item, "item")
-            time = ticks(time, 1)
+            time = nanoseconds(time, 1)
         except BadLine as error:
             count.drop(number, str(error))
             continue
@@ -93,9 +93,10 @@ def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactio
             rows[pair] = time
     user_ids = sorted({user for user, _ in rows}, key=_numbers_in_order)
     user_index = {user: index for index, user in enumerate(user_ids)}
-    users = [user_index[user] for user, _ in rows]
-    items = [catalogue.index_of(item) for _, item in rows]
-    return Interactions(users, items, list(rows.values()), user_ids), count
+    ordered = sorted(rows, key=rows.get)  # by nanoseconds: whole seconds would make ties of them
+    users = [user_index[user] for user, _ in ordered]
+    items = [catalogue.index_of(item) for _, item in ordered]
+    return Interactions(users, items, [rows[pair] // PER_SECOND for pair in ordered], user_ids), count
 
 
 def _numbers_in_order(text: str) -> tuple[int, int, str]:

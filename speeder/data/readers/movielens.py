@@ -1,7 +1,7 @@
 """MovieLens as GroupLens hands it out: 100K (`u.data`), 1M and 10M (`ratings.dat`), 20M and later (`ratings.csv`)."""
 
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,30 +17,41 @@ _GENRES_100K = ["unknown", "Action", "Adventure", "Animation", "Children's", "Co
                 "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War",
                 "Western"]  # fmt: skip
 _FIELDS_100K = 5 + len(_GENRES_100K)
+_FILES = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
+_RATINGS = {
+    "ml-100k": "u.data",
+    "ml-1m": "ratings.dat",
+    "ml-10m": "ratings.dat",
+    "ml-20m": "ratings.csv",
+    "ml-latest": "ratings.csv",
+}
 
 
 def movielens(name: str, path: Path, item_file: Path | None = None) -> RawData:
-    """Raw data of any MovieLens release, told by the files that its folder holds.
+    """Raw data of a MovieLens release.
 
     Args:
-        name: the release's, for the manifest.
+        name: the release's.
         path: the folder, or its file of ratings.
         item_file: the file of films, where it is not beside the ratings.
 
-    Raises `SpeederError` where the folder holds no ratings.
+    Raises `SpeederError` where the folder does not hold the ratings of that release.
     """
     folder = path if path.is_dir() else path.parent
-    kinds = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv"}
-    found = [kind for kind in kinds if (folder / kind).is_file() and path in (folder, folder / kind)]
-    if not found:
-        raise SpeederError(f"{path}: expected {', '.join(kinds)} of MovieLens, found none of them")
-    ratings = folder / found[0]
-    item_file = item_file or folder / kinds[found[0]]
+    found = [kind for kind in _FILES if (folder / kind).is_file() and path in (folder, folder / kind)]
+    expected = _RATINGS[name]
+    if expected not in found:
+        others = [f"{kind} ({' or '.join(n for n in _RATINGS if _RATINGS[n] == kind)})" for kind in found]
+        raise SpeederError(
+            f"{path}: expected {expected} of {name}, found {', '.join(others) or 'no ratings'}"
+        )
+    ratings = folder / expected
+    item_file = item_file or folder / _FILES[expected]
     read_ratings, read_films = {
         "u.data": (partial(_separated_ratings, "\t"), _films_100k),
         "ratings.dat": (partial(_separated_ratings, "::"), _films_dat),
         "ratings.csv": (_csv_ratings, _films_csv),
-    }[found[0]]
+    }[expected]
     return RawData(
         name=name,
         interaction_file=ratings,
@@ -92,8 +103,13 @@ def describe_film(record: tuple[str, list[str]]) -> ItemText:
     title, year = split_year(clean(record[0]))
     if title.casefold() in ("", "unknown"):
         return ItemText("", "")
-    full = f"{natural_title(title)} ({year})" if year else natural_title(title)
     genres = [
         genre for genre in map(clean, record[1]) if genre and not re.match(r"\(no genres|unknown", genre)
     ]
+    return film_text(title, year, genres)
+
+
+def film_text(title: str, year: str | None, genres: Sequence[str]) -> ItemText:
+    """What a catalogue says of a film: `describe_film`'s example, of the title without its year."""
+    full = f"{natural_title(title)} ({year})" if year else natural_title(title)
     return ItemText(full, f"{full}. Genres: {', '.join(genres)}." if genres else f"{full}.")

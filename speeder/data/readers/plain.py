@@ -6,8 +6,9 @@ from pathlib import Path
 
 from speeder.data.readers.lines import LineCount, read_lines
 from speeder.data.readers.raw import Entry, RawData, Row
-from speeder.data.readers.tables import parquet_rows, rows_of
+from speeder.data.readers.tables import rows_of
 from speeder.data.readers.text import ItemText, clean, compose
+from speeder.data.readers.times import TIME_UNITS
 from speeder.errors import SpeederError
 
 # names under which columns are known, whatever their case
@@ -18,7 +19,6 @@ RATING = ("rating", "score", "stars")
 TITLE = ("title", "item_title", "name")
 TEXT = ("text", "description")
 IMAGE = ("image", "image_path")
-TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 _TABLES = (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 
 
@@ -45,7 +45,7 @@ def plain(path: Path, item_file: Path | None = None, time_unit: str = "s") -> Ra
     return RawData(
         name="plain",
         interaction_file=path,
-        interactions=partial(_interactions, path, time_unit),
+        interactions=partial(_interactions, path),
         **item_table(item_file),
         ticks_per_second=TIME_UNITS[time_unit],
     )
@@ -80,16 +80,14 @@ def item_table(path: Path | None) -> dict:
         return {}
     return {
         "item_file": path,
-        "items": partial(_items, path),
+        "items": partial(item_rows, path),
         "describe": describe,
         "images_by_name": True,
     }
 
 
-def _interactions(path: Path, time_unit: str, count: LineCount) -> Iterator[Row]:
-    read, columns = rows_of(path), (USER, ITEM, TIME, RATING)
-    options = {"ticks": time_unit} if read is parquet_rows else {}
-    for number, fields in read(path, count, columns, 3, **options):
+def _interactions(path: Path, count: LineCount) -> Iterator[Row]:
+    for number, fields in rows_of(path)(path, count, (USER, ITEM, TIME, RATING), 3):
         yield Row(number, *fields)
 
 
@@ -107,7 +105,8 @@ def sequence_rows(path: Path, count: LineCount) -> Iterator[Row]:
             time += 1
 
 
-def _items(path: Path, count: LineCount, wanted: Container[str]) -> Iterator[Entry]:
+def item_rows(path: Path, count: LineCount, wanted: Container[str]) -> Iterator[Entry]:
+    """Entries of a table of items; records are `[title, text, image]`."""
     for number, (item, *fields) in rows_of(path)(path, count, ((*ITEM, "id"), TITLE, TEXT, IMAGE), 1):
         yield Entry(number, item, fields)
 

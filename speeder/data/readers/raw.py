@@ -39,7 +39,7 @@ class RawData:
         interactions: streams the interactions; counts every line that it reads or drops in the count.
         items: streams the items' lines likewise; it may leave out, and count, lines of items that are not wanted.
         describe: an entry's record -> title, text and picture. Takes any record that `items` gives.
-        ticks_per_second: of the interactions' times.
+        ticks_per_second: of the interactions' times, where these are bare numbers.
         images: a folder of pictures that comes with the data.
         images_by_name: whether `describe` names pictures (else they are found by item id).
     """

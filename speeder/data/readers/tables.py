@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from speeder.data.readers.lines import BadLine, LineCount, read_lines
+from speeder.data.readers.lines import BLANK, BadLine, LineCount, read_lines
+from speeder.data.readers.times import arrow_times
 from speeder.data.readers.values import json_object
 from speeder.errors import SpeederError
 
@@ -50,8 +51,13 @@ def csv_rows(
     """
     lines = _Lines(read_lines(path, count))
     _, header = next(lines, (0, None))
-    if header is None:
-        raise SpeederError(f"{path} is empty, and a header line was expected")
+    wrong = next((reason for reason in count.dropped if reason != BLANK), None)
+    if wrong or header is None:
+        raise SpeederError(
+            f"{path}: its first line is {wrong}, and a header line was expected"
+            if wrong
+            else f"{path} is empty, and a header line was expected"
+        )
     count.read -= 1
     separator = separator or ("\t" if "\t" in header else ",")
     names = [name.strip('"') for name in header.split(separator)]
@@ -122,6 +128,14 @@ def _cells(lines: Sequence[str], separator: str) -> list[str]:
     return rows[0]
 
 
+def unquoted(text: str) -> str:
+    """A lone cell without the quotes around it; text whose quotes do not match is as it stands."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1].replace('""', ""):
+        return text[1:-1].replace('""', '"')
+    return text
+
+
 def pick_columns(path: Path, names: Sequence[str], columns: Columns, required: int) -> list[int | None]:
     """Where each wanted column is among a table's; raises `SpeederError` where a required one is not."""
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(names)))}
@@ -134,10 +148,8 @@ def pick_columns(path: Path, names: Sequence[str], columns: Columns, required: i
     return picks
 
 
-def parquet_rows(
-    path: Path, count: LineCount, columns: Columns, required: int, *, ticks: str = "s"
-) -> Iterator[tuple[int, list]]:
-    """Rows of a Parquet file as `csv_rows` gives those of text; columns of dates become whole `ticks` since 1970."""
+def parquet_rows(path: Path, count: LineCount, columns: Columns, required: int) -> Iterator[tuple[int, list]]:
+    """Rows of a Parquet file as `csv_rows` gives those of text; columns of dates become `Nanoseconds`."""
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -145,7 +157,7 @@ def parquet_rows(
             wanted = [names[pick] for pick in picks if pick is not None]
             number = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
-                lists = {name: _values(batch.column(name), ticks) for name in wanted}
+                lists = {name: _values(batch.column(name)) for name in wanted}
                 values = [[None] * len(batch) if pick is None else lists[names[pick]] for pick in picks]
                 for row in zip(*values, strict=True):
                     number += 1
@@ -158,9 +170,9 @@ def parquet_rows(
         raise SpeederError(f"{path} cannot be read as Parquet: {reason}") from error
 
 
-def _values(column: pa.Array, ticks: str) -> list:
-    if pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type):
-        column = column.cast(pa.timestamp(ticks), safe=False).cast(pa.int64())
+def _values(column: pa.Array) -> list:
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        return arrow_times(column)
     return column.to_pylist()
 
 

@@ -17,11 +17,17 @@ _BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 class ItemText(NamedTuple):
-    """What a catalogue keeps of one item; `image` is a file's name or path as the raw data give it."""
+    """What a catalogue keeps of one item.
+
+    Attributes:
+        image: a file's name or path as the raw data give it.
+        blanked: whether the raw data had a title that is none, such as a piece of script, in place of `""`.
+    """
 
     title: str
     text: str
     image: str | None = None
+    blanked: bool = False
 
 
 def clean(value: object) -> str:

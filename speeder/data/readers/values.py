@@ -1,16 +1,14 @@
-"""What a raw value must be to count: identifiers, times, ratings, JSON objects and Python literals."""
+"""What a raw value must be to count: identifiers, ratings, JSON objects and Python literals. Times: `times.py`."""
 
 import ast
 import json
 import math
 import warnings
 from collections.abc import Callable
-from datetime import UTC, datetime
 
 from speeder.data.readers.lines import BadLine
 
 MAX_ID_LENGTH = 256
-_LAST_SECOND = 4_102_444_800  # the year 2100: a later time is in another unit, or nonsense
 _MAX_LITERAL_LENGTH = (
     1 << 20
 )  # a Python literal takes some hundred times its length in memory while it is parsed
@@ -33,38 +31,6 @@ def identifier(value: object, kind: str) -> str:
     if not value or len(value) > MAX_ID_LENGTH or not value.isprintable():
         raise BadLine(f"{kind} id is not short, printable text")
     return value
-
-
-def ticks(value: object, per_second: int) -> int:
-    """A time in ticks since 1970, `per_second` of them a second: a finite number, digits, or an ISO 8601 date.
-
-    Dates without a zone are in UTC. Raises `BadLine`, also for times before 1970 and after 2100.
-    """
-    if isinstance(value, str):
-        value = _number(value.strip(), per_second)
-    if isinstance(value, float) and math.isfinite(value):
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise BadLine("timestamp is not a number")
-    if not 0 <= value <= _LAST_SECOND * per_second:
-        raise BadLine("timestamp is before 1970 or after 2100")
-    return value
-
-
-def _number(text: str, per_second: int) -> int | float | None:
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        date = datetime.fromisoformat(text)
-        return int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() * per_second)
-    except (ValueError, OverflowError):
-        return None
 
 
 def rating(value: object) -> float:
