@@ -1,10 +1,11 @@
-"""50,000 mutated lines for every family of readers: whatever a line holds, it is kept or counted."""
+"""50,000 mutated lines for every form of every reader: whatever a line holds, it is kept or counted."""
 
 import gzip
 import json
 import logging
 import random
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +15,7 @@ import pytest
 from speeder.data import PreparedData
 from speeder.data.read import read_raw, scratch_folder
 from speeder.data.readers import READERS
+from speeder.data.readers.ml100k import read_ml100k
 from speeder.errors import SpeederError
 
 INTERACTIONS, ITEMS = 30_000, 20_000
@@ -62,27 +64,60 @@ def amazon_item(item: int) -> dict:
     }
 
 
+def plain_row(user: int, item: int, time: int, **more: object) -> str:
+    return json.dumps({"user": user, "item": f"i{item}", "timestamp": time + 0.5, "rating": 4, **more})
+
+
+def date(time: int) -> str:
+    return datetime.fromtimestamp(time, UTC).isoformat()
+
+
+RATED = {"amazon-2014", "amazon-2014 reviews", "amazon-2018", "amazon-2023 csv", "ml-100k", "ml-10m", "ml-latest",
+         "plain csv", "plain jsonl", "plain parquet"}  # fmt: skip
+META_2014 = ("meta_R.json.gz", [], lambda i: str(amazon_item(i)))
+META_2023 = ("meta_R.jsonl", [], lambda i: json.dumps({"parent_asin": f"B{i}", "title": "T", "features": []}))
+
 # family -> name of the reader, file of interactions with its header and lines, file of items with its header and lines
 FAMILIES: dict[str, tuple[str, str, list[str], Callable, str, list[str], Callable]] = {
     "amazon-2014": ("amazon-2014", "R.csv", [], lambda u, i, t: f"A{u},B{i},5.0,{t}",
-                    "meta_R.json.gz", [], lambda i: str(amazon_item(i))),
+                    *META_2014),
+    "amazon-2014 reviews": ("amazon-2014", "reviews_R.json.gz", [],
+                            lambda u, i, t: str(json.loads(amazon_review(u, i, t)) | {"reviewText": "It's \"it\""}),
+                            *META_2014),
     "amazon-2018": ("amazon-2018", "R.json.gz", [], amazon_review,
                     "meta_R.json", [], lambda i: json.dumps(amazon_item(i))),
+    "amazon-2018 csv": ("amazon-2018", "R.csv", [], lambda u, i, t: f'B{i},"A{u}",5.0,{t}',
+                        "meta_R.json", [], lambda i: json.dumps(amazon_item(i))),
     "amazon-2023": ("amazon-2023", "R.jsonl", [],
                     lambda u, i, t: json.dumps({"parent_asin": f"B{i}", "user_id": f"A{u}", "timestamp": t * 1000}),
-                    "meta_R.jsonl", [], lambda i: json.dumps({"parent_asin": f"B{i}", "title": "T", "features": []})),
+                    *META_2023),
+    "amazon-2023 csv": ("amazon-2023", "R.csv.gz", ["user_id,parent_asin,rating,timestamp"],
+                        lambda u, i, t: f"A{u},B{i},4.0,{t}123", *META_2023),
     "ml-100k": ("ml-100k", "u.data", [], lambda u, i, t: f"{u}\t{i}\t5\t{t}",
                 "u.item", [], lambda i: f"{i}|Film, The (1995)|01-Jan-1995||http://x|" + "|".join("01" * 9 + "0")),
     "ml-1m": ("ml-1m", "ratings.dat", [], lambda u, i, t: f"{u}::{i}::5::{t}",
               "movies.dat", [], lambda i: f"{i}::Film {i}, The (1995)::Drama|War"),
+    "ml-10m": ("ml-10m", "ratings.dat", [], lambda u, i, t: f"{u}::{i}::3.5::{t}",
+               "movies.dat", [], lambda i: f"{i}::Film é {i}, The (1995)::Drama|War"),
     "ml-20m": ("ml-20m", "ratings.csv", ["userId,movieId,rating,timestamp"], lambda u, i, t: f"{u},{i},3.5,{t}",
                "movies.csv", ["movieId,title,genres"], lambda i: f'{i},"Film {i}, The (1995)",Drama|War'),
+    "ml-latest": ("ml-latest", "ratings.csv", ["userId,movieId,rating,timestamp"], lambda u, i, t: f"{u},{i},3.5,{t}",
+                  "movies.csv", ["movieId,title,genres"], lambda i: f"{i},Film {i} (1995),(no genres listed)"),
     "microlens": ("microlens", "M_pairs.csv", ["user,item,timestamp"], lambda u, i, t: f"{u},{i},{t}000",
                   "M_titles.csv", ["item,title"], lambda i: f'{i},"A, ""title"" {i}"'),
+    "microlens tsv": ("microlens", "M_pairs.tsv", [], lambda u, i, t: f"{u}\t{i} {t % KINDS}",
+                      "M_title_en.csv", [], lambda i: f'{i},A, ""title"" {i}'),
     "sequences": ("sequences", "sequences.txt", [], lambda u, i, t: f"{u} {i}",
                   "items.jsonl", [], lambda i: json.dumps({"item": i, "title": f"T {i}", "image": f"{i}.jpg"})),
     "plain": ("plain", "interactions.tsv", ["user\titem\ttimestamp"], lambda u, i, t: f"{u}\t{i}\t{t}",
               "items.csv", ["id,title,text,image"], lambda i: f'{i},Title,"Text, long",{i}.jpg'),
+    "plain csv": ("plain", "interactions.csv.gz", ["user,item,timestamp,rating"],
+                  lambda u, i, t: f'{u},"i{i}",{date(t)}.25,3', "items.tsv", ["id\ttitle"], lambda i: f"i{i}\tTitle"),
+    "plain jsonl": ("plain", "interactions.jsonl", [], plain_row,
+                    "items.jsonl.gz", [], lambda i: json.dumps({"item": f"i{i}", "title": "T", "text": "Te <b>xt"})),
+    "plain parquet": ("plain", "interactions.parquet", ["user\titem\ttimestamp\trating"],
+                      lambda u, i, t: f"{u}\ti{i}\t{t}.5\t4", "items.parquet", ["id\ttitle\timage"],
+                      lambda i: f"i{i}\tTitle\t{i}.jpg"),
 }  # fmt: skip
 
 
@@ -91,10 +126,20 @@ def write(path: Path, header: list[str], lines: list[bytes], chance: random.Rand
     lines = [
         line if chance.random() < SOUND else mutated(line, chance).replace(b"\n", b" ") for line in lines
     ]
+    if path.suffix == ".parquet":
+        write_strings(path, header[0].split("\t"), lines)
+        return len(lines)
     # the first lines tell a format, and stay
     content = b"\n".join([*(line.encode() for line in header), *lines]) + b"\n"
     path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
     return len(lines)
+
+
+def write_strings(path: Path, names: list[str], lines: list[bytes]) -> None:
+    """Parquet's columns are typed and its strings are Unicode, but what strings say is free."""
+    rows = [line.decode("utf-8", "replace").split("\t") for line in lines]
+    cells = [[row[place] if place < len(row) else None for row in rows] for place in range(len(names))]
+    pq.write_table(pa.table(dict(zip(names, cells, strict=True))), path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,20 +156,22 @@ def test_mutated_lines_are_kept_or_counted(family: str, tmp_path: Path) -> None:
         written_items = write(raw / item_file, item_header, [line.encode() for line in items], chance)
 
         with scratch_folder(tmp_path / "out") as scratch:
-            data = read_raw(READERS[name].open(raw, None), scratch, repeats=True)
+            lowest = 2 if family in RATED else None
+            data = read_raw(READERS[name].open(raw, None), scratch, repeats=True, min_rating=lowest)
     finally:
         logging.disable(logging.NOTSET)
 
     counts = data.manifest["interactions"]
     assert counts["kept"] == len(data.interactions)
     assert counts["kept"] + sum(counts["dropped"].values()) == counts["read"]
-    if family == "sequences":  # a line may hold several interactions
+    if family in ("sequences", "microlens tsv"):  # a line may hold several interactions
         assert counts["read"] >= written
     elif header:  # quotes may join lines
         assert written * 0.98 < counts["read"] <= written
     else:
         assert counts["read"] == written
-    assert INTERACTIONS * SOUND < counts["kept"] < INTERACTIONS, "some are lost, and many are not"
+    assert INTERACTIONS * SOUND < counts["kept"] < counts["read"], "some are lost, and many are not"
+    assert ("rating is not a number" in counts["dropped"]) == (family in RATED)
 
     item_counts = data.manifest["items"]
     described = len(data.catalogue) - item_counts["without_line"]
@@ -135,6 +182,40 @@ def test_mutated_lines_are_kept_or_counted(family: str, tmp_path: Path) -> None:
     data.save(tmp_path / "out")  # all that was let in can be written
     loaded = PreparedData.load(tmp_path / "out")
     assert loaded.catalogue.titles == data.catalogue.titles and loaded.split.hash() == data.split.hash()
+
+
+def test_mutated_lines_of_the_ml100k_asset_are_kept_or_counted(tmp_path: Path) -> None:
+    logging.disable(logging.WARNING)
+    try:
+        chance = random.Random("asset")
+        rows = [
+            f"{n // KINDS}\t{n % KINDS}\t5\t{10**9 + chance.randrange(99)}.0".encode()
+            for n in range(INTERACTIONS)
+        ]
+        written = write(
+            tmp_path / "ml-100k.inter",
+            ["user_id:token\titem_id:token\trating:float\ttimestamp:float"],
+            rows,
+            chance,
+        )
+        films = [f"{n % KINDS}\tFilm {n}, The\t1995\tDrama War".encode() for n in range(ITEMS)]
+        header = "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq"
+        written_items = write(tmp_path / "ml-100k.item", [header], films, chance)
+        data = read_ml100k(tmp_path)
+    finally:
+        logging.disable(logging.NOTSET)
+    for part, lines, kept in (
+        ("interactions", written, len(data.interactions)),
+        ("items", written_items, len(data.catalogue)),
+    ):
+        counts = data.manifest[part]
+        assert counts["kept"] == kept and kept + sum(counts["dropped"].values()) == counts["read"]
+        assert lines * 0.98 < counts["read"] <= lines
+    assert len(data.interactions) > INTERACTIONS * SOUND and set(map(str, range(KINDS))) <= set(
+        data.catalogue.ids
+    )
+    data.save(tmp_path / "out")
+    assert PreparedData.load(tmp_path / "out").split.hash() == data.split.hash()
 
 
 @pytest.mark.parametrize("form", ["gzip", "parquet"])
