@@ -173,6 +173,9 @@ def build_parser() -> argparse.ArgumentParser:
         "speeder evaluate runs/first --protocol vhr",
     )
     evaluate.add_argument("run", type=Path, metavar="RUN", help="run folder of a finished training")
+    evaluate.add_argument(
+        "--data", type=Path, metavar="DIR", help="where the run's data lie now, if they were moved"
+    )
     protocol_arguments(evaluate)
     evaluate.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
 
@@ -343,26 +346,40 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     from speeder.baselines.sasrec import SASRec
-    from speeder.results import baselines, evaluate_run, measure_for, model_label, run_data, write_results
+    from speeder.results import (
+        baselines,
+        check_protocol,
+        evaluate_run,
+        measure_for,
+        model_label,
+        run_data,
+        write_results,
+    )
 
     model_folder = find_model(options.run)
     run = model_folder.parent
-    data = run_data(run)
+    check_protocol(options.protocol, options.negatives, options.candidates_seed)
+    data = run_data(run, options.data)
     measure = measure_for(
         run, data, options.split, options.protocol, options.negatives, options.candidates_seed
     )
     model = load_model(model_folder)
-    row = {model_label(model): evaluate_run(run, model, measure)}
     with_sasrec = not isinstance(model, SASRec)
-    others = {} if options.no_baselines else baselines(run, measure, with_sasrec=with_sasrec)
-    print(write_results(run, others | row, measure.folder))
+    try:
+        row = {model_label(model): evaluate_run(run, model, measure)}
+        others = {} if options.no_baselines else baselines(run, measure, with_sasrec=with_sasrec)
+        table = write_results(run, others | row, measure.folder)
+    except ValueError as error:  # such as a model over another catalogue than the data's
+        raise SpeederError(f"evaluate: {error}") from error
+    print(table)
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    from speeder.compare import compare, comparison_report, load_runs
-    from speeder.results import measure_folder
+    from speeder.compare import compare, comparison_report, load_baselines, load_runs
+    from speeder.results import check_protocol, measure_folder
 
     count = options.negatives
+    check_protocol(options.protocol, count, options.candidates_seed)
     folder = measure_folder(options.split, options.protocol, count, options.candidates_seed)
     evaluations = load_runs(options.runs, folder)
     metric = options.metric or next(iter(evaluations.values())).main_metric
@@ -370,7 +387,8 @@ def run_compare(options: argparse.Namespace) -> None:
         tests = compare(evaluations, metric, options.seen)
     except ValueError as error:
         raise SpeederError(f"compare: {error}") from error
-    print(comparison_report(evaluations, tests, metric, options.seen, options.out))
+    others = load_baselines(options.runs, folder, next(iter(evaluations.values())).task)
+    print(comparison_report(evaluations, tests, metric, options.seen, options.out, others))
 
 
 def run_recommend(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import combinations
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from speeder.baselines.sasrec import SASRec
 from speeder.data.files import write_json, write_text
 from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation, Interval
 from speeder.evaluation.bootstrap import bootstrap_intervals
+from speeder.evaluation.result import evaluation_file
 from speeder.evaluation.tables import (
     check_same_task,
     comparison_latex,
@@ -21,6 +24,8 @@ from speeder.evaluation.tables import (
     latex_text,
     markdown_rows,
 )
+
+log = logging.getLogger(__name__)
 
 _CHUNK_CELLS = 4_000_000  # random signs held at once
 
@@ -133,38 +138,78 @@ def load_runs(runs: list[Path], folder: str) -> dict[str, Evaluation]:
             raise SpeederError(
                 f"{run}: expected a run with the evaluation {folder!r}, found none; make it with: speeder evaluate"
             )
-        try:
-            evaluations[name] = Evaluation.load(file)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SpeederError(f"{file}: not a readable evaluation: {error}") from error
+        evaluations[name] = Evaluation.load(file)
     return evaluations
 
 
+def load_baselines(runs: list[Path], folder: str, task: dict) -> dict[str, Evaluation]:
+    """Popularity and SASRec, each from the first run that measured it, for the rows that every table has.
+
+    One that was given as a run itself is left out, and so is a file that is damaged or of another task.
+
+    Args:
+        runs, folder: as in `load_runs`.
+        task: the `Evaluation.task` that a row must agree in.
+    """
+    given = {run.resolve() for run in runs}
+    folders = [part / "evaluations" / folder for run in runs for part in (run, run / "speeder")]
+    folders += [run.parent for run in runs if run.is_file()]
+    rows = {}
+    for name in ("popularity", SASRec.label):
+        files = [place / evaluation_file(name) for place in folders]
+        if given & {path.resolve() for path in files}:
+            continue
+        for path in filter(Path.is_file, files):
+            try:
+                row = Evaluation.load(path)
+            except SpeederError as error:
+                log.warning("%s; left out", error)
+                continue
+            if row.task == task:
+                rows[name] = row
+                break
+            log.warning("%s: of another task than the runs; left out", path)
+    return rows
+
+
 def comparison_report(
-    evaluations: Mapping[str, Evaluation], tests: list[PairedTest], metric: str, seen: str, out: Path | None
+    evaluations: Mapping[str, Evaluation],
+    tests: list[PairedTest],
+    metric: str,
+    seen: str,
+    out: Path | None,
+    baselines: Mapping[str, Evaluation] | None = None,
 ) -> str:
-    """The tables and the tests as Markdown; with `out`, also `comparison.md`, `.tex` and `.json` in that folder."""
+    """The tables and the tests as Markdown; with `out`, also `comparison.md`, `.tex` and `.json` in that folder.
+
+    `baselines` are rows of the tables that no test is about.
+    """
+    baselines = {name: each for name, each in (baselines or {}).items() if name not in evaluations}
+    rows_of_all = baselines | dict(evaluations)
     title = f"Differences in {metric}, seen items {seen}"
     header = ["first", "second", "first - second", "p", "p (Holm)"]
     note = (
         "In brackets: 95 % paired bootstrap interval over users. p: two-sided paired permutation test, "
         f"exchanging the two models' results user by user; Holm: corrected for {len(tests)} pair(s)."
     )
+    if baselines:
+        note += f" Not tested, only shown above: {', '.join(baselines)}."
     rows = [
         [test.first, test.second, _gap(test.difference), f"{test.p_value:.4f}", f"{test.adjusted:.4f}"]
         for test in tests
     ]
-    text = f"{comparison_table(evaluations)}\n**{title}**\n\n{markdown_rows(header, rows)}\n\n{note}\n"
+    text = f"{comparison_table(rows_of_all)}\n**{title}**\n\n{markdown_rows(header, rows)}\n\n{note}\n"
     if out is not None:
         latex = latex_rows(title, header, [[latex_text(cell) for cell in row] for row in rows])
-        pages = {"md": text, "tex": f"{comparison_latex(evaluations)}\n{latex}\n\n{latex_text(note)}\n"}
+        pages = {"md": text, "tex": f"{comparison_latex(rows_of_all)}\n{latex}\n\n{latex_text(note)}\n"}
         for suffix, page in pages.items():
             write_text(out / f"comparison.{suffix}", page)
-        summary = {name: each.summary() for name, each in evaluations.items()}
-        plain = [asdict(test) | {"difference": test.difference._asdict()} for test in tests]
-        write_json(
-            out / "comparison.json", {"models": summary, "tests": plain, "metric": metric, "seen": seen}
+        models, beside = (
+            {name: each.summary() for name, each in part.items()} for part in (evaluations, baselines)
         )
+        plain = [asdict(test) | {"difference": test.difference._asdict()} for test in tests]
+        found = {"models": models, "baselines": beside, "tests": plain, "metric": metric, "seen": seen}
+        write_json(out / "comparison.json", found)
     return text
 
 

@@ -21,7 +21,7 @@ from speeder.evaluation.leaks import (
     training_hash,
 )
 from speeder.evaluation.metrics import METRICS, candidate_ranks, hidden_targets, target_ranks
-from speeder.evaluation.result import PROTOCOLS, Evaluation
+from speeder.evaluation.result import NOT_TOLD, PROTOCOLS, TRAINING_PART, Evaluation
 from speeder.evaluation.tables import comparison_table
 from speeder.evaluation.titles import named_candidate
 
@@ -73,8 +73,9 @@ def evaluate(
 ) -> Evaluation:
     """Rank the whole catalogue for every user of a split and keep where the target came.
 
-    The split's leak checks run first. A model that records what it was fitted on (``training_hash``) is held
-    to it.
+    The split's own leak checks run first. A model that records what it was fitted on (``training_hash``) is held to
+    it; of one that does not, the evaluation and its tables say "not told", and nothing else is known. What else is
+    checked only by the commands, which know the data, is in docs/protocols.md.
 
     Args:
         model: anything with ``score``.
@@ -87,7 +88,7 @@ def evaluate(
         LeakError: the split leaks, or the model was fitted on something other than its training part.
         TypeError, ValueError, IndexError: wrong scores; see ``target_ranks``.
     """
-    histories, targets = _checked(model, split, name, batch_size)
+    histories, targets, fitted_on = _checked(model, split, name, batch_size)
     shape, masked, allowed = None, [], []
     for rows in _batches(len(targets), batch_size, name):
         batch = histories[rows]
@@ -100,8 +101,9 @@ def evaluate(
         allowed.append(target_ranks(scores, batch_targets))
     ranks = {"masked": torch.cat(masked).numpy(), "allowed": torch.cat(allowed).numpy()}
     return _evaluation(
-        split, name, histories, targets, int(shape[0]), ranks=ranks, resamples=resamples, seed=seed
-    )
+        split, name, histories, targets, int(shape[0]), ranks=ranks, fitted_on=fitted_on,
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
 
 
 def evaluate_candidates(
@@ -111,6 +113,7 @@ def evaluate_candidates(
     protocol: str = "vhr",
     batch_size: int = 256,
     *,
+    num_items: int,
     resamples: int = 1000,
     seed: int = 0,
 ) -> Evaluation:
@@ -120,28 +123,29 @@ def evaluate_candidates(
         model: anything with ``score``, or with ``score_candidates(histories, (n, C) items) -> (n, C)``.
         candidates: drawn for this very split.
         protocol: "vhr" or "sampled": which metrics are told.
+        num_items: items in the catalogue, all of which the candidates must have been drawn from.
         batch_size, resamples, seed: as in ``evaluate``.
 
     Raises:
-        LeakError: as in ``evaluate``, or the candidates are not those that their seed draws.
+        LeakError: as in ``evaluate``, or the candidates are not those that their seed draws over the catalogue.
         SpeederError: the candidates belong to another split.
         TypeError, ValueError: wrong scores; see ``candidate_ranks``.
     """
-    histories, targets = _checked(model, split, candidates.split, batch_size)
-    check_candidates(candidates, split)
+    histories, targets, fitted_on = _checked(model, split, candidates.split, batch_size)
+    check_candidates(candidates, split, num_items)
     listed = candidates.listed(targets)
     ranks, ties = [], []
     for rows in _batches(len(targets), batch_size, candidates.split):
         if hasattr(model, "score_candidates"):
             scores = model.score_candidates(histories[rows], listed[rows])
         else:
-            scores = _gathered(model.score(histories[rows]), listed[rows], candidates.num_items)
+            scores = _gathered(model.score(histories[rows]), listed[rows], num_items)
         batch_ranks, batch_ties = candidate_ranks(scores, listed[rows] == targets[rows, None])
         ranks.append(batch_ranks)
         ties.append(batch_ties)
     return _among_candidates(
         split, candidates, protocol, histories, targets, np.concatenate(ranks), np.concatenate(ties),
-        resamples=resamples, seed=seed,
+        fitted_on=fitted_on, resamples=resamples, seed=seed,
     )  # fmt: skip
 
 
@@ -160,15 +164,15 @@ def evaluate_titles(
     An answer is valid if it names exactly one candidate (see ``named_candidate``), and a hit if that is the target.
 
     Args:
-        titles: of all items.
+        titles: of all items of the catalogue, which the candidates must have been drawn from.
         candidates, batch_size, resamples, seed: as in ``evaluate_candidates``.
 
     Raises:
         LeakError, SpeederError: as in ``evaluate_candidates``.
         ValueError: the model gives another number of texts than of histories.
     """
-    histories, targets = _checked(model, split, candidates.split, batch_size)
-    check_candidates(candidates, split)
+    histories, targets, fitted_on = _checked(model, split, candidates.split, batch_size)
+    check_candidates(candidates, split, len(titles))
     listed = candidates.listed(targets)
     named = []
     for rows in _batches(len(targets), batch_size, candidates.split):
@@ -182,25 +186,26 @@ def evaluate_titles(
     ranks = np.where(named == targets, 1, listed.shape[1])
     return _among_candidates(
         split, candidates, "vhr", histories, targets, ranks, np.zeros_like(ranks),
-        valid=(named >= 0).astype(np.int64), resamples=resamples, seed=seed,
+        valid=(named >= 0).astype(np.int64), fitted_on=fitted_on, resamples=resamples, seed=seed,
     )  # fmt: skip
 
 
 def _checked(
     model: object, split: "LeaveOneOut", name: str, batch_size: int
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """Histories and targets of a split, once arguments and leaks were checked."""
+) -> tuple[list[np.ndarray], np.ndarray, str]:
+    """Histories and targets of a split, once arguments and leaks were checked, and what the model was fitted on."""
     if name not in ("test", "validation"):
         raise ValueError(f'name: expected "test" or "validation", got {name!r}')
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     check_split(split)
-    if getattr(model, "training_hash", None) is not None:
-        check_training_hash(model.training_hash, split, type(model).__name__)
+    recorded = getattr(model, "training_hash", None)
+    if recorded is not None:
+        check_training_hash(recorded, split, type(model).__name__)
     histories, targets = split.histories(name), np.asarray(split.targets(name), dtype=np.int64)
     if not len(targets):
         raise ValueError(f"split: no user has a {name} target; leave one out needs users with 3 interactions")
-    return histories, targets
+    return histories, targets, NOT_TOLD if recorded is None else TRAINING_PART
 
 
 def _batches(count: int, batch_size: int, name: str) -> tqdm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,14 @@ from speeder.evaluate import (
     evaluate_candidates,
     evaluate_titles,
 )
-from speeder.evaluation.leaks import check_features
+from speeder.evaluation.leaks import LeakError, check_features, check_split
+from speeder.evaluation.result import evaluation_file
 from speeder.evaluation.tables import comparison_latex
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.run_folder import stage_logs
+
+log = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations"
 
@@ -40,13 +44,31 @@ VHR_NEGATIVES, SAMPLED_NEGATIVES = 19, 20  # as LLaRA and MLLM-MSR draw them
 class Measure:
     """How models are measured: which targets, which protocol, and over which candidates.
 
-    `candidates` is None where the whole catalogue is ranked.
+    `candidates` is None where the whole catalogue is ranked. Making one checks the data (`LeakError`): the split
+    against the interactions, and what the features were fitted on.
     """
 
     data: PreparedData
     split: str = "test"
     protocol: str = "full"
     candidates: Candidates | None = None
+
+    def __post_init__(self) -> None:
+        check_split(self.data.split, self.data.interactions)
+        check_features(self.data)
+
+    @property
+    def task(self) -> dict:
+        """What an evaluation of this kind says of itself; see `Evaluation.task`."""
+        drawn = self.candidates
+        return {
+            "protocol": self.protocol,
+            "split": self.split,
+            "split_hash": self.data.split.hash(),
+            "num_items": len(self.data.catalogue),
+            "num_ranked": None if drawn is None else drawn.negatives.shape[1] + 1,
+            "candidates_hash": None if drawn is None else drawn.hash(),
+        }
 
     @property
     def folder(self) -> str:
@@ -75,7 +97,24 @@ class Measure:
                     f"{type(model).__name__} writes one title and ranks nothing; evaluate it with --protocol vhr"
                 )
             return evaluate_titles(model, self.data.split, self.candidates, self.data.catalogue.titles)
-        return evaluate_candidates(model, self.data.split, self.candidates, self.protocol)
+        num_items = len(self.data.catalogue)
+        return evaluate_candidates(
+            model, self.data.split, self.candidates, self.protocol, num_items=num_items
+        )
+
+
+def check_protocol(protocol: str, negatives: int | None = None, seed: int = 0) -> None:
+    """Refuse a choice that a protocol would ignore.
+
+    Raises:
+        SpeederError: the protocol is unknown, or negatives or their seed do not belong to it.
+    """
+    if protocol not in PROTOCOLS:
+        raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if negatives is not None and protocol != "sampled":
+        raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
+    if seed and protocol == "full":
+        raise SpeederError("candidates-seed: the protocol 'full' draws no candidates")
 
 
 def measure_folder(split: str, protocol: str, negatives: int | None = None, seed: int = 0) -> str:
@@ -100,12 +139,10 @@ def measure_for(
         negatives: a user, for "sampled" (20 by default); "vhr" has 19 in any case.
 
     Raises:
-        SpeederError: the protocol is unknown, negatives do not belong to it, or the file is damaged.
+        SpeederError: see `check_protocol`; or the file is damaged, or of other candidates.
+        LeakError: the file was not drawn over the whole catalogue, or the data leak.
     """
-    if protocol not in PROTOCOLS:
-        raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
-    if negatives is not None and protocol != "sampled":
-        raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
+    check_protocol(protocol, negatives, seed)
     if protocol == "full":
         return Measure(data, split)
     count = VHR_NEGATIVES if protocol == "vhr" else SAMPLED_NEGATIVES if negatives is None else negatives
@@ -117,23 +154,40 @@ def measure_for(
             raise SpeederError(
                 f"{path}: expected {split} candidates, {count} a user of seed {seed}, got {named}"
             )
+        if candidates.num_items != len(data.catalogue):
+            raise LeakError(
+                f"{path}: drawn over {candidates.num_items} items, but the catalogue has {len(data.catalogue)}; "
+                "without the file, candidates are drawn anew"
+            )
     else:
         candidates = Candidates.draw(data.split, split, len(data.catalogue), count, seed)
         candidates.save(path)
     return Measure(data, split, protocol, candidates)
 
 
-def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure) -> Evaluation:
+def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend: bool = False) -> Evaluation:
     """Evaluate under a name, or read the evaluation that the run folder already holds of this very task.
 
     The name must stand for one model of this run, such as a finished stage's.
+
+    Args:
+        mend: measure again where the file cannot be read. Only for a `model` that is surely the one of that name: a
+            finished run has its earlier stages' evaluations, but no longer their models.
+
+    Raises:
+        SpeederError: the file cannot be read, unless `mend`.
     """
-    path = run / EVALUATIONS / measure.folder / f"{_file_name(name)}.json"
+    path = run / EVALUATIONS / measure.folder / evaluation_file(name)
     if path.exists():
-        known = Evaluation.load(path)
-        drawn = None if measure.candidates is None else measure.candidates.hash()
-        if known.split_hash == measure.data.split.hash() and known.candidates_hash == drawn:
-            return known
+        try:
+            known = Evaluation.load(path)
+        except SpeederError as error:
+            if not mend:
+                raise
+            log.warning("%s; measured again", error)
+        else:
+            if known.task == measure.task:
+                return known
     evaluation = measure(model)
     evaluation.save(path)
     return evaluation
@@ -156,11 +210,15 @@ def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[
     training, num_items = data.split.training(), len(data.catalogue)
     folder = run / "baselines" / "sasrec"
     popularity = Popularity(training, num_items)
-    rows = {"popularity": evaluate_once(run, "popularity", popularity, measure)}
+    rows = {"popularity": evaluate_once(run, "popularity", popularity, measure, mend=True)}
     if not with_sasrec:
         return rows
     sasrec = SASRec.load(folder) if (folder / "config.json").exists() else None
-    if sasrec is None or sasrec.training_hash != popularity.training_hash:
+    fits = sasrec is not None and (sasrec.training_hash, sasrec.num_items) == (
+        popularity.training_hash,
+        num_items,
+    )
+    if not fits:
         validation = (data.split.histories("validation"), data.split.targets("validation"))
         checkpoint = folder / "checkpoint.safetensors"
         sasrec = SASRec.fit(
@@ -168,7 +226,7 @@ def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[
         )
         sasrec.save(folder)
         checkpoint.unlink(missing_ok=True)
-    return rows | {SASRec.label: evaluate_once(run, SASRec.label, sasrec, measure)}
+    return rows | {SASRec.label: evaluate_once(run, SASRec.label, sasrec, measure, mend=True)}
 
 
 def model_label(model: Scorer) -> str:
@@ -255,21 +313,30 @@ def example_recommendations(model: SpeederForCausalLM, data: PreparedData, users
     return "\n".join(lines)
 
 
-def run_data(run: Path) -> PreparedData:
-    """The prepared data that a run was trained on, from where its `recipe.json` says.
+def run_data(run: Path, folder: Path | None = None) -> PreparedData:
+    """The prepared data that a run was trained on.
+
+    Args:
+        folder: where it lies; by default where the run's `recipe.json` says.
 
     Raises:
-        SpeederError: it is not there, or has changed, or its features leak (`LeakError`).
+        SpeederError: it is not there, or has changed, or its split is not the run's.
     """
     if not (run / "recipe.json").exists():
         raise SpeederError(f"{run}: expected a run folder, which knows its data, found no recipe.json")
-    folder = read_json(run / "recipe.json").get("data")
+    known = read_json(run / "recipe.json")
+    folder = folder or known.get("data")
     if folder is None:
-        raise SpeederError(f"{run}: was trained without saying where its data lie (train's data_folder)")
+        raise SpeederError(
+            f"{run}: was trained without saying where its data lie (train's data_folder); evaluate takes --data DIR"
+        )
+    if not Path(folder).exists():
+        raise SpeederError(
+            f"{run}: its data are not in {folder}; if they were moved, evaluate takes --data DIR"
+        )
     data = PreparedData.load(folder)
-    check_features(data)
+    if (split := data.split.hash()) != known.get("split"):
+        raise SpeederError(
+            f"{folder}: its split is {split[:12]}…, but {run} was trained on {str(known.get('split'))[:12]}…"
+        )
     return data
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-+" else "_" for letter in name.lower())

@@ -16,6 +16,7 @@ from speeder.data.posters import Poster, match_posters
 from speeder.data.prepared import PreparedData
 from speeder.encoders.collaborative import collaborative_features
 from speeder.errors import SpeederError
+from speeder.evaluation.leaks import NO_INTERACTIONS, features_hash
 from speeder.recipe import MODALITIES
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,8 @@ def add_features(
             "settings": asdict(config),
             "training_hash": fitted.training_hash,
         }
+    for name, record in encoders.items():  # evaluation refuses any other features beside this record
+        record["features_hash"] = features_hash(catalogue.features[name], catalogue.present[name])
     return PreparedData(catalogue, data.interactions, {**manifest, "encoders": encoders})
 
 
@@ -162,4 +165,4 @@ def _hash_all(paths: Sequence[str | None]) -> str:
 
 
 def _encoder_record(encoder: EncodesTexts | EncodesImages) -> dict[str, str]:
-    return {"name": encoder.name, "identity": encoder.identity}
+    return {"name": encoder.name, "identity": encoder.identity, "fitted_on": NO_INTERACTIONS}

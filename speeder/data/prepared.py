@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import (
     atomic_folder,
@@ -16,6 +18,7 @@ from speeder.data.files import (
 )
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
+from speeder.evaluation.leaks import NO_INTERACTIONS, features_hash
 
 FORMAT = "speeder-prepared-1"
 _FILES = ["interactions.parquet", "catalogue/manifest.json"]
@@ -45,6 +48,33 @@ class PreparedData:
     def split(self) -> LeaveOneOut:
         """The leave-one-out split of the interactions."""
         return LeaveOneOut(self.interactions)
+
+    def with_features(
+        self,
+        name: str,
+        features: torch.Tensor,
+        present: torch.Tensor | None = None,
+        *,
+        made_by: str,
+        training_hash: str | None,
+    ) -> "PreparedData":
+        """The data with one modality added or replaced, and the record without which training refuses it.
+
+        Args:
+            name, features, present: as `ItemCatalogue.with_features` takes them.
+            made_by: what made the features, for the record.
+            training_hash: of the interactions that they were fitted on (`speeder.evaluate.training_hash`); it must be
+                that of the split's training part. None declares that no interaction was read to make them.
+        """
+        catalogue = self.catalogue.with_features(name, features, present)
+        record: dict = {"name": made_by}
+        record["features_hash"] = features_hash(catalogue.features[name], catalogue.present[name])
+        if training_hash is None:
+            record["fitted_on"] = NO_INTERACTIONS
+        else:
+            record["training_hash"] = training_hash
+        encoders = {**self.manifest.get("encoders", {}), name: record}
+        return PreparedData(catalogue, self.interactions, {**self.manifest, "encoders": encoders})
 
     def save(self, folder: str | Path) -> None:
         """Writes `interactions.parquet`, `catalogue/` and `manifest.json`, whole or not at all.

@@ -163,12 +163,15 @@ def synthetic_world(
         features["text"] = text_encoder.encode(texts)[0]
     if image_encoder is not None:
         features["image"] = image_encoder.encode(images)[0]
-    for name in MODALITIES:
-        catalogue = catalogue.with_features(name, features[name])
     manifest = {"dataset": "synthetic", "follows": follows, "seed": seed, "split": SPLIT_RULE}
-    planted = {"name": "planted clusters", "training_hash": None}  # features that no interaction was read for
-    manifest["encoders"] = {"collaborative": planted}
-    return SyntheticWorld(catalogue, interactions, manifest, follows, attributes, cold_items, cold_users)
+    data = PreparedData(catalogue, interactions, manifest)
+    encoders = {"text": text_encoder, "image": image_encoder}
+    for name in MODALITIES:  # sequences were drawn from the attributes, and no features from sequences
+        made_by = getattr(encoders.get(name), "name", "planted attributes")
+        data = data.with_features(name, features[name], made_by=made_by, training_hash=None)
+    return SyntheticWorld(
+        data.catalogue, interactions, data.manifest, follows, attributes, cold_items, cold_users
+    )
 
 
 def _independent_attributes(count: int, random: np.random.Generator) -> dict[str, np.ndarray]:

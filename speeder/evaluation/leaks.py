@@ -1,4 +1,4 @@
-"""Checks that nothing to be predicted was trained on. They run inside ``evaluate`` and need no switch."""
+"""Checks that nothing to be predicted was trained on. They need no switch; docs/protocols.md says which runs where."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,9 +9,14 @@ import numpy as np
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
+    import torch
+
     from speeder.data import PreparedData
     from speeder.data.interactions import Interactions, LeaveOneOut
     from speeder.evaluation.candidates import Candidates
+
+NO_INTERACTIONS = "no interactions"  # a record's word for features that come from items alone
+_CHUNK_BYTES = 1 << 24
 
 
 class LeakError(SpeederError):
@@ -93,23 +98,32 @@ def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model"
         )
 
 
-def check_candidates(candidates: "Candidates", split: "LeaveOneOut") -> None:
+def check_candidates(candidates: "Candidates", split: "LeaveOneOut", num_items: int) -> None:
     """Check that a split's candidates are those that their seed draws: nothing else, such as the target, decided.
 
-    They are drawn again and compared, so that a file is caught whatever it claims about itself.
+    They are drawn again over the whole catalogue and compared, so that a file is caught whatever it claims about
+    itself.
+
+    Args:
+        num_items: items in the catalogue; not the file's word for it, since a file over a few chosen items would be
+            drawn again over those few.
 
     Raises:
         SpeederError: they were drawn for another split.
-        LeakError: naming the first user whose negatives differ.
+        LeakError: drawn over other than `num_items` items, or naming the first user whose negatives differ.
     """
     if candidates.split_hash != split.hash():
         raise SpeederError(
             f"candidates: drawn for the split {candidates.split_hash[:12]}…, this one is {split.hash()[:12]}…"
         )
+    if candidates.num_items != num_items:
+        raise LeakError(
+            f"candidates: drawn over {candidates.num_items} items, the catalogue has {num_items}: not the same task"
+        )
     if not np.array_equal(candidates.users, split.users(candidates.split)):
         raise LeakError(f"candidates: not over the users of the split's {candidates.split} targets")
     count = candidates.negatives.shape[1]
-    drawn = candidates.draw(split, candidates.split, candidates.num_items, count, candidates.seed)
+    drawn = candidates.draw(split, candidates.split, num_items, count, candidates.seed)
     differ = (drawn.negatives != candidates.negatives).any(axis=1)
     if differ.any():
         raise LeakError(
@@ -118,16 +132,59 @@ def check_candidates(candidates: "Candidates", split: "LeaveOneOut") -> None:
         )
 
 
+def features_hash(features: "torch.Tensor", present: "torch.Tensor") -> str:
+    """SHA-256 over `(I, F)` features as float32 and `(I,)` presence: which features a record speaks of.
+
+    They are read a few rows at a time, so that memory-mapped ones need not fit into memory.
+    """
+    count, width = features.shape
+    digest = hashlib.sha256(b"speeder features v1")
+    digest.update(np.array([count, width], dtype="<i8").tobytes())
+    rows = max(1, _CHUNK_BYTES // (4 * width))
+    for start in range(0, count, rows):
+        chunk = features[start : start + rows].detach().cpu().float().numpy()
+        digest.update(np.ascontiguousarray(chunk, dtype="<f4"))
+    digest.update(present.cpu().numpy().astype(np.uint8))
+    return digest.hexdigest()
+
+
 def check_features(data: "PreparedData") -> None:
-    """Check that a prepared set's collaborative features were fitted on its split's training part.
+    """Check that no features of a prepared set were fitted on anything to be predicted.
+
+    Every modality needs a record in `manifest["encoders"]` whose `features_hash` is that of the very features in the
+    catalogue. The record tells what they were fitted on: a `training_hash`, which must be the split's, or
+    `"fitted_on": "no interactions"`, which is taken at its word. `PreparedData.with_features` writes one.
 
     Raises:
-        LeakError: they were fitted on something else, or there is no record of what they were fitted on.
+        LeakError: they were fitted on something else, are not those of the record, or there is no such record.
     """
-    if "collaborative" not in data.catalogue.modalities:
-        return
-    record = data.manifest.get("encoders", {}).get("collaborative", {})
-    if "training_hash" not in record:
-        raise LeakError("collaborative features: no record of the interactions that they were fitted on")
-    if record["training_hash"] is not None:  # None: made from no interactions at all
-        check_training_hash(record["training_hash"], data.split, "collaborative features")
+    records = data.manifest.get("encoders")
+    for name, features in data.catalogue.features.items():
+        record = records.get(name) if isinstance(records, dict) else None
+        if not isinstance(record, dict):
+            raise LeakError(
+                f"{name} features: no record of the interactions that they were fitted on; add them by "
+                "PreparedData.with_features, which writes one"
+            )
+        if "features_hash" not in record:
+            raise LeakError(
+                f"{name} features: their record has no hash of the features themselves, as of data prepared by an "
+                "earlier version; prepare the data again"
+            )
+        found = features_hash(features, data.catalogue.present[name])
+        if record["features_hash"] != found:
+            raise LeakError(
+                f"{name} features: not those of their record ({found[:12]}… here, "
+                f"{str(record['features_hash'])[:12]}… there), so what they were fitted on is unknown"
+            )
+        _check_origin(name, record, data.split)
+
+
+def _check_origin(name: str, record: dict, split: "LeaveOneOut") -> None:
+    if record.get("training_hash") is not None:
+        check_training_hash(str(record["training_hash"]), split, f"{name} features")
+    elif record.get("fitted_on") != NO_INTERACTIONS:
+        raise LeakError(
+            f"{name} features: their record does not tell what they were fitted on; expected a training_hash, or "
+            f'"fitted_on": "{NO_INTERACTIONS}", got {record.get("training_hash")!r} and {record.get("fitted_on")!r}'
+        )

@@ -8,11 +8,13 @@ from functools import cached_property
 import numpy as np
 
 from speeder.data.files import write_json
+from speeder.errors import SpeederError
 from speeder.evaluation.bootstrap import Interval, bootstrap_intervals
 from speeder.evaluation.metrics import METRICS, metric_values
 from speeder.evaluation.slices import quantile_slices
 
 SEEN = ("masked", "allowed")
+TRAINING_PART, NOT_TOLD = "the split's training part", "not told"
 
 # Each protocol's metrics, in the order of its tables' columns.
 PROTOCOLS = {
@@ -28,6 +30,7 @@ class Evaluation:
 
     Arrays have one entry a user. ``ranks`` maps "masked" and "allowed" to (n,) int64 ranks in
     ``1..num_ranked``; where a title was generated, the rank is 1 for the target and the worst otherwise.
+    ``fitted_on`` is `TRAINING_PART` where the model's record says so, and `NOT_TOLD` where it has none.
     """
 
     split: str
@@ -46,6 +49,7 @@ class Evaluation:
     candidates_seed: int | None = None
     ties: dict[str, np.ndarray] = field(default_factory=dict)  # other candidates that score as the target
     valid: np.ndarray | None = None  # 1 where a generated title named one candidate; None where ranked
+    fitted_on: str = NOT_TOLD
 
     def __len__(self) -> int:
         return len(self.users)
@@ -107,6 +111,19 @@ class Evaluation:
             for name, members in groups.items()
         }
 
+    def _check_whole(self) -> None:
+        """`ValueError` where the protocol is unknown or an array has not one entry a user."""
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        arrays |= {f"ranks {seen}": self.ranks[seen] for seen in SEEN}
+        arrays |= {f"ties {seen}": values for seen, values in self.ties.items()}
+        for name, values in arrays.items():
+            if values.shape != (len(self),):
+                raise ValueError(
+                    f"{name}: expected one entry for each of {len(self)} users, got {values.shape}"
+                )
+
     def _valid(self) -> np.ndarray:
         return np.ones(len(self)) if self.valid is None else self.valid.astype(np.float64)
 
@@ -129,6 +146,7 @@ class Evaluation:
         return {
             **self.task,
             "candidates_seed": self.candidates_seed,
+            "fitted_on": self.fitted_on,
             "num_users": len(self),
             "resamples": self.resamples,
             "seed": self.seed,
@@ -162,9 +180,25 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Evaluation":
-        """Read what ``save`` wrote."""
-        with open(path, encoding="utf-8") as file:
-            return cls.from_dict(json.load(file))
+        """Read what ``save`` wrote.
+
+        Raises:
+            OSError: the file cannot be opened.
+            SpeederError: it is damaged, or something else.
+        """
+        try:
+            with open(path, encoding="utf-8") as file:
+                loaded = cls.from_dict(json.load(file))
+            loaded._check_whole()
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise SpeederError(f"{path}: not a readable evaluation: {error}") from error
+        return loaded
+
+
+def evaluation_file(name: str) -> str:
+    """The file's name of what a model of this name was found to do."""
+    safe = "".join(letter if letter.isalnum() or letter in "-+" else "_" for letter in name.lower())
+    return f"{safe}.json"
 
 
 def _plain(value: object) -> object:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speeder.evaluation.bootstrap import Interval
+from speeder.evaluation.result import NOT_TOLD
 
 if TYPE_CHECKING:
     from speeder.evaluation.result import Evaluation
@@ -80,7 +81,7 @@ def comparison_tables(evaluations: "Mapping[str, Evaluation]") -> tuple[list[Tab
             for name, each in evaluations.items()
         }
         tables.append(Table(f"{first.main_metric} by {kind}, seen items masked", labels, rows))
-    return tables, _how_measured(first)
+    return tables, _how_measured(first) + _untold(evaluations)
 
 
 def comparison_table(evaluations: "Mapping[str, Evaluation]") -> str:
@@ -147,6 +148,12 @@ def _latex(table: Table) -> str:
         for name, row in table.rows.items()
     ]
     return latex_rows(table.title, ["", *table.columns], rows)
+
+
+def _untold(evaluations: "Mapping[str, Evaluation]") -> str:
+    """A sentence about the models that could have been fitted on anything, the targets too."""
+    names = [name for name, each in evaluations.items() if each.fitted_on == NOT_TOLD]
+    return f" Fitted on: not told by {', '.join(names)}." if names else ""
 
 
 def _how_measured(first: "Evaluation") -> str:

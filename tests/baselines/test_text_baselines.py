@@ -93,7 +93,7 @@ def test_title_generation_learns_to_write_the_right_candidate(trained, data, can
     model = trained("title-generation")
     result = evaluate_titles(model, data.split, candidates, data.catalogue.titles, resamples=5)
     popular = evaluate_candidates(
-        Popularity(data.split.training(), ITEMS), data.split, candidates, resamples=5
+        Popularity(data.split.training(), ITEMS), data.split, candidates, num_items=ITEMS, resamples=5
     )
     assert result.mean("VHR@1") > 0.9 > 0.5 > popular.mean("VHR@1")
     assert result.mean("ValidRatio") >= result.mean("VHR@1")
@@ -102,8 +102,9 @@ def test_title_generation_learns_to_write_the_right_candidate(trained, data, can
 @pytest.mark.slow
 def test_yes_no_learns_to_tell_candidates_apart(trained, data, candidates):
     model = trained("yes-no")
-    result = evaluate_candidates(model, data.split, candidates, "sampled", resamples=5)
-    popular = evaluate_candidates(Popularity(data.split.training(), ITEMS), data.split, candidates, "sampled")
+    result = evaluate_candidates(model, data.split, candidates, "sampled", num_items=ITEMS, resamples=5)
+    popularity = Popularity(data.split.training(), ITEMS)
+    popular = evaluate_candidates(popularity, data.split, candidates, "sampled", num_items=ITEMS)
     assert result.mean("AUC") > 0.95 and result.mean("AUC") > popular.mean("AUC") + 0.2
 
 

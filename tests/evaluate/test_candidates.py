@@ -77,7 +77,7 @@ def test_saved_and_loaded_is_the_same(split, tmp_path):
     drawn.save(tmp_path / "candidates.json")
     loaded = Candidates.load(tmp_path / "candidates.json")
     assert loaded.hash() == drawn.hash() and np.array_equal(loaded.negatives, drawn.negatives)
-    check_candidates(loaded, split)
+    check_candidates(loaded, split, NUM_ITEMS)
     assert Candidates.draw(split, "test", NUM_ITEMS, 19, seed=4).hash() != drawn.hash()
 
 
@@ -102,9 +102,9 @@ def test_a_damaged_file_is_refused(split, tmp_path, old, new, message):
 def test_candidates_of_another_split_are_refused(split, sequences):
     drawn = Candidates.draw(split, "test", NUM_ITEMS, 19)
     with pytest.raises(SpeederError, match="drawn for the split"):
-        check_candidates(drawn, split_of([*sequences[:-1], np.array([1, 2, 3])]))
+        check_candidates(drawn, split_of([*sequences[:-1], np.array([1, 2, 3])]), NUM_ITEMS)
     with pytest.raises(LeakError, match="not over the users"):
-        check_candidates(replace(drawn, users=drawn.users[::-1]), split)
+        check_candidates(replace(drawn, users=drawn.users[::-1]), split, NUM_ITEMS)
 
 
 def seeded_by_target(split, user, target, history):
@@ -131,7 +131,14 @@ def test_negatives_that_depend_on_the_target_are_caught(split, tmp_path, plant):
     honest = Candidates.draw(split, "test", NUM_ITEMS, 19)
     replace(honest, negatives=planted).save(tmp_path / "planted.json")
     with pytest.raises(LeakError, match="not those that seed 0 draws"):
-        check_candidates(Candidates.load(tmp_path / "planted.json"), split)
+        check_candidates(Candidates.load(tmp_path / "planted.json"), split, NUM_ITEMS)
+
+
+def test_negatives_drawn_over_a_few_items_are_caught(split, tmp_path):
+    """A sound file of its seed, but over the first 40 items alone, such as the popular ones."""
+    Candidates.draw(split, "test", 40, 19).save(tmp_path / "few.json")
+    with pytest.raises(LeakError, match=f"drawn over 40 items, the catalogue has {NUM_ITEMS}"):
+        check_candidates(Candidates.load(tmp_path / "few.json"), split, NUM_ITEMS)
 
 
 def test_too_few_items_are_a_readable_error(split):

@@ -92,9 +92,37 @@ def test_what_cannot_be_compared_is_refused(split, evaluations):
         compare({"good": evaluations["good"]})
     with pytest.raises(ValueError, match="metric: expected one of HR@5"):
         compare(evaluations, "AUC")
-    vhr = evaluate_candidates(Random(), split, Candidates.draw(split, "test", NUM_ITEMS, 19), resamples=5)
+    vhr = evaluate_candidates(
+        Random(), split, Candidates.draw(split, "test", NUM_ITEMS, 19), num_items=NUM_ITEMS, resamples=5
+    )
     with pytest.raises(ValueError, match=r"metric: expected one of VHR@1, ValidRatio, got 'HR@1'"):
         compare({"a": vhr, "b": vhr}, "HR@1")
+
+
+def test_popularity_and_sasrec_stand_in_the_tables_untested(evaluations, split, tmp_path, capsys):
+    """From the first run that has each; not those of another task, nor one that is named as a run."""
+    places = [tmp_path / name / "evaluations" / "test" for name in ("good", "bad")]
+    for place, name in zip(places, ("good", "bad"), strict=True):
+        evaluations[name].save(place / "model.json")
+    evaluate(Random(), split, "validation", resamples=5).save(places[0] / "popularity.json")
+    evaluations["equal"].save(places[1] / "popularity.json")
+    evaluations["good"].save(places[0] / "sasrec__cross-entropy_.json")
+    (places[1] / "sasrec__cross-entropy_.json").write_text("{")
+    runs = [str(tmp_path / "good"), str(tmp_path / "bad")]
+    assert main(["compare", *runs, "--out", str(tmp_path / "out")]) == 0
+    content = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert set(content["models"]) == {"good", "bad"} and len(content["tests"]) == 1
+    own = content["baselines"]["popularity"]["metrics"]["masked"]["MRR"]["value"]
+    assert own == pytest.approx(evaluations["equal"].mean("MRR"))
+    order = ["popularity", "SASRec (cross-entropy)", "good", "bad"]
+    for table in (capsys.readouterr().out, (tmp_path / "out" / "comparison.tex").read_text()):
+        rows = [line.strip().removeprefix("| ") for line in table.splitlines()]
+        names = [next((name for name in order if row.startswith(name)), None) for row in rows]
+        assert [name for name in names if name][:4] == order
+    assert main(["compare", runs[0], str(places[1] / "popularity.json")]) == 0
+    printed = capsys.readouterr().out  # popularity as a run: tested, and no row beside itself
+    assert "| good | popularity | +" in printed
+    assert printed.count("\n| popularity |") == printed.count("\n| SASRec (cross-entropy) |") == 4
 
 
 class Random:
@@ -121,6 +149,8 @@ def test_the_command_needs_evaluations_alone(evaluations, split, tmp_path, capsy
         "split of 'good' is test": [runs[0], str(tmp_path / "other.json")],
         "at least two": runs[:1],
         "metric: expected one of": [*runs, "--metric", "AUC"],
+        "protocol 'full' leaves no choice": [*runs, "--negatives", "7"],
+        "protocol 'full' draws no candidates": [*runs, "--candidates-seed", "7"],
         "not a readable evaluation": [runs[0], str(tmp_path / "out" / "comparison.json")],
     }
     for message, arguments in mistakes.items():

@@ -8,6 +8,7 @@ import torch
 
 from speeder.baselines import Popularity
 from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.errors import SpeederError
 from speeder.evaluate import METRICS, Evaluation, LeakError, comparison_table, evaluate, training_hash
 
 NUM_ITEMS = 40
@@ -162,6 +163,31 @@ def test_a_model_fitted_on_more_than_training_is_refused(split):
     model.training_hash = training_hash(split.histories("test"))
     with pytest.raises(LeakError, match="Random: fitted on"):
         evaluate(model, split)
+
+
+def test_a_model_that_does_not_tell_what_it_was_fitted_on_is_named(split, tmp_path):
+    """A table of the targets is perfect, and nothing can be checked: then at least it is said."""
+    told = evaluate(Popularity(split.training(), NUM_ITEMS), split, resamples=5)
+    untold = evaluate(Oracle(split, "test"), split, resamples=5)
+    assert untold.mean("HR@5", "allowed") == 1
+    for result, fitted_on in ((told, "the split's training part"), (untold, "not told")):
+        result.save(tmp_path / "result.json")
+        assert json.loads((tmp_path / "result.json").read_text())["fitted_on"] == fitted_on
+        assert Evaluation.load(tmp_path / "result.json").fitted_on == fitted_on
+    assert comparison_table({"a": told, "b": untold}).endswith(" Fitted on: not told by b.\n")
+    assert "Fitted on" not in comparison_table({"a": told})
+
+
+@pytest.mark.parametrize("part", [("ranks", "masked"), ("targets",), ("protocol",)])
+def test_a_damaged_evaluation_is_refused(split, tmp_path, part):
+    content = evaluate(Constant(), split, resamples=5).to_dict()
+    where = content if part == ("protocol",) else content["per_user"]
+    for key in part[:-1]:
+        where = where[key]
+    where[part[-1]] = where[part[-1]][:-1]
+    (tmp_path / "damaged.json").write_text(json.dumps(content))
+    with pytest.raises(SpeederError, match=f"not a readable evaluation: {part[0]}"):
+        Evaluation.load(tmp_path / "damaged.json")
 
 
 class Shaped:

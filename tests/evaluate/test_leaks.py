@@ -2,15 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speeder.data import PreparedData
+from speeder.data import ItemCatalogue, PreparedData
+from speeder.data.features import add_features
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.data.synthetic import synthetic_world
+from speeder.encoders.collaborative import collaborative_features
 from speeder.errors import SpeederError
 from speeder.evaluate import LeakError, check_split, check_training_hash, training_hash
-from speeder.evaluation.leaks import check_features
+from speeder.evaluation.leaks import check_features, features_hash
 from speeder.recipe import recipe_from_dict
 from speeder.training import train
 
@@ -91,9 +94,13 @@ def test_only_a_fit_on_training_alone_passes():
 def prepared(record):
     """A world whose collaborative features claim to be fitted as the record says."""
     world = synthetic_world(num_users=20, history=8)
-    encoders = (
-        {} if record is None else {"collaborative": {"name": "sasrec", "training_hash": record(world.split)}}
-    )
+    encoders = dict(world.manifest["encoders"])
+    own = encoders.pop("collaborative")
+    if record is not None:
+        encoders["collaborative"] = {
+            "features_hash": own["features_hash"],
+            "training_hash": record(world.split),
+        }
     return PreparedData(world.catalogue, world.interactions, {"encoders": encoders})
 
 
@@ -106,6 +113,7 @@ def test_features_fitted_on_training_rows_pass():
     [
         (lambda split: training_hash(split.histories("test")), "collaborative features: fitted on"),
         (lambda split: training_hash(split.training()[:-1]), "collaborative features: fitted on"),
+        (lambda split: None, "does not tell what they were fitted on"),
         (None, "no record of the interactions"),
     ],
 )
@@ -117,6 +125,66 @@ def test_features_fitted_on_test_rows_are_caught_before_training(record, message
     with pytest.raises(LeakError, match=message):
         train(recipe, data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """Data with honest collaborative features, as `speeder prepare` makes them, and those fitted on test rows too."""
+    world = synthetic_world(num_users=20, history=8)
+    bare = ItemCatalogue(world.catalogue.ids, world.catalogue.titles)
+    data = add_features(PreparedData(bare, world.interactions), ["collaborative"])
+    leaking = collaborative_features(world.interactions.sequences(), len(bare), epochs=1)
+    return data, leaking
+
+
+def test_features_fitted_on_test_rows_are_caught_by_content(fitted, tmp_path):
+    """Whatever name they are planted under, and whatever the manifest that was kept says."""
+    data, leaking = fitted
+    check_features(data)
+    for name, message in {"collaborative": "not those of their record", "image": "no record"}.items():
+        catalogue = data.catalogue.with_features(name, leaking.features, leaking.present)
+        planted = PreparedData(catalogue, data.interactions, data.manifest)
+        with pytest.raises(LeakError, match=f"{name} features: {message}"):
+            check_features(planted)
+        planted.save(tmp_path / name)
+        with pytest.raises(LeakError, match=f"{name} features: {message}"):
+            check_features(PreparedData.load(tmp_path / name))
+
+
+def test_a_change_of_presence_alone_is_caught(fitted):
+    data, _ = fitted
+    present = data.catalogue.present["collaborative"].clone()
+    present[(~present).nonzero()[0]] = True
+    catalogue = data.catalogue.with_features(
+        "collaborative", data.catalogue.features["collaborative"], present
+    )
+    with pytest.raises(LeakError, match="not those of their record"):
+        check_features(PreparedData(catalogue, data.interactions, data.manifest))
+
+
+def test_features_of_ones_own_say_what_they_were_fitted_on(fitted):
+    data, leaking = fitted
+    own = {"made_by": "matrix factorisation", "present": leaking.present}
+    honest = training_hash(data.split.training())
+    check_features(data.with_features("own", leaking.features, training_hash=honest, **own))
+    check_features(data.with_features("own", leaking.features, training_hash=None, **own))
+    with pytest.raises(LeakError, match="own features: fitted on"):
+        check_features(
+            data.with_features("own", leaking.features, training_hash=leaking.training_hash, **own)
+        )
+    for record, message in ({"training_hash": honest}, "prepare the data again"), ("sasrec", "no record"):
+        old = {"encoders": {"collaborative": record}}  # as versions before the hash of the content wrote it
+        with pytest.raises(LeakError, match=message):
+            check_features(PreparedData(data.catalogue, data.interactions, old))
+
+
+def test_large_features_are_hashed_in_parts(monkeypatch):
+    features, present = torch.randn(37, 5), torch.rand(37) > 0.5
+    whole = features_hash(features, present)
+    monkeypatch.setattr("speeder.evaluation.leaks._CHUNK_BYTES", 100)
+    assert features_hash(features, present) == whole
+    assert features_hash(features.flip(0), present) != whole != features_hash(features, ~present)
+    assert features_hash(features.view(5, 37).T, present) != whole
 
 
 def test_a_test_item_in_a_training_row_stops_training(tmp_path):

@@ -65,7 +65,9 @@ class OneByOne(Scores):
 
 @pytest.mark.parametrize("kind", [Scores, OneByOne])
 def test_metrics_over_candidates_agree_with_torchmetrics(split, candidates, kind):
-    result = evaluate_candidates(kind(10**6), split, candidates, "sampled", batch_size=33)
+    result = evaluate_candidates(
+        kind(10**6), split, candidates, "sampled", num_items=NUM_ITEMS, batch_size=33
+    )
     assert result.metric_names == PROTOCOLS["sampled"] and result.num_ranked == 21
     targets = split.targets("test")
     listed = candidates.listed(targets)
@@ -85,10 +87,10 @@ def test_metrics_over_candidates_agree_with_torchmetrics(split, candidates, kind
 
 
 def test_ties_are_against_the_target_but_half_in_auc(split, candidates):
-    constant = evaluate_candidates(Scores(2), split, candidates, "sampled")
+    constant = evaluate_candidates(Scores(2), split, candidates, "sampled", num_items=NUM_ITEMS)
     assert set(constant.ranks["allowed"]) == {21}
     assert constant.mean("AUC", "allowed") == 0.5
-    few = evaluate_candidates(Scores(4), split, candidates, "sampled")
+    few = evaluate_candidates(Scores(4), split, candidates, "sampled", num_items=NUM_ITEMS)
     table, targets = Scores(4).table.numpy(), split.targets("test")
     for user, history in enumerate(split.histories("test")):
         own, negatives = table[history[-1], targets[user]], table[history[-1], candidates.negatives[user]]
@@ -98,14 +100,14 @@ def test_ties_are_against_the_target_but_half_in_auc(split, candidates):
 
 
 def test_a_target_in_its_own_history_is_missed_where_seen_items_are_masked(split, candidates):
-    result = evaluate_candidates(Scores(10**6), split, candidates, "sampled")
+    result = evaluate_candidates(Scores(10**6), split, candidates, "sampled", num_items=NUM_ITEMS)
     assert result.ranks["masked"][7] == 21 and result.values("AUC", "masked")[7] == 0
     others = np.arange(len(result)) != 7
     assert np.array_equal(result.ranks["masked"][others], result.ranks["allowed"][others])
 
 
 def test_a_ranking_is_always_valid(split, candidates):
-    result = evaluate_candidates(Scores(10**6), split, candidates, "vhr")
+    result = evaluate_candidates(Scores(10**6), split, candidates, "vhr", num_items=NUM_ITEMS)
     assert result.mean("ValidRatio") == 1
     assert result.mean("VHR@1") == result.mean("HR@1") == (result.ranks["masked"] == 1).mean()
 
@@ -170,7 +172,7 @@ def test_titles_are_compared_by_words():
 
 
 def test_saved_and_loaded_is_the_same(split, candidates, tmp_path):
-    ranked = evaluate_candidates(Scores(5), split, candidates, "sampled", resamples=20)
+    ranked = evaluate_candidates(Scores(5), split, candidates, "sampled", num_items=NUM_ITEMS, resamples=20)
     written = evaluate_titles(Writer(split), split, candidates, TITLES, resamples=20)
     for result in (ranked, written):
         result.save(tmp_path / "result.json")
@@ -181,7 +183,7 @@ def test_saved_and_loaded_is_the_same(split, candidates, tmp_path):
 
 def test_tables_tell_the_candidates_and_refuse_others(split, candidates):
     ranked = evaluate_candidates(
-        Popularity(split.training(), NUM_ITEMS), split, candidates, "vhr", resamples=20
+        Popularity(split.training(), NUM_ITEMS), split, candidates, "vhr", num_items=NUM_ITEMS, resamples=20
     )
     written = evaluate_titles(Writer(split), split, candidates, TITLES, resamples=20)
     table = comparison_table({"popularity": ranked, "written": written})
@@ -190,7 +192,10 @@ def test_tables_tell_the_candidates_and_refuse_others(split, candidates):
     others = Candidates.draw(split, "test", NUM_ITEMS, 20, seed=1)
     with pytest.raises(ValueError, match="candidates_hash"):
         comparison_table(
-            {"a": ranked, "b": evaluate_candidates(Scores(5), split, others, "vhr", resamples=5)}
+            {
+                "a": ranked,
+                "b": evaluate_candidates(Scores(5), split, others, "vhr", num_items=NUM_ITEMS, resamples=5),
+            }
         )
     with pytest.raises(ValueError, match="protocol"):
         comparison_table({"a": ranked, "b": evaluate(Scores(5), split, resamples=5)})
@@ -203,7 +208,7 @@ def test_one_table_where_masking_cannot_differ(split):
     items = np.concatenate([sequences[u] for u in kept])
     clean = LeaveOneOut(Interactions(users, items, np.arange(len(items)), [f"u{u}" for u in range(119)]))
     drawn = Candidates.draw(clean, "validation", NUM_ITEMS, 19)
-    result = evaluate_candidates(Scores(5), clean, drawn, "vhr", resamples=5)
+    result = evaluate_candidates(Scores(5), clean, drawn, "vhr", num_items=NUM_ITEMS, resamples=5)
     assert comparison_table({"a": result}).count("| | VHR@1") == 1
 
 
@@ -226,20 +231,24 @@ def test_leaks_and_wrong_input_are_refused(split, candidates):
     model = Scores(5)
     model.training_hash = training_hash(split.histories("test"))
     with pytest.raises(LeakError, match="Scores: fitted on"):
-        evaluate_candidates(model, split, candidates)
+        evaluate_candidates(model, split, candidates, num_items=NUM_ITEMS)
     planted = Candidates.draw(split, "test", NUM_ITEMS, 20)
     planted.negatives[3] = np.sort(planted.negatives[3])
     with pytest.raises(LeakError, match="user 3"):
         evaluate_titles(Writer(split), split, planted, TITLES)
+    few = Candidates.draw(split, "test", 40, 20)
+    with pytest.raises(LeakError, match="drawn over 40 items"):
+        evaluate_candidates(OneByOne(5), split, few, num_items=NUM_ITEMS)
+    with pytest.raises(LeakError, match="drawn over 40 items"):
+        evaluate_titles(Writer(split), split, few, TITLES)
     with pytest.raises(SpeederError, match="drawn for the split"):
-        evaluate_candidates(
-            Scores(5), LeaveOneOut(Interactions([0, 0, 0], [1, 2, 3], [0, 1, 2], ["u"])), candidates
-        )
+        other = LeaveOneOut(Interactions([0, 0, 0], [1, 2, 3], [0, 1, 2], ["u"]))
+        evaluate_candidates(Scores(5), other, candidates, num_items=NUM_ITEMS)
     with pytest.raises(ValueError, match='protocol: expected "vhr" or "sampled"'):
-        evaluate_candidates(Scores(5), split, candidates, "full")
+        evaluate_candidates(Scores(5), split, candidates, "full", num_items=NUM_ITEMS)
     with pytest.raises(ValueError, match="AUC needs candidates"):
         evaluate(Scores(5), split, resamples=5).values("AUC")
     broken = Scores(5)
     broken.table[:] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        evaluate_candidates(broken, split, candidates)
+        evaluate_candidates(broken, split, candidates, num_items=NUM_ITEMS)
