@@ -16,13 +16,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from speeder.data.prepared import PreparedData
-from speeder.recipe import bundled_recipe
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import select_parameters
 from speeder.processor import template_ids
 from speeder.prompts import pack_batch
-from speeder.recipe import load_recipe
+from speeder.recipe import bundled_recipe, load_recipe
 from speeder.training import TrainingSequences
 
 USERS = 64  # of an inference batch
