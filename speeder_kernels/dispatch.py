@@ -41,6 +41,7 @@ DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}  # the reference runs
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)  # compute capability: older ones have neither bfloat16 products nor asynchronous copies
 LARGEST_HEAD = 256  # of spae_attention on a GPU: the tiles of wider heads do not fit into a processor
+LARGEST_AMD_HEAD = 128  # the backward of wider ones takes more shared memory than 64 KiB, all there is on CDNA3
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,9 @@ def _refusal(op: str, name: str, tensor: Tensor) -> str:
         return "Triton's interpreter computes bfloat16 wrongly"
     if name != "cpu" and op == "spae_attention" and tensor.shape[-1] > LARGEST_HEAD:
         return f"it takes heads of at most {LARGEST_HEAD} elements, got {tensor.shape[-1]}"
+    on_amd = name == "triton" and torch.version.hip is not None and not interpreted
+    if on_amd and op == "spae_attention" and tensor.shape[-1] > LARGEST_AMD_HEAD:
+        return f"on AMD GPUs it takes heads of at most {LARGEST_AMD_HEAD} elements, got {tensor.shape[-1]}"
     if tensor.device.type == "cuda" and not interpreted:
         return too_old(tensor.device)
     return ""

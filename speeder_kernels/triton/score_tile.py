@@ -32,5 +32,6 @@ def score_tile(
 def pad_columns(x: Tensor) -> Tensor:
     """Zeros behind the last column, up to a multiple of 16: then rows are read 16 bytes at a time and straight into
     shared memory. Other widths would go element by element through registers, which they overflow. Widths of
-    language models are multiples of 16 anyway."""
-    return torch.nn.functional.pad(x, (0, -x.shape[1] % 16))
+    language models are multiples of 16 anyway, and are not copied."""
+    missing = -x.shape[1] % 16
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x

@@ -213,6 +213,18 @@ def test_wide_heads_go_to_another_backend(gpus):
             dispatch.choose("spae_attention", name, wide)
 
 
+def test_wide_heads_on_amd_go_to_the_reference(gpus, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(dispatch, "missing", lambda name: "no CUDA" if name == "cuda" else "")
+    wide = gpu_tensor(129, "cuda:1")
+    assert dispatch.choose("spae_attention", None, gpu_tensor(128, "cuda:1")) == "triton"
+    assert dispatch.choose("spae_attention", None, wide) == "reference"
+    assert dispatch.choose("pack_tokens", None, wide) == "triton"
+    reason = "on AMD GPUs it takes heads of at most 128 elements, got 129; available: reference"
+    with pytest.raises(ValueError, match=reason):
+        dispatch.choose("spae_attention", "triton", wide)
+
+
 @pytest.mark.parametrize("backend", [None, "triton"])
 def test_a_wide_head_of_an_attention(backend):
     """Through the function that users call; the largest of all backends' tests has 256 elements."""

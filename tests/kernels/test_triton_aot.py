@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from speeder_kernels import dispatch
 from tests.kernels import gpu_resources, triton_aot
 
 SCRIPT = Path(triton_aot.__file__)
@@ -47,7 +48,14 @@ def test_nothing_is_spilled(table):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_shared_memory_fits(table):
-    too_large = [row for row in tuned(table) if row["shared"] > triton_aot.SHARED_LIMIT[row["arch"]]]
+    """Also of the rows that may spill, but for the heads that the op refuses on AMD's GPUs."""
+
+    def refused(row: dict) -> bool:
+        head = row["constants"].get("D", 0) if row["op"] == "spae_attention" else 0
+        return row["arch"].startswith("gfx") and head > dispatch.LARGEST_AMD_HEAD
+
+    rows = [row for row in table if not refused(row)]
+    too_large = [row for row in rows if row["shared"] > triton_aot.SHARED_LIMIT[row["arch"]]]
     assert not too_large, "\n".join(map(str, too_large))
 
 
@@ -75,6 +83,19 @@ def test_products_use_the_matrix_instruction_of_their_architecture(table):
     for row in rows:
         wanted = {None} if row["dtype"] == "float32" else {triton_aot.MATRIX[row["arch"]]}
         assert row["matrix"] in wanted, row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_attention_uses_the_matrix_instruction_of_its_architecture(table):
+    """Where most of its time goes: the forward pass, and the gradient of q of heads up to 128. The other kernels have
+    tiles for which Triton picks an older instruction, for some products or for all."""
+    held = {"forward_kernel": 256, "queries_kernel": 128}
+    rows = [row for row in table if row["constants"].get("BLOCK_D", 512) <= held.get(row["kernel"], 0)]
+    assert {row["kernel"] for row in rows} == set(held)
+    for row in rows:
+        wanted = None if row["dtype"] == "float32" else triton_aot.MATRIX[row["arch"]]
+        assert row["matrix"] == wanted, row
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import speeder_kernels as sk
 from speeder_kernels.triton import tiles
+from speeder_kernels.triton.score_tile import pad_columns
 from tests.kernels import naive
 from tests.kernels import test_compress_items as compress
 from tests.kernels import test_item_cross_entropy as cross_entropy
@@ -52,6 +53,14 @@ def test_warps_and_stages_are_never_left_to_a_default():
     assert (options["num_warps"], options["num_stages"]) == (8, 3)
     with pytest.raises(TypeError, match="num_warps"):
         tiles.launch(kernel, (1,), torch.zeros(1), fuse=True)
+
+
+def test_a_catalogue_is_copied_only_where_its_width_asks_for_it():
+    table = torch.randn(5, 32)
+    assert pad_columns(table).data_ptr() == table.data_ptr()
+    padded = pad_columns(table[:, :17])
+    assert torch.equal(padded[:, :17], table[:, :17]) and padded.shape == (5, 32)
+    assert padded[:, 17:].eq(0).all()
 
 
 @pytest.mark.parametrize(

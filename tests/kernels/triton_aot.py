@@ -47,9 +47,9 @@ TARGETS: dict[str, tuple[torch.dtype, ...]] = {
     "100": (F32, BF16),
     "gfx942": (BF16,),
 }
-# Bytes a block. An A100 has 163 KiB, but its rows serve smaller GPUs of its generation and after it, too.
-# Compiled, so that they stay possible, but with another GPU's tiles: spills and shared memory are not held to limits.
+# Compiled, so that they stay possible, but with another GPU's tiles: they may spill.
 UNTUNED = {("spae_attention", "gfx942")}
+# Bytes a block. An A100 has 163 KiB, but its rows serve smaller GPUs of its generation and after it, too.
 SHARED_LIMIT = {"80": 99 << 10, "90": 227 << 10, "100": 227 << 10, "gfx942": 64 << 10}
 # The instruction that multiplies matrices: an older one would leave most of a GPU's rate unused.
 MATRIX = {"80": "mma.sync", "90": "wgmma", "100": "tcgen05.mma", "gfx942": "v_mfma"}
