@@ -25,7 +25,7 @@ from speeder.evaluate import (
     evaluate_candidates,
     evaluate_titles,
 )
-from speeder.evaluation.leaks import LeakError, check_features, check_split
+from speeder.evaluation.leaks import LeakError, check_features, check_model_features, check_split
 from speeder.evaluation.result import evaluation_file
 from speeder.evaluation.tables import comparison_latex
 from speeder.model import SpeederForCausalLM
@@ -83,7 +83,9 @@ class Measure:
 
         Raises:
             SpeederError: the protocol is not one that the model can take part in.
+            LeakError: the model carries other features than the data's; or see `evaluate`.
         """
+        check_model_features(model, self.data)
         if self.candidates is None:
             if not getattr(model, "ranks_catalogue", True):
                 raise SpeederError(

@@ -151,6 +151,18 @@ def test_recommend_by_history_and_by_user(run, capsys):
     assert not seen & {line.split()[1] for line in capsys.readouterr().out.splitlines()}
 
 
+def test_a_model_with_other_features_than_the_datas_is_not_evaluated(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    assert main(["evaluate", str(tmp_path / "run"), "--no-baselines"]) == 0
+    place = tmp_path / "run" / "model" / "catalogue"
+    items = ItemCatalogue.load(place)
+    items.with_features("text", items.features["text"].flip(0)).save(place)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--no-baselines"]) == 1
+    message = "SpeederForCausalLM: its text features are not those of the prepared data"
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_evaluate_writes_the_table_beside_baselines(run, capsys):
     assert main(["evaluate", str(run)]) == 0

@@ -180,6 +180,25 @@ def check_features(data: "PreparedData") -> None:
         _check_origin(name, record, data.split)
 
 
+def check_model_features(model: object, data: "PreparedData") -> None:
+    """Check that a model with a catalogue of its own reads the very features that `check_features` looked at.
+
+    Raises:
+        LeakError: naming the first modality whose features are others.
+    """
+    catalogue = getattr(model, "catalogue", None)
+    if catalogue is None:
+        return
+    for name in getattr(getattr(model, "config", None), "modalities", None) or {}:
+        record = data.manifest.get("encoders", {}).get(name, {})
+        found = features_hash(catalogue.features[name], catalogue.present[name])
+        if name not in data.catalogue.features or found != record.get("features_hash"):
+            raise LeakError(
+                f"{type(model).__name__}: its {name} features are not those of the prepared data, so what they were "
+                "fitted on is unknown"
+            )
+
+
 def _check_origin(name: str, record: dict, split: "LeaveOneOut") -> None:
     if record.get("training_hash") is not None:
         check_training_hash(str(record["training_hash"]), split, f"{name} features")
