@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -331,27 +332,61 @@ def test_settings_that_do_not_fit(
 
 
 _MEMORY = """
-import resource, sys
+import sys, threading
 from pathlib import Path
 from speeder.data.prepare import prepare
-def peak(lines):
-    prepare("plain", Path(sys.argv[1]) / f"{lines}.csv", Path(sys.argv[1]) / f"out{lines}", core=5, modalities=())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-small = peak(20_000)
-print((peak(1_000_000) - small) / 1024)
+name, folder = sys.argv[1], Path(sys.argv[2])
+def anonymous():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["RssAnon"].split()[0]) / 1024
+def peak(size):
+    highest, done = [0], threading.Event()
+    def watch():
+        while not done.wait(0.005):
+            highest[0] = max(highest[0], anonymous())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    prepare(name, folder / size, folder / f"out-{size}", core=5, modalities=())
+    done.set()
+    watcher.join()
+    return highest[0]
+small = peak("small")
+print(peak("large") - small)
 """
 
 
+def plain_lines(folder: Path, lines: int) -> None:
+    with open(folder / "interactions.csv", "w") as file:
+        file.write("user,item,timestamp\n")
+        file.writelines(f"u{n % 1000},i{n % 97},{n}\n" for n in range(10_000))
+        file.writelines(f"a-user-with-a-long-id-{n:012},i{n % 97},{n}\n" for n in range(lines - 10_000))
+
+
+def amazon_lines(folder: Path, lines: int) -> None:
+    """A quarter of the lines are items', most of which nobody has."""
+    review = '{"rating": 5.0, "text": "%s", "parent_asin": "i%d", "user_id": "%s", "timestamp": %d}\n'
+    item = '{"parent_asin": "%s", "title": "A cup for %d", "description": ["%s"]}\n'
+    words = "Holds tea, and looks good. " * 8
+    with gzip.open(folder / "R.jsonl.gz", "wt", compresslevel=1) as file:
+        for n in range(lines * 3 // 4):
+            user = f"u{n % 1000}" if n < 10_000 else f"a-user-with-a-long-id-{n:012}"
+            file.write(review % (words, n % 97, user, 10**12 + n))
+    with gzip.open(folder / "meta_R.jsonl.gz", "wt", compresslevel=1) as file:
+        file.writelines(item % (f"i{n}" if n < 97 else f"nobodys-{n}", n, words) for n in range(lines // 4))
+
+
 @pytest.mark.slow
-def test_a_million_lines_take_little_memory(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize(("name", "write"), [("plain", plain_lines), ("amazon-2023", amazon_lines)])
+def test_a_million_lines_take_little_memory(
+    name: str, write: Callable[[Path, int], None], tmp_path: Path
+) -> None:
     """Nearly every line has a user of its own, whom the 5-core drops: an id must not stay in memory."""
-    for lines in (20_000, 1_000_000):
-        with open(tmp_path / f"{lines}.csv", "w") as file:
-            file.write("user,item,timestamp\n")
-            file.writelines(f"u{n % 1000},i{n % 97},{n}\n" for n in range(10_000))
-            file.writelines(f"a-user-with-a-long-id-{n:012},i{n % 97},{n}\n" for n in range(lines - 10_000))
+    for size, lines in (("small", 20_000), ("large", 1_000_000)):
+        (tmp_path / size).mkdir()
+        write(tmp_path / size, lines)
     process = subprocess.run(
-        [sys.executable, "-c", _MEMORY, str(tmp_path)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", _MEMORY, name, str(tmp_path)], check=True, capture_output=True, text=True
     )
     # a table of the million ids alone takes 170 MB
     assert float(process.stdout) < 140, f"{process.stdout} MB more for a million lines"
