@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from speeder.data.files import read_json, write_json
+from speeder.data.files import read_json, safe_name, write_json
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 
@@ -67,8 +67,7 @@ def begin_run(run: Path, recipe: AnyRecipe, data: PreparedData, data_folder: str
 
 def stage_folder(run: Path, number: int, name: str) -> Path:
     """Where a stage, counted from 0, keeps its log and checkpoints."""
-    safe = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
-    return run / "stages" / f"{number + 1:02d}-{safe}"
+    return run / "stages" / f"{number + 1:02d}-{safe_name(name)}"
 
 
 def stage_logs(run: str | Path) -> dict[str, list[dict]]:

@@ -21,6 +21,8 @@ from speeder.data.files import (
 from speeder.errors import SpeederError
 
 FORMAT = "speeder-catalogue-1"
+_ITEM_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "image")])
+_ROW_GROUP = 1 << 16
 _MODALITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -149,7 +151,7 @@ class ItemCatalogue:
         An earlier catalogue there is replaced. Raises `SpeederError` where the folder holds anything else.
         """
         with atomic_folder(folder, _owned_names(recover_folder(folder))) as temporary:
-            pq.write_table(self._table(), temporary / "items.parquet")
+            self._write_items(temporary / "items.parquet")
             names = ["items.parquet"]
             for name, matrix in self.features.items():
                 names.append(f"{name}.safetensors")
@@ -164,9 +166,12 @@ class ItemCatalogue:
             }
             write_json(temporary / "manifest.json", manifest)
 
-    def _table(self) -> pa.Table:
-        columns = dict(zip(("id", "title", "text", "image"), self._columns(), strict=True))
-        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+    def _write_items(self, path: Path) -> None:
+        """One row group after another, since a table of all items would hold every text a second time."""
+        with pq.ParquetWriter(path, _ITEM_SCHEMA) as writer:
+            for start in range(0, len(self) or 1, _ROW_GROUP):
+                rows = [column[start : start + _ROW_GROUP] for column in self._columns()]
+                writer.write_table(pa.table(rows, schema=_ITEM_SCHEMA))
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = True) -> "ItemCatalogue":

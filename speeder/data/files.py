@@ -1,15 +1,29 @@
-"""Files that are whole or not there: hashes, atomic files and folders, reproducible JSON."""
+"""Files that are whole or not there: hashes, atomic files and folders, reproducible JSON.
 
+What is half written lies beside its target as `.TARGET.xxxxxxxx.partial`, and its writer holds a lock (flock) on
+`.TARGET.xxxxxxxx.writing`. A killed writer holds no lock any more: the next one of the same target removes both.
+It is assumed that locks hold between all machines that share the folder, as on NFS, on CephFS and on Lustre mounted
+with `flock`. Where they hold on one machine alone (NFS with `local_lock` or `nolock`, Lustre with `localflock`), no two
+machines should write one target at the same time. Where there are none, nothing is removed.
+"""
+
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from speeder.errors import SpeederError
+
+
+def safe_name(name: str, keep: str = "-_") -> str:
+    """`name` as part of a file's name: all but letters, digits and the characters of `keep` become `_`."""
+    return "".join(letter if letter.isalnum() or letter in keep else "_" for letter in name)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -22,19 +36,77 @@ def sha256_file(path: str | Path) -> str:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on a clean exit it replaces `path`, otherwise it is removed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def _place_beside(target: Path) -> Iterator[Path]:
+    """A path that is free for what shall replace `target`; what is there in the end, or when killed, is removed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    lock, handle = _new_lock(target)
+    place = lock.with_suffix(".partial")
     try:
+        yield place
+    finally:  # The lock goes last: what lies beside no lock would never be found.
+        with suppress(OSError):
+            _remove(place)
+            lock.unlink()
+        os.close(handle)
+
+
+def _new_lock(target: Path) -> tuple[Path, int]:
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".writing", dir=target.parent)
+        _lock(handle)
+        if _is_at(handle, name):
+            return Path(name), handle
+        os.close(handle)  # Another writer found it before it was locked, and took it for abandoned.
+
+
+def _remove_abandoned(target: Path) -> None:
+    ours = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.writing")
+    for name in filter(ours.fullmatch, os.listdir(target.parent)):
+        lock = target.parent / name
+        with suppress(OSError):  # Its writer lives; or it is gone, another user's, or there are no locks.
+            handle = os.open(lock, os.O_RDWR)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(handle, lock):
+                    _remove(lock.with_suffix(".partial"))
+                    lock.unlink()
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Waits for the lock, which lasts until `handle` is closed or the process ends, in whatever way."""
+    with suppress(OSError):  # No locks on this file system: then no other process can have one either.
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _is_at(handle: int, path: str | Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:  # On NFS also that the handle is stale.
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on a clean exit it replaces `path`, otherwise it is removed.
+
+    Several processes may write the same `path` at once: the last to finish stays.
+    """
+    path = Path(path)
+    with _place_beside(path) as temporary:
+        temporary.touch(mode=0o600, exist_ok=False)
         yield temporary
         usual_permissions(temporary)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def usual_permissions(path: Path) -> None:
@@ -80,9 +152,32 @@ def recover_folder(folder: str | Path) -> Path:
     """The folder itself, after undoing an `atomic_folder` that was killed between its two renames."""
     folder = Path(folder)
     folder = folder if folder.name else folder.resolve()
-    if not folder.exists() and _previous(folder).is_dir():
-        os.replace(_previous(folder), folder)
+    if _is_between_renames(folder):
+        with _swap_lock(folder):
+            if _is_between_renames(folder):  # Still, and so no living process is about to do the second.
+                os.replace(_previous(folder), folder)
     return folder
+
+
+def _is_between_renames(folder: Path) -> bool:
+    return not folder.exists() and _previous(folder).is_dir()
+
+
+@contextmanager
+def _swap_lock(folder: Path) -> Iterator[None]:
+    """Held by one process at a time, others wait: while a folder is swapped there is none under its name."""
+    lock = folder.with_name(f".{folder.name}.swap")
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        _lock(handle)
+        if _is_at(handle, lock):
+            break
+        os.close(handle)  # Whoever held it has removed it.
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def check_owned(folder: Path, owned: set[str]) -> None:
@@ -104,24 +199,28 @@ def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
 
     The old content stays whole until the new one is complete. `owned` names the entries that may be replaced:
     where `folder` holds anything else, `SpeederError` is raised and nothing is touched, as a swap would lose
-    it.
+    it. Several processes may write the same folder at once: the last to finish stays.
     """
     folder = recover_folder(folder)
-    check_owned(folder, owned)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with _swap_lock(folder):
+        check_owned(folder, owned)
+    with _place_beside(folder) as temporary:
+        temporary.mkdir(mode=0o700)
         yield temporary
         usual_permissions(temporary)
-        previous = _previous(folder)
+        with _swap_lock(folder):
+            _swap(temporary, folder)
+
+
+def _swap(new: Path, folder: Path) -> None:
+    previous = _previous(folder)
+    if folder.exists():
         if previous.exists():
             shutil.rmtree(previous)
-        if folder.exists():
-            os.replace(folder, previous)
-        os.replace(temporary, folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.replace(folder, previous)
+    os.replace(new, folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict]:

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from speeder.baselines import SASRec, SASRecConfig
+from speeder.baselines.sasrec_checkpoint import Progress, save_checkpoint
 from speeder.baselines.sasrec_recipe import SASRecRecipe, settings_for, train_sasrec
 from speeder.cli import main
 from speeder.data import PreparedData
@@ -19,6 +21,7 @@ from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
 from speeder.recipe import bundled_recipe, load_recipe, recipe_from_dict
 from speeder.run_folder import stage_logs
+from tests.data.killing import killed_at
 
 SETTINGS = {"hidden_size": 16, "max_length": 8, "dropout": 0.2, "batch_size": 16, "epochs": 6}
 
@@ -86,6 +89,24 @@ def test_a_killed_process_goes_on_to_the_same_weights(folder, uninterrupted):
     for name, weight in whole.state_dict().items():
         assert torch.equal(ended.state_dict()[name], weight), name
     assert stage_logs(run) == stage_logs(uninterrupted)
+    assert not list(run.rglob(".*")), "nothing half written is left"
+
+
+def test_what_a_kill_leaves_of_a_checkpoint_goes_with_the_next_one(tmp_path):
+    """Such as a whole one beside its place, for every kill of a process that saves after each epoch."""
+    model, folder = SASRec(5, SASRecConfig(**SETTINGS)), tmp_path / "stage"
+    optimizer, path = torch.optim.Adam(model.parameters()), folder / "checkpoint.safetensors"
+
+    def save() -> None:
+        save_checkpoint(path, model, optimizer, None, Progress(), np.random.default_rng(0), "this one")
+
+    sizes, touch = [], 0
+    while killed_at(touch, save):
+        sizes.append(sum(file.stat().st_size for file in folder.glob(".*")))
+        touch += 1
+        save()
+        assert [file.name for file in folder.iterdir()] == [path.name]
+    assert max(sizes) == path.stat().st_size
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 5])

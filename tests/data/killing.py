@@ -1,15 +1,21 @@
-"""Runs a function in a process that dies at its n-th touch of the file system, as if killed there."""
+"""Runs a function in a process that is killed at its n-th touch of the file system."""
 
 import os
 import shutil
+import signal
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
 
 import speeder.data.catalogue
 
-_TOUCHES = [(os, "replace"), (shutil, "rmtree"), (pq, "write_table"), (speeder.data.catalogue, "save_file")]
-_KILLED = 77
+_TOUCHES = [
+    *((os, name) for name in ("mkdir", "replace", "unlink")),
+    (shutil, "rmtree"),
+    (pq.ParquetWriter, "write_table"),
+    (speeder.data.catalogue, "save_file"),
+]
+_KILLED = -signal.SIGKILL
 
 
 def killed_at(touch: int, function: Callable[[], None]) -> bool:
@@ -34,7 +40,7 @@ def _die_at(touch: int) -> None:
         def call(*arguments: object, **options: object) -> object:
             nonlocal count
             if count == touch:
-                os._exit(_KILLED)
+                os.kill(os.getpid(), signal.SIGKILL)
             count += 1
             return real(*arguments, **options)
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -190,6 +191,9 @@ def test_a_save_killed_anywhere_leaves_the_old_or_the_new_one(tmp_path: Path) ->
     seen = set()
     for touch in range(100):
         old.save(folder)
+        assert [path.name for path in tmp_path.iterdir()] == ["catalogue"], (
+            "what a killed one left is cleared"
+        )
         killed = killed_at(touch, lambda: new.save(folder))
         loaded = ItemCatalogue.load(folder)
         assert_same(loaded, new if len(loaded) == len(new) else old)
@@ -197,6 +201,17 @@ def test_a_save_killed_anywhere_leaves_the_old_or_the_new_one(tmp_path: Path) ->
         if not killed:
             break
     assert not killed and touch > 5 and seen == {len(old), len(new)}
+
+
+def test_items_are_written_group_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example().save(tmp_path / "at once")
+    monkeypatch.setattr("speeder.data.catalogue._ROW_GROUP", 2)
+    example().save(tmp_path / "in groups")
+    at_once, in_groups = (
+        pq.ParquetFile(tmp_path / name / "items.parquet") for name in ("at once", "in groups")
+    )
+    assert in_groups.num_row_groups == 2 and in_groups.read() == at_once.read()
+    assert_same(ItemCatalogue.load(tmp_path / "in groups"), example())
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

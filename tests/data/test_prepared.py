@@ -52,6 +52,7 @@ def test_a_save_killed_anywhere_leaves_the_old_or_the_new_one(tmp_path: Path) ->
     folder, sizes, killed = tmp_path / "set", set(), True
     for touch in range(100):
         prepared(3).save(folder)
+        assert [path.name for path in tmp_path.iterdir()] == ["set"], "what a killed one left is cleared"
         killed = killed_at(touch, lambda: prepared(4).save(folder))
         loaded = PreparedData.load(folder)
         assert len(loaded.catalogue) == len(loaded.interactions)
