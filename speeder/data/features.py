@@ -135,6 +135,9 @@ def add_images(
         "plots": sum(plot is not None for plot in plots),
         "sha256": _hash_all(images),
     }
+    if named and not by_name:
+        log.warning("%d items name a picture, but these pictures are found by item id", named)
+        record["names_unused"] = named
     described = ItemCatalogue(catalogue.ids, catalogue.titles, texts, images)
     return PreparedData(described, data.interactions, {**manifest, "images": record})
 

@@ -44,7 +44,7 @@ def test_every_reader_is_offered(capsys: pytest.CaptureFixture) -> None:
         (["plain", "none.csv"], "none.csv is missing"),
         (["plain", "x.csv", "--k-core", "0"], "k-core: expected at least 1, got 0"),
         (["plain", "x.csv", "--k-core", "9", "--without", "text"], "no interaction is left of 1 lines"),
-        (["ml-1m", "x.csv"], "expected u.data, ratings.dat, ratings.csv of MovieLens"),
+        (["ml-1m", "x.csv"], "expected ratings.dat of ml-1m, found no ratings"),
         (["amazon-2018", "x.csv", "--time-unit", "ms"], "for plain data"),
     ],
 )

@@ -272,6 +272,14 @@ def test_names_of_pictures_without_a_folder_are_said(
     assert "2 items name a picture, but no folder of pictures is given" in caplog.text
     assert PreparedData.load(tmp_path / "out").manifest == data.manifest
 
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "M_pairs.csv").write_text("user,item,timestamp\nu,a,1\nu,b,2\n")
+    (tmp_path / "pairs" / "covers").mkdir()
+    items = tmp_path / "items.csv"
+    data = prepare("microlens", tmp_path / "pairs", tmp_path / "out", items=items, modalities=())
+    assert data.manifest["images"]["names_unused"] == 1
+    assert "1 items name a picture, but these pictures are found by item id" in caplog.text
+
 
 def test_killed_anywhere_it_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     raw, out = tmp_path / "x.csv", tmp_path / "made" / "out"
