@@ -169,6 +169,8 @@ def load_baselines(runs: list[Path], folder: str, task: dict) -> dict[str, Evalu
                 rows[name] = row
                 break
             log.warning("%s: of another task than the runs; left out", path)
+        if name not in rows:
+            log.warning("%s: no run has measured it, so the tables lack it; speeder evaluate does", name)
     return rows
 
 
