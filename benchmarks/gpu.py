@@ -20,11 +20,13 @@ from torch import Tensor
 
 from benchmarks import compress_items, pack_tokens, topk_items
 from benchmarks.case import FORWARD, TRAINING, Inputs, Results, Side, leaves, size_of, training
+from benchmarks.gpu_shapes import ATTENTION, CROSS_ENTROPY, DECODING
 from benchmarks.spae_attention import BUCKETS, POSITIONS, dense_bias, unbatched
 from speeder_kernels import backends, item_cross_entropy, spae_attention
 
 DTYPE = torch.bfloat16
 WARM_UP, ROUNDS = 3, 30
+AHEAD = 20_000_000  # cycles, about 10 ms: longer than the host needs to launch what is measured
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,17 @@ def _run(forward: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | No
 # --- spae_attention ------------------------------------------------------------------------------------------
 
 
-def _flex(S: int, compiled: bool, device: torch.device) -> Callable[..., Tensor]:
+def _flex(queries: int, S: int, compiled: bool, device: torch.device) -> Callable[..., Tensor]:
+    """The last `queries` of S tokens."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
+    before = S - queries
+    mask = create_block_mask(lambda b, h, i, j: i + before >= j, None, None, queries, S, device=device)
     attend = torch.compile(flex_attention) if compiled else flex_attention
 
     def forward(q: Tensor, k: Tensor, v: Tensor, relative_HR: Tensor, absolute_HA: Tensor) -> Tensor:
         def add_bias(score: Tensor, _b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            by_distance = relative_HR[h, (i - j).clamp(0, BUCKETS - 1)]
+            by_distance = relative_HR[h, (i + before - j).clamp(0, BUCKETS - 1)]
             return score + by_distance + absolute_HA[h, j.clamp(max=POSITIONS - 1)]
 
         return attend(q, k, v, score_mod=add_bias, block_mask=mask, enable_gqa=True)
@@ -79,7 +83,7 @@ def _flex(S: int, compiled: bool, device: torch.device) -> Callable[..., Tensor]
 
 
 def _flash(alibi: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn on (B, S, H, D)."""
+    """flash-attn on (B, S, H, D); fewer queries than keys are the last ones."""
     from flash_attn import flash_attn_func
 
     slopes = None
@@ -91,20 +95,22 @@ def _flash(alibi: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attention(
     shape: tuple[int, int, int, int, int],
     with_backward: bool,
+    decoding: bool,
     device: torch.device,
     ours: tuple[str, ...],
     quick: bool,
 ) -> Inputs:
-    """Causal attention where every token is an item. `shape`: B, S, Hq, Hkv, D."""
+    """Causal attention where every token is an item. `shape`: B, S, Hq, Hkv, D. Decoding has the last query alone."""
     B, S, Hq, Hkv, D = (2, 96, 4, 2, 32) if quick else shape
-    q = torch.randn(B, S, Hq, D, device=device).to(DTYPE)
+    Q = 1 if decoding else S
+    q = torch.randn(B, Q, Hq, D, device=device).to(DTYPE)
     k, v = torch.randn(2, B, S, Hkv, D, device=device).to(DTYPE)
     tables = [torch.randn(Hq, n, device=device) for n in (BUCKETS, POSITIONS)]
     grad = torch.randn_like(q) if with_backward else None
 
-    cu = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
-    rank = torch.arange(S, dtype=torch.int32, device=device).repeat(B)
-    layout = (cu, cu, S, S, rank, rank)
+    cu_q, cu_k = (torch.arange(B + 1, dtype=torch.int32, device=device) * length for length in (Q, S))
+    rank = torch.arange(S, dtype=torch.int32, device=device)
+    layout = (cu_q, cu_k, Q, S, rank[S - Q :].repeat(B), rank.repeat(B))
     packed = leaves(*(x.flatten(0, 1) for x in (q, k, v)), *tables)
     packed_grad = None if grad is None else grad.flatten(0, 1)
 
@@ -121,18 +127,18 @@ def attention(
     head_grad = None if grad is None else grad.transpose(1, 2).contiguous()
     sdpa = partial(F.scaled_dot_product_attention, enable_gqa=True)
     learned = leaves(*tables)
-    fixed = None if with_backward else dense_bias(*tables, S, S).to(DTYPE)
+    fixed = None if with_backward else dense_bias(*tables, Q, S).to(DTYPE)
 
     def dense(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor) -> Tensor:
-        return sdpa(q, k, v, attn_mask=dense_bias(*tables, S, S).to(DTYPE) if fixed is None else fixed)
+        return sdpa(q, k, v, attn_mask=dense_bias(*tables, Q, S).to(DTYPE) if fixed is None else fixed)
 
-    others.add("SDPA, no bias", lambda: Side(_run(partial(sdpa, is_causal=True), by_head, head_grad), None))
+    others.add("SDPA, no bias", lambda: Side(_run(partial(sdpa, is_causal=Q == S), by_head, head_grad), None))
     others.add("SDPA, dense bias", lambda: Side(_run(dense, by_head + learned, head_grad), unbatched))
     others.add(
         "FlexAttention, same bias",
-        lambda: Side(_run(_flex(S, not quick, device), by_head + learned, head_grad), unbatched),
+        lambda: Side(_run(_flex(Q, S, not quick, device), by_head + learned, head_grad), unbatched),
     )
-    pairs = B * Hq * S * (S + 1) / 2
+    pairs = B * Hq * Q * (S + S - Q + 1) / 2
     moved = size_of(*packed, q)
     return Inputs(
         {**sides, **others.sides}, 4 * D * pairs * (3.5 if with_backward else 1), moved, others.missing
@@ -191,15 +197,22 @@ def shared(build: Callable[..., Inputs], device: torch.device, ours: tuple[str, 
     return Inputs({**sides, **others}, first.flops, first.bytes, first.missing)
 
 
-SMALL, LARGE = (4, 1024, 9, 3, 64), (4, 4096, 32, 8, 128)
 CASES = [
     Case(
         "spae_attention",
         f"{B} x {S} tokens, {Hq}/{Hkv} heads of {D}, {TRAINING if with_backward else FORWARD}",
-        partial(attention, (B, S, Hq, Hkv, D), with_backward),
+        partial(attention, (B, S, Hq, Hkv, D), with_backward, False),
     )
-    for B, S, Hq, Hkv, D in (SMALL, LARGE)
+    for B, S, Hq, Hkv, D in ATTENTION
     for with_backward in (False, True)
+]
+CASES += [
+    Case(
+        "spae_attention",
+        f"{B} new tokens, cache {S}, {Hq}/{Hkv} heads of {D}",
+        partial(attention, (B, S, Hq, Hkv, D), False, True),
+    )
+    for B, S, Hq, Hkv, D in DECODING
 ]
 CASES += [
     Case(
@@ -207,7 +220,7 @@ CASES += [
         f"{shape[0]} positions, {shape[1]:,} items, H {shape[2]}, {TRAINING}",
         partial(cross_entropy, shape),
     )
-    for shape in ((1024, 100_000, 576), (8192, 100_000, 2048))
+    for shape in CROSS_ENTROPY
 ]
 CASES += [
     Case(case.op, case.what, partial(shared, case.build))
@@ -221,9 +234,13 @@ CASES += [
 
 
 def by_events(run: Callable[[], Results]) -> float:
-    """Milliseconds on the GPU from the first kernel's start to the last one's end."""
+    """Milliseconds on the GPU from the first kernel's start to the last one's end.
+
+    The GPU first waits, while the host launches: else small kernels would wait for it, and its time would be measured.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(AHEAD)
     start.record()
     run()
     end.record()

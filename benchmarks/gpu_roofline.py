@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_shapes
 from benchmarks.gpu_loops import RATES, Loop, disassemble, main_loop
 from benchmarks.spae_attention import BUCKETS, POSITIONS
 from speeder_kernels import dispatch
@@ -88,10 +89,13 @@ class Attention:
         key = self.B * self.S * self.Hkv * self.D * BYTES
         row = self.B * self.S * self.Hq * 4  # a float32 for each query
         size = f"Li{self.D}E"
+        moved_q = 3 * query + 2 * key + 2 * row
         for kernel, products, moved, triton, cuda in (
             ("forward", 2, 2 * query + 2 * key + row, "forward_kernel", f"SpaeForward.*{size}"),
             ("gradients of k and v", 4, 2 * query + 4 * key + 2 * row, "keys_kernel", f"SpaeGradKV.*{size}"),
-            ("gradient of q", 3, 3 * query + 2 * key + 2 * row, "queries_kernel", f"SpaeGradQ.*{size}"),
+            ("gradient of q", 3, moved_q, "queries_kernel", ""),
+            # In half precision, where a table takes a gradient, CUDA first goes over the keys for delta.
+            ("delta, then gradient of q", 5, moved_q, "", f"SpaeGradQ.*{size}"),
         ):
             yield Work("spae_attention", kernel, self.name, products * product, moved, triton, cuda)
         # Triton's kernel for the relative table, with two products for the pairs that are not in the last bucket; CUDA
@@ -154,25 +158,23 @@ class TopK:
 
 def bandwidth_bound() -> Iterator[Work]:
     """Kernels that memory bounds whatever their code: each tensor once. Half the tokens are items."""
-    for B, S, Hq, Hkv, D in ((64, 512, 9, 3, 64), (64, 4096, 32, 8, 128)):
+    for B, S, Hq, Hkv, D in gpu_shapes.DECODING:
         keys, queries = B * S * Hkv * D * BYTES, B * Hq * D * BYTES
         shape = f"{B} new tokens, cache {S}, {Hq}/{Hkv} heads of {D}"
         flops = 4 * B * S * Hq * D
         yield Work("spae_attention", "decoding", shape, flops, 2 * keys + 2 * queries)
-    for T, H in ((16384, 576), (16384, 4096)):
+    for T, H in gpu_shapes.PACK_TOKENS:
         yield Work("pack_tokens", "forward", f"{T} tokens, H {H}", 0, 2 * T * H * BYTES + 3 * T * 8)
-    for U, M, H in ((4096, 3, 576), (4096, 3, 4096)):
+    for U, M, H in gpu_shapes.COMPRESS_ITEMS:
         shape, experts, tokens = f"{U} items of {M} modalities, H {H}", U * M * H * BYTES, U * H * BYTES
         yield Work("compress_items", "forward", shape, 0, experts + tokens)
         yield Work("compress_items", "backward", shape, 0, 2 * experts + tokens)
 
 
 CASES = (
-    Attention(B=4, S=1024, Hq=9, Hkv=3, D=64),
-    Attention(B=4, S=4096, Hq=32, Hkv=8, D=128),
-    CrossEntropy(N=1024, I=100_000, H=576),
-    CrossEntropy(N=8192, I=100_000, H=4096),
-    TopK(N=256, I=1_000_000, H=64, k=100),
+    *(Attention(*shape) for shape in gpu_shapes.ATTENTION),
+    *(CrossEntropy(*shape) for shape in gpu_shapes.CROSS_ENTROPY),
+    *(TopK(*shape) for shape in gpu_shapes.TOPK_ITEMS),
 )
 
 
@@ -277,18 +279,20 @@ bound is bold.
 
 ## By instructions
 
-The inner loop of the compiled kernel (of those with products, the one over whole tiles without a mask), counted in its
-machine code. A processor has four parts; each issues one instruction a cycle. In the table, cycles of a part for one
-turn of one warp: of the matrix unit, of the unit for special functions (16 results a cycle and processor, so 8 cycles
-for a warp's exp2), and issue slots. Where the loop has branches, two numbers: the ways with the fewest and with
-the most instructions. Which is taken, the ranks of a tile decide: the fewest may leave out a tile's bias or the
+The inner loop of the compiled kernel (of those with products, the one over whole tiles without a mask), counted in
+its machine code. A processor has four parts; each issues one instruction a cycle. In the table, cycles of a part for
+one turn of one warp: of the matrix unit, of the unit for special functions (16 results a cycle and processor, so 8
+cycles for a warp's exp2), and issue slots. Where the loop has branches, two numbers: the ways with the fewest and
+with the most instructions. Which is taken, the ranks of a tile decide: the fewest may leave out a tile's bias or the
 loads of the next, the most is that of tiles whose ranks repeat or spread wide; loops inside without products count as
 one turn. The share is what the products would take at the datasheet's rate / the largest of the three numbers: it
-supposes that warps overlap perfectly. Not counted, so that the true bound is higher: waiting, the rates of shared
-memory and of the float32 and integer units, tiles that the mask cuts, the last wave of programs, and what stands
-around the inner loop (where that runs over parts of H: the softmax of `item_cross_entropy`, the choice of
-`topk_items`). A kernel whose loop is the same for two shapes stands here once; decoding and the gradient of the
-relative table, whose loops are mostly other work, are left out.
+supposes that warps overlap perfectly. Kernels of Triton whose tiles have one stage (`num_stages=1` in `tiles.py`: the
+gradients of k and v, that of q on an A100 and for heads of 128, that of the relative table) cannot load the next tile
+while they multiply this one: only other warps cover the wait, of which few are resident. Not counted, so that the
+true bound is higher: waiting, the rates of shared memory and of the float32 and integer units, tiles that the mask
+cuts, the last wave of programs, and what stands around the inner loop (where that runs over parts of H: the softmax
+of `item_cross_entropy`, the choice of `topk_items`). A kernel whose loop is the same for two shapes stands here once;
+decoding and the gradient of the relative table, whose loops are mostly other work, are left out.
 
 On an H100 only the instructions of a warp group (HGMMA) reach the peak. Those of one warp (HMMA) are counted at
 {warp_rate:.1%} of it: an assumption, after published microbenchmarks (arXiv 2402.13499), not a figure of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,39 @@ def test_the_main_loop_of_a_gpu_kernel() -> None:
 def test_the_gpu_roofline_is_of_todays_shapes() -> None:
     """Its first table, which needs no compiler; `python -m benchmarks.gpu_roofline` rewrites the file."""
     assert "\n".join(gpu_roofline.bounds_table()) in gpu_roofline.OUT.read_text()
+
+
+def test_the_gpu_roofline_and_the_gpu_benchmarks_share_their_shapes() -> None:
+    """By the numbers that a benchmark's name tells."""
+    works = [work for case in gpu_roofline.CASES for work in case.works()] + [*gpu_roofline.bandwidth_bound()]
+    bounded = {(work.op, *re.findall(r"\d+(?:,\d{3})*", work.shape)) for work in works}
+    for case in gpu.CASES:
+        numbers = set(re.findall(r"\d+(?:,\d{3})*", case.what))
+        assert any(case.op == op and numbers <= set(shape) for op, *shape in bounded), case.what
+    for op, *shape in bounded:
+        names = [set(re.findall(r"\d+(?:,\d{3})*", case.what)) for case in gpu.CASES if case.op == op]
+        assert any(numbers <= set(shape) for numbers in names), (op, shape)
+
+
+def test_the_gpu_waits_while_a_side_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the time of the host would be measured."""
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 1.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"), raising=False)
+    assert gpu.by_events(lambda: order.append("launch")) == 1.5
+    assert order == ["synchronize", "sleep", "event", "launch", "event", "synchronize"]
 
 
 @pytest.mark.parametrize("case", gpu.CASES, ids=lambda case: f"{case.op}-{case.what}")
