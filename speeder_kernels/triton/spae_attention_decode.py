@@ -1,7 +1,8 @@
 """spae_attention for few queries against many keys, as when one token is decoded against a long cache.
 
-The queries of all heads that share a key head stand in one tile, so that keys and values are read once. The keys of a
-sequence are split among programs, and `combine_kernel` puts their results together in the order of the keys.
+The queries of all heads that share a key head stand in one tile of BLOCK_Q rows, so that keys and values are read once;
+more rows than that take several tiles, each of which reads them. The keys of a sequence are split among programs, and
+`combine_kernel` puts their results together in the order of the keys.
 
 Shape letters: Q rows of a tile (a query of one head each), K keys of a tile, D head size, S splits.
 """

@@ -1,18 +1,15 @@
 """The gradients of spae_attention's two bias tables, without atomics.
 
-A program owns a partial table, adds to it tile after tile,
-and a last kernel adds the partial tables in order. So the
+A program owns a partial table, adds to it tile after tile, and a last kernel adds the partial tables in order. So the
 sums do not depend on which program is faster.
 
-The relative table: a tile's gradients of scores,
-computed once more (in `queries_kernel` there are no registers left
-for what follows), are summed by distance. Where ranks are consecutive, the distances
-are the tile's diagonals: each row is turned until its diagonals stand in columns,
-which are then summed. Where they
-are not,
-the tile is first multiplied from both sides with matrices of ones and zeros that put every query and key at
-the place its rank says, and is then such a tile. The absolute table: sums over a key's queries come from
-`keys_kernel`; here they are summed by rank.
+The relative table: a tile's gradients of scores, computed once more (in `queries_kernel` there are no registers left
+for what follows), are summed by distance. Where ranks are consecutive, the distances are the tile's diagonals: each
+row is turned until its diagonals stand in columns, which are then summed. Where they are not, the tile is first
+multiplied from both sides with matrices of ones and zeros that put every query and key at the place its rank says,
+and is then such a tile.
+
+The absolute table: sums over a key's queries come from `keys_kernel`; here they are summed by rank.
 
 Shape letters: Q queries of a tile, K keys of a tile.
 """
@@ -140,8 +137,7 @@ def tile_gradients(
 ):  # fmt: skip
     """Add a tile of queries against keys 0 to `end` to the program's row.
 
-    Tiles of `queries_kernel`, which contain this kernel's,
-    are left out where they are far: it has summed them.
+    Tiles of `queries_kernel`, which contain this kernel's, are left out where they are far: it has summed them.
     """
     row_Q, row_K = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     step_QK = row_Q[:, None] - row_K[None, :]
@@ -230,8 +226,7 @@ def relative_kernel(
 ):
     """partials (slots, Hq, R + 2 PAD): ds by distance, each slot over every slots-th tile of queries.
 
-    `far` (Hq, Tq) is what `queries_kernel` has summed already, in tiles of FAR_Q queries and FAR_K keys,
-    multiples of
+    `far` (Hq, Tq) is what `queries_kernel` has summed already, in tiles of FAR_Q queries and FAR_K keys, multiples of
     this kernel's.
     """
     head = tl.program_id(0) % heads

@@ -1,8 +1,9 @@
-"""The one table of tile sizes, warps and pipeline stages, by kernel and GPU architecture; and how kernels are
+"""The table of tile sizes, warps and pipeline stages, by kernel and GPU architecture; and how kernels are
 launched.
 
-Every launch goes through `launch` with a row of `TILES`, so what can run on a GPU is what is listed here; the
-compile checks (`tests/kernels/triton_aot.py`) walk through the same launchers with every row.
+Every launch goes through `launch`. What differs by architecture is a row of `TILES`; the small kernels around
+attention (describe, combine, absolute, reduce) have the same blocks and warps everywhere, constants in
+`spae_attention.py`. The compile checks (`tests/kernels/triton_aot.py`) walk through the same launchers with every row.
 """
 
 from __future__ import annotations

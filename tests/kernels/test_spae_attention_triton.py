@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -87,21 +87,23 @@ def planted(folder: Path, module: str = "", *changes: tuple[str, str]) -> Iterat
         yield
 
 
-def outputs(args: dict, causal: bool, how: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Output and gradients by our kernels, by the reference in float64, or by PyTorch's own attention."""
+def outputs(
+    args: dict, causal: bool, how: str, ours: Callable = attend
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Output and gradients by `ours`, by the reference in float64, or by PyTorch's own attention."""
     copy, inputs = leaves(args, torch.float64 if how == "exact" else None)
     if how == "torch":
         out = naive.torch_attention(*(copy[name] for name in NAMES), causal)
     else:
-        run = attend if how == "ours" else at(spae_attention, "reference", "cpu")
+        run = ours if how == "ours" else at(spae_attention, "reference", "cpu")
         out = run(**copy, causal=causal)
     return out, naive.gradients(out, inputs)
 
 
-def check(args: dict, causal: bool) -> None:
+def check(args: dict, causal: bool, ours: Callable = attend) -> None:
     """The rule for errors, for the output and every gradient."""
     (out, grads), (exact, grads_exact), (torchs, grads_torch) = (
-        outputs(args, causal, how) for how in ("ours", "exact", "torch")
+        outputs(args, causal, how, ours) for how in ("ours", "exact", "torch")
     )
     naive.assert_accurate("out", out, exact, torchs, args["v"].abs().max().item())
     # As in test_spae_attention: the dot products whose difference is a score's gradient.
@@ -189,10 +191,10 @@ def test_few_queries_against_many_keys(kind, causal, processors):
         check_forward(args, causal)
 
 
-def check_forward(args: dict, causal: bool) -> None:
+def check_forward(args: dict, causal: bool, ours: Callable = attend) -> None:
     exact = at(spae_attention, "reference", "cpu")(**leaves(args, torch.float64)[0], causal=causal)
     torchs = naive.torch_attention(*(args[name] for name in NAMES), causal)
-    out = attend(**args, causal=causal)
+    out = ours(**args, causal=causal)
     naive.assert_accurate("out", out, exact, torchs, args["v"].abs().max().item())
 
 
