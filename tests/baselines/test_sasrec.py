@@ -36,7 +36,7 @@ def trained(world):
     model = SASRec.fit(
         world.training(),
         NUM_ITEMS,
-        SMALL,
+        replace(SMALL, epochs=60, patience=60),  # where learning is nearly done, the ranking moves little
         validation=(world.histories("validation"), world.targets("validation")),
         log=records.append,
     )
@@ -46,9 +46,12 @@ def trained(world):
 def test_it_learns_the_planted_order(world, trained):
     model, records = trained
     result = evaluate(model, world, resamples=50)
-    assert result.mean("HR@1", "allowed") > 0.95
+    # training stopped by the ranking that masks seen items, so that is what is learned; some targets are seen ones
+    pairs = zip(world.histories("test"), world.targets("test"), strict=True)
+    reachable = np.mean([target not in history for history, target in pairs])
+    assert reachable > 0.7 and result.mean("HR@1", "masked") > 0.95 * reachable
     popular = evaluate(Popularity(world.training(), NUM_ITEMS), world, resamples=50)
-    assert popular.mean("HR@1", "allowed") < 0.2
+    assert popular.mean("HR@1", "masked") < 0.2
     assert records[-1]["loss"] < records[0]["loss"]
     assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
 
