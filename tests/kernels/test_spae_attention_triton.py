@@ -174,9 +174,19 @@ def test_tiles_of_the_relative_table_divide_those_of_the_queries():
                     assert large[block] % small[block] == 0, (key, arch, block)
 
 
-@pytest.mark.parametrize("size", [80, 128, 256])
-def test_the_tiles_of_a_gpu(size):
+@pytest.mark.parametrize(
+    ("size", "arch"),
+    [
+        (80, 80),
+        (128, 80),
+        (256, 80),
+        *((size, arch) for size in (16, 64, 128) for arch in tiles.ARCHITECTURES[1:]),
+    ],
+)
+def test_the_tiles_of_a_gpu(size, arch, monkeypatch):
     """The rows that stand in the table of tiles, at head sizes that fill them and do not."""
+    if DEVICE == "cpu":  # a GPU takes its own
+        monkeypatch.setattr(tiles, "architecture", lambda device: arch)
     check(draw("answered", [75, 3], [140, 3], 1, 1, size, (20, 9), dtype=DTYPES[-1]), True)
 
 
@@ -291,6 +301,28 @@ def test_strided_inputs(step, queries):
             tensors = [x.to(DEVICE) for x in (upstream, case["q"], case["k"], case["v"])]
             results.append((out, *backward(tensors, out, lse, rest, [True] * 5)))
     assert not args["k"].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@interpreted_only
+@pytest.mark.parametrize("queries", [1, 20])
+@pytest.mark.parametrize("blocks", [small_attention_tiles, contextlib.nullcontext])
+def test_offsets_that_overflow_32_bits(queries, blocks, tmp_path):
+    """Of tiles, and within one. Tokens 2^27 elements apart, in a file with holes: only pages that hold a token take
+    memory."""
+    args = make([queries], [20], 2, 1, 16, dtype=torch.float16)
+    apart = (1 << 27) + 128
+    memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=20 * apart, dtype=torch.float16)
+    up, far = torch.randn(queries, 2, 16).half(), {}
+    for n, (name, x) in enumerate({**{name: args[name] for name in "qkv"}, "up": up}.items()):
+        far[name] = memory.as_strided(x.shape, (apart, 16, 1), 32 * n)
+        far[name].copy_(x)
+    rest, results = [args[name] for name in (*NAMES[3:7], *GRADS[3:])], []
+    with blocks():
+        for case, upstream in (({**args, **{name: far[name] for name in "qkv"}}, far["up"]), (args, up)):
+            out, lse = raw(case)
+            tensors = [upstream, *(case[name] for name in "qkv")]
+            results.append((out, *backward(tensors, out, lse, rest, [True] * 5)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -108,6 +108,19 @@ def test_compress_items_matches_the_loop(items, modalities, hidden, dtype, float
         compress.check_against_the_loop(triton(sk.compress_items), args)
 
 
+@interpreted_only
+def test_a_text_table_of_more_than_two_to_the_31_elements(tmp_path):
+    """A file with holes: only the rows that are written take memory."""
+    rows, width = 70_000, 32_768
+    text = torch.from_file(str(tmp_path / "text"), shared=True, size=rows * width).view(rows, width)
+    text[-1] = torch.randn(width)
+    ids, no_item = torch.tensor([rows - 1, 0, rows - 1]), torch.full((3,), -1)
+    out = sk.pack_tokens(
+        ids, text, torch.zeros(1, width), no_item, no_item, torch.zeros(1, width), backend="triton"
+    )
+    assert torch.equal(out, text[ids])
+
+
 def test_absent_modalities_are_never_read():
     compress.test_absent_modalities_are_never_read("triton", DEVICE)
 
