@@ -17,6 +17,7 @@ from speeder.results import (
     evaluate_once,
     example_recommendations,
     gate_table,
+    kept_evaluation,
     write_results,
     write_training_plots,
 )
@@ -89,8 +90,10 @@ def demo(
         data_folder=folder,
         on_stage=lambda stage, model: evaluate_once(run, names[stage.name], model.eval(), measure),
     )
-    for name in names.values():
-        evaluations[name] = evaluate_once(run, name, model, measure)
+    *earlier, last = names.values()
+    for name in earlier:  # measured when the stage ended; its model is gone
+        evaluations[name] = kept_evaluation(run, name, measure)
+    evaluations[last] = evaluate_once(run, last, model, measure)
 
     table = write_results(out, evaluations)
     write_training_plots(out, run, model)

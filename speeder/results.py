@@ -195,6 +195,21 @@ def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend
     return evaluation
 
 
+def kept_evaluation(run: Path, name: str, measure: Measure) -> Evaluation:
+    """The evaluation that the run folder holds under a name, for models that are there no longer.
+
+    Raises:
+        SpeederError: it is missing, damaged or of another task.
+    """
+    path = run / EVALUATIONS / measure.folder / evaluation_file(name)
+    if not path.exists():
+        raise SpeederError(f"{path} is missing, and {name!r} was not kept: train again in another folder")
+    known = Evaluation.load(path)
+    if known.task != measure.task:
+        raise SpeederError(f"{path}: is of other data or another protocol than this evaluation")
+    return known
+
+
 def evaluate_run(run: Path, model: Scorer, measure: Measure) -> Evaluation:
     """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them."""
     evaluation = measure(model)

@@ -96,7 +96,8 @@ def add_features(
         }
     for name, record in encoders.items():  # evaluation refuses any other features beside this record
         record["features_hash"] = features_hash(catalogue.features[name], catalogue.present[name])
-    return PreparedData(catalogue, data.interactions, {**manifest, "encoders": encoders})
+    manifest["encoders"] = {**manifest.get("encoders", {}), **encoders}
+    return PreparedData(catalogue, data.interactions, manifest)
 
 
 def add_images(

@@ -102,9 +102,10 @@ def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
     if not rows * width:
         return torch.zeros(rows, width)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
+    with tempfile.TemporaryFile(dir=folder) as file:  # never has a name, so that a kill leaves nothing
         os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk would kill who writes to the map
-        flat = torch.from_file(file.name, shared=True, size=rows * width, dtype=torch.float32)
+        path = f"/proc/self/fd/{file.fileno()}"
+        flat = torch.from_file(path, shared=True, size=rows * width, dtype=torch.float32)
     return flat.view(rows, width)
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from speeder.data.files import write_json
+from speeder.data.files import safe_name, write_json
 from speeder.errors import SpeederError
 from speeder.evaluation.bootstrap import Interval, bootstrap_intervals
 from speeder.evaluation.metrics import METRICS, metric_values
@@ -197,8 +197,7 @@ class Evaluation:
 
 def evaluation_file(name: str) -> str:
     """The file's name of what a model of this name was found to do."""
-    safe = "".join(letter if letter.isalnum() or letter in "-+" else "_" for letter in name.lower())
-    return f"{safe}.json"
+    return f"{safe_name(name.lower(), keep='-+')}.json"
 
 
 def _plain(value: object) -> object:

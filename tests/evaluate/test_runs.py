@@ -14,7 +14,7 @@ from speeder.data.files import write_json
 from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
 from speeder.evaluate import Candidates, LeakError, evaluate_titles, training_hash
-from speeder.results import Measure, baselines, evaluate_once, measure_for
+from speeder.results import Measure, baselines, evaluate_once, kept_evaluation, measure_for
 
 
 def tiny_sasrec(data):
@@ -149,3 +149,14 @@ def test_a_model_without_a_record_is_named_in_the_results(run, capsys):
         "popularity": "the split's training part",
         SASRec.label: "not told",
     }
+
+
+def test_a_stage_whose_model_is_gone_is_not_measured_by_another(run):
+    data = PreparedData.load(run.parent / "data")
+    measure = Measure(data)
+    with pytest.raises(SpeederError, match="'after text' was not kept"):
+        kept_evaluation(run, "after text", measure)
+    kept = evaluate_once(run, "after text", tiny_sasrec(data), measure)
+    assert kept_evaluation(run, "after text", measure).task == kept.task
+    with pytest.raises(SpeederError, match="other data or another protocol"):
+        kept_evaluation(run, "after text", Measure(grown(data)))
