@@ -8,6 +8,7 @@ as all tensors are on the CPU.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -41,7 +42,7 @@ DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}  # the reference runs
 OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)  # compute capability: older ones have neither bfloat16 products nor asynchronous copies
 LARGEST_HEAD = 256  # of spae_attention on a GPU: the tiles of wider heads do not fit into a processor
-LARGEST_AMD_HEAD = 128  # the backward of wider ones takes more shared memory than 64 KiB, all there is on CDNA3
+LARGEST_AMD_HEAD = 128  # the backward of wider ones takes more shared memory than CDNA3's 64 KiB
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,28 @@ def _load_cuda() -> str:
         return f"this PyTorch ({torch.__version__}) has no CUDA"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
-    return _load("_ops_cuda.so")
+    return _load("_ops_cuda.so") or _old_driver(*_cuda_versions())
+
+
+def _cuda_versions() -> tuple[int, int]:
+    """Of the CUDA runtime within our library, and the newest that the driver knows: 1000 * major + 10 * minor."""
+    runtime, driver = ctypes.c_int(), ctypes.c_int()
+    library = ctypes.CDLL(str(library_path("_ops_cuda.so")))
+    library.speeder_cuda_versions(ctypes.byref(runtime), ctypes.byref(driver))
+    return runtime.value, driver.value
+
+
+def _old_driver(runtime: int, driver: int) -> str:
+    """Why this driver does not run our kernels, or an empty string.
+
+    A driver serves every runtime of its own major version and of older ones.
+    """
+    if driver // 1000 >= runtime // 1000:
+        return ""
+    built, has = (f"CUDA {number // 1000}.{number % 1000 // 10}" for number in (runtime, driver))
+    return (
+        f"_ops_cuda.so was built with {built}, and the driver has {has if driver else 'no CUDA'}: update it"
+    )
 
 
 def interprets_triton() -> bool:

@@ -1,7 +1,7 @@
 // compress_items on a GPU: launchers over raw pointers and a stream. No torch and no CUDA header,
 // so any host code can call them. The arguments are those of the CPU functions
 // (cpu/compress_items.h), all on the current device; `stream` is a cudaStream_t. Each returns null,
-// or CUDA's message of what went wrong with the launch.
+// or a message of what went wrong with the launch: CUDA's, or the launcher's own.
 #pragma once
 
 #include <algorithm>

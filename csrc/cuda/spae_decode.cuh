@@ -51,7 +51,7 @@ struct DecodePass {
 
   AttentionForward call;
   float* scratch;
-  int splits, row_count;  // rows: of the longest sequence
+  int splits, row_count;  // rows: of the longest sequence, which no other passes
   bool wide;              // see load_rows
 
   SPEEDER_DEVICE void operator()() const {
@@ -61,8 +61,9 @@ struct DecodePass {
     const int split = block_index_x() % splits, pair = block_index_x() / splits;
     const int kv_head = pair % kv_heads, head = kv_head * group;
     const Span span(args, pair / kv_heads);
-    const int rows = span.queries * group;
-    if (rows == 0) return;
+    // There is working memory for no more than row_count, and nobody has read the lengths.
+    const int rows = smaller(span.queries * group, row_count);
+    if (rows <= 0) return;
     const Memory memory;
     load_rows<T, kDecodeRows, kSize, kThreads>(memory.q, thread_index(), rows, size, wide,
                                                QueryRows{args.q, span.q0, head, group});
@@ -170,35 +171,39 @@ struct SpaeDecode : DecodePass<T, kSize, DecodeShape<sizeof(T), kSize>> {};
 template <typename T, int kSize>
 struct SpaeSmallDecode : DecodePass<T, kSize, SmallDecodeShape<sizeof(T), kSize>> {};
 
-// A warp has one row: its output from the shares, added up in order.
+// A warp has one row: its output from the shares, added up in a fixed order.
 template <typename T>
 struct SpaeCombine {
   static constexpr int kThreads = 128, kMinBlocks = 1;
 
   AttentionForward call;
   float* scratch;
+  int64_t tokens;  // queries
   int shares, row_count;
 
   SPEEDER_DEVICE void operator()() const {
     const AttentionArgs& args = call.args;
     const int kv_heads = static_cast<int>(args.kv_heads), size = static_cast<int>(args.size);
     const int group = static_cast<int>(args.heads) / kv_heads;
+    fill_tail<T>(call, tokens);
     const int64_t n = block_index_x() * int64_t{kThreads / kWarp} + warp();
+    if (n >= args.sequences * kv_heads * row_count) return;
     const int row = static_cast<int>(n % row_count);
     const int64_t pair = n / row_count;
-    if (pair >= args.sequences * kv_heads) return;
     const Span span(args, static_cast<int>(pair / kv_heads));
     if (row >= span.queries * group) return;
     float top = -infinity();
-    for (int s = 0; s < shares; ++s) {
+    for (int s = lane(); s < shares; s += kWarp) {
       top = larger(top, DecodeSums(scratch, pair * shares + s, row_count, size).top[row]);
     }
+    top = warp_max(top);
     const float origin = top == -infinity() ? 0.0f : top;
     float total = 0.0f;
-    for (int s = 0; s < shares; ++s) {
+    for (int s = lane(); s < shares; s += kWarp) {
       const DecodeSums sums(scratch, pair * shares + s, row_count, size);
       total += exp2_fast((sums.top[row] - origin) * kLog2E) * sums.total[row];
     }
+    total = warp_sum(total);
     const int64_t head = pair % kv_heads * group + row % group;
     const int64_t at = (span.q0 + row / group) * args.heads + head;
     for (int d = lane(); d < size; d += kWarp) {

@@ -20,6 +20,15 @@ struct QueryTile {
   }
 };
 
+// What a query gets that sees no key, for those behind the last sequence.
+template <typename T>
+SPEEDER_DEVICE void fill_tail(const AttentionForward& call, int64_t tokens) {
+  const AttentionArgs& args = call.args;
+  const int64_t first = args.cu_q[args.sequences];
+  fill_tail<T>(call.out, first, tokens, args.heads * args.size, 0.0f);
+  fill_tail<float>(call.lse, first, tokens, args.heads, infinity());
+}
+
 // One sequence's tokens, and where its last queries stand among the keys.
 struct Span {
   int q0, k0, queries, keys;
@@ -79,13 +88,15 @@ struct ForwardPass {
   };
 
   AttentionForward call;
-  int tiles;  // of the longest sequence
-  bool wide;  // see load_rows
+  int64_t tokens;  // queries
+  int tiles;       // of the longest sequence
+  bool wide;       // see load_rows
 
   SPEEDER_DEVICE void operator()() const {
     const AttentionArgs& args = call.args;
     const QueryTile tile = QueryTile::of(block_index_x(), args, tiles, kRows);
     const Span span(args, tile.sequence);
+    fill_tail<T>(call, tokens);
     if (tile.first >= span.queries) return;
     const int rows = smaller(kRows, span.queries - tile.first);
     const int end = larger(span.visible(tile.first + rows - 1, args.causal), 0);

@@ -126,8 +126,9 @@ struct SmallDecodeShape : TileShape<(kBytes * kSize > 256 ? 2 : 4), 1, 16, 1> {}
 template <>
 struct SmallDecodeShape<4, 256> : TileShape<1, 1, 16, 1> {};
 
+// Or where there is no sequence: SpaeCombine then has the tokens behind it.
 inline bool decodes(const AttentionArgs& args, const Extents& extents) {
-  return extents.longest_q * (args.heads / args.kv_heads) <= kDecodeRows;
+  return args.sequences == 0 || extents.longest_q * (args.heads / args.kv_heads) <= kDecodeRows;
 }
 
 // What the keys of a sequence are shared among, so that few sequences fill a GPU: every warp of a
@@ -168,7 +169,7 @@ struct BackwardPlan {
     const int64_t rows = grad_q_rows(bytes, args.size);
     query_tiles = divide_up(extents.longest_q, rows) * args.sequences;
     relative_shares = call.grad_relative ? TablePlan::shares(query_tiles, args.heads * args.buckets)
-                                         : query_tiles;
+                                         : std::max<int64_t>(query_tiles, 1);
     absolute_shares = TablePlan::shares(divide_up(extents.tokens_k, TablePlan::kKeys),
                                         args.heads * std::max<int64_t>(args.positions, 1));
     delta = take(extents.tokens_q * args.heads);

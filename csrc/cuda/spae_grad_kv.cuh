@@ -46,6 +46,8 @@ struct GradKVPass {
     const int kv_heads = static_cast<int>(args.kv_heads), size = static_cast<int>(args.size);
     const int group = static_cast<int>(args.heads) / kv_heads;
     const int kv_head = block_index_x() % kv_heads, rest = block_index_x() / kv_heads;
+    fill_tails();
+    if (rest >= args.sequences * tiles) return;
     const int tile_first = rest % tiles * kRows;  // the first keys are seen by most queries
     const Span span(args, rest / tiles);
     if (tile_first >= span.keys) return;
@@ -125,6 +127,14 @@ struct GradKVPass {
   }
 
  private:
+  // Nothing sees the keys behind the last sequence.
+  SPEEDER_DEVICE void fill_tails() const {
+    const AttentionArgs& args = call.args;
+    const int64_t first = args.cu_k[args.sequences], width = args.kv_heads * args.size;
+    if (kGradK && call.grad_k != nullptr) fill_tail<T>(call.grad_k, first, tokens_k, width, 0.0f);
+    if (kGradV && call.grad_v != nullptr) fill_tail<T>(call.grad_v, first, tokens_k, width, 0.0f);
+  }
+
   SPEEDER_DEVICE void start_tile(const Memory& memory, Bias& bias, const Span& span, int head,
                                  int n, int stage, int tile0) const {
     const AttentionArgs& args = call.args;

@@ -44,6 +44,7 @@ struct GradQPass {
   float* delta;     // (tokens_q, heads)
   bool find_delta;  // and leave it in `delta`; else it is there
   float* tables;    // (shares, heads, buckets), or null
+  int64_t tokens;   // queries
   int tiles;        // of the longest sequence
   int shares;
   bool wide;  // see load_rows
@@ -54,6 +55,10 @@ struct GradQPass {
     const int heads = static_cast<int>(args.heads);
     const int head = block_index_x() % heads, share = block_index_x() / heads;
     const int all = static_cast<int>(args.sequences) * tiles;
+    if (call.grad_q != nullptr) {
+      const int64_t first = args.cu_q[args.sequences];
+      fill_tail<T>(call.grad_q, first, tokens, args.heads * args.size, 0.0f);
+    }
     const Memory memory;
     float* table = nullptr;
     if (tables != nullptr) table = tables + (int64_t{share} * heads + head) * args.buckets;

@@ -38,6 +38,9 @@ void with_fitting(Launcher& launcher, F&& launch) {
   launch(static_cast<Large*>(nullptr));
 }
 
+// Blocks of a kernel that also fills what lies behind the last sequence: that may be everything.
+inline int64_t at_least_one(int64_t blocks) { return std::max<int64_t>(blocks, 1); }
+
 template <typename T, typename Decode, typename Launcher>
 void launch_spae_decode(const AttentionForward& call, const Extents& extents, float* scratch,
                         Launcher& launcher) {
@@ -48,16 +51,17 @@ void launch_spae_decode(const AttentionForward& call, const Extents& extents, fl
   const typename Decode::Memory memory;
   launcher.launch({plan.pairs * splits, 1, 1, Decode::kThreads, memory.layout.bytes()}, decode);
   using Combine = SpaeCombine<T>;
-  const Combine combine{call, scratch, splits * Decode::kWarps, rows};
+  const Combine combine{call, scratch, extents.tokens_q, splits * Decode::kWarps, rows};
   const int64_t blocks = divide_up(plan.pairs * rows, Combine::kThreads / kWarp);
-  launcher.launch({blocks, 1, 1, Combine::kThreads, 0}, combine);
+  launcher.launch({at_least_one(blocks), 1, 1, Combine::kThreads, 0}, combine);
 }
 
 template <typename T, typename Kernel, typename Launcher>
 void launch_spae_prefill(const AttentionForward& call, const Extents& extents, Launcher& launcher) {
   const AttentionArgs& args = call.args;
   const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
-  const Kernel kernel{call, static_cast<int>(tiles), wide_rows<T>(args, call.out)};
+  const bool wide = wide_rows<T>(args, call.out);
+  const Kernel kernel{call, extents.tokens_q, static_cast<int>(tiles), wide};
   const typename Kernel::Memory memory;
   const int64_t blocks = args.sequences * tiles * args.heads;
   launcher.launch({blocks, 1, 1, Kernel::kThreads, memory.layout.bytes()}, kernel);
@@ -89,7 +93,7 @@ void launch_spae_grad_kv(const AttentionBackward& call, const Extents& extents, 
     const int64_t tiles = divide_up(extents.longest_k, Kernel::kRows);
     const Kernel kernel{call, delta, key_sums, extents.tokens_k, static_cast<int>(tiles), wide};
     const typename Kernel::Memory memory;
-    const int64_t blocks = args.sequences * tiles * args.kv_heads;
+    const int64_t blocks = at_least_one(args.sequences * tiles * args.kv_heads);
     launcher.launch({blocks, 1, 1, Kernel::kThreads, memory.layout.bytes()}, kernel);
   });
 }
@@ -114,7 +118,8 @@ void launch_spae_grad_q(const AttentionBackward& call, const Extents& extents,
     using Kernel = std::decay_t<decltype(*fitting)>;
     static_assert(Kernel::kRows >= grad_q_rows(sizeof(T), kSize), "the plan counts these tiles");
     const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
-    const Kernel kernel{call, delta, find_delta, tables, static_cast<int>(tiles), shares, wide};
+    const Kernel kernel{
+        call, delta, find_delta, tables, extents.tokens_q, static_cast<int>(tiles), shares, wide};
     const typename Kernel::Memory memory;
     const int64_t bytes = tables != nullptr ? memory.layout.bytes() : memory.bytes_without_table;
     launcher.launch({shares * args.heads, 1, 1, Kernel::kThreads, bytes}, kernel);
@@ -155,9 +160,10 @@ void launch_spae_tables(const AttentionBackward& call, const Extents& extents,
                      args.heads * args.buckets, launcher);
   }
   if (call.grad_absolute == nullptr) return;
-  const SpaeAbsoluteSums sums{scratch + plan.key_sums, args.rank_k, scratch + plan.absolute,
-                              extents.tokens_k,        args.heads,  args.positions,
-                              plan.absolute_shares};
+  const SpaeAbsoluteSums sums{
+      scratch + plan.key_sums, args.rank_k,         args.cu_k + args.sequences,
+      scratch + plan.absolute, extents.tokens_k,    args.heads,
+      args.positions,          plan.absolute_shares};
   launcher.launch({plan.absolute_shares * args.heads, 1, 1, SpaeAbsoluteSums::kThreads, 0}, sums);
   launch_sum_parts(scratch + plan.absolute, call.grad_absolute, plan.absolute_shares,
                    args.heads * args.positions, launcher);

@@ -89,6 +89,9 @@ class RelativeSums {
                           const TileBias<Shape, false>& bias, Shared<int> column_ranks) {
     if (bias.kind() == Ranks::kNone) return;
     if (bias.kind() == Ranks::kConsecutive) {
+      const int64_t furthest = bias.diagonal_distance(0);
+      const int64_t nearest = bias.diagonal_distance(kRows + kColumns - 2);
+      if (furthest <= 0 || nearest >= last_) return add_whole(grads, nearest);
       keep(grads, first, [](int row) { return row; }, [](int column) { return column; });
       sync_block();
       add_diagonals(bias.diagonal_distance(kRows - 1));
@@ -157,6 +160,17 @@ class RelativeSums {
     } else {
       table_[distance] += sum;
     }
+  }
+
+  // A tile that lies in one of the outer buckets from end to end, as far ones do.
+  SPEEDER_DEVICE void add_whole(const SumTile (&grads)[1][kColumns / 8], int64_t distance) {
+    float sum = 0.0f;
+    SPEEDER_UNROLL
+    for (int n = 0; n < kColumns / 8; ++n) {
+      SPEEDER_UNROLL
+      for (int i = 0; i < 4; ++i) sum += grads[0][n].at[i];
+    }
+    add_to(distance, sum);
   }
 
   // `origin`: the distance of row 0 and column 0 of the tile.

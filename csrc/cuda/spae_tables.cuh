@@ -36,6 +36,7 @@ struct SpaeAbsoluteSums {
 
   const float* key_sums;  // (heads, tokens)
   const int32_t* ranks;   // (tokens,)
+  const int32_t* end;     // one: the keys behind the last sequence have no sums
   float* tables;          // (shares, heads, positions)
   int64_t tokens, heads, positions, shares;
 
@@ -43,11 +44,11 @@ struct SpaeAbsoluteSums {
     const int64_t head = block_index_x() % heads, share = block_index_x() / heads;
     float* table = tables + (share * heads + head) * positions;
     for (int64_t p = lane(); p < positions; p += kWarp) table[p] = 0.0f;
-    const int64_t end = tokens * (share + 1) / shares;
-    for (int64_t t = tokens * share / shares; t < end; t += kWarp) {
+    const int64_t last = clamp(*end, 0, tokens * (share + 1) / shares);
+    for (int64_t t = tokens * share / shares; t < last; t += kWarp) {
       sync_warp();  // the table is as the last keys left it, for every lane
       const int64_t key = t + lane();
-      const int rank = key < end ? ranks[key] : -1;
+      const int rank = key < last ? ranks[key] : -1;
       const int place = rank < 0 ? -1 : static_cast<int>(clamp(rank, 0, positions - 1));
       const float value = rank < 0 ? 0.0f : key_sums[head * tokens + key];
       // The first of the lanes that share a place adds for all of them, in order.

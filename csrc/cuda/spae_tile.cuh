@@ -100,6 +100,16 @@ SPEEDER_DEVICE void store_rows(Shared<T> from, int count, int size, bool wide, c
   }
 }
 
+// Rows `first` to `rows`, of `width` values each, get `value`; every thread of the grid does its
+// part. They are the tokens behind the last sequence, which a batch that is padded to a fixed size
+// has.
+template <typename T>
+SPEEDER_DEVICE void fill_tail(void* to, int64_t first, int64_t rows, int64_t width, float value) {
+  const int64_t threads = int64_t{grid_blocks_x()} * block_threads();
+  int64_t i = first * width + int64_t{block_index_x()} * block_threads() + thread_index();
+  for (; i < rows * width; i += threads) static_cast<T*>(to)[i] = from_float<T>(value);
+}
+
 // A warp's rows of sums, times `factor(r, i)`, to shared memory from row `first` on.
 template <typename T, int kRowTiles, int kSize, typename Factor>
 SPEEDER_DEVICE void keep_sums(Shared<T> to, int first, const SumTile (&sums)[kRowTiles][kSize / 8],

@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from speeder_kernels import dispatch
 from tests.kernels import cuda_launches, cuda_resources, gpu_resources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +145,34 @@ def test_kernel_files_know_no_torch():
         includes = re.findall(r"#include [<\"](\S+)[>\"]", source.read_text())
         if any("torch" in include for include in includes):
             assert source.name in ("binding.h", "binding_cuda.h", "ops.cpp", "ops_cuda.cpp"), source
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (0, "_ops_cuda.so was built with CUDA 13.1, and the driver has no CUDA: update it"),
+        (12090, "_ops_cuda.so was built with CUDA 13.1, and the driver has CUDA 12.9: update it"),
+        (13000, ""),  # of the same major version: it serves newer ones within it
+        (14000, ""),
+    ],
+)
+def test_a_driver_that_is_too_old(monkeypatch, driver, reason):
+    """The CUDA runtime is linked into our library: torch may run on a driver on which that does not."""
+    monkeypatch.setattr(dispatch, "_cuda_versions", lambda: (13010, driver))
+    monkeypatch.setattr(dispatch, "_load", lambda name: "")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dispatch._load_cuda() == reason
+
+
+def test_the_library_tells_its_cuda(build):
+    if not dispatch.library_path("_ops_cuda.so").exists():
+        pytest.skip("_ops_cuda.so was not built: no nvcc at build time, or SPEEDER_CUDA=0")
+    runtime, driver = dispatch._cuda_versions()
+    assert runtime >= 12000 and driver >= 0
+    cuda = build.find_cuda()
+    if not cuda.missing:
+        assert f"{runtime // 1000}.{runtime % 1000 // 10}" == cuda.version
 
 
 @pytest.mark.slow

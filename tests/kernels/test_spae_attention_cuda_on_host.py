@@ -79,9 +79,9 @@ def forward(device: HostDevice, args: dict, causal: bool, **options) -> tuple[to
 
 
 def backward(
-    device: HostDevice, args: dict, causal: bool, needs=ALL, **options
+    device: HostDevice, args: dict, causal: bool, needs=ALL, grad=None, **options
 ) -> tuple[list[torch.Tensor | None], list[Launch]]:
-    """The gradients that are needed, and what was launched for them."""
+    """The gradients that are needed, and what was launched for them; `grad` is the output's."""
     out, lse = forward(device, args, causal, **options)
     grads = [
         torch.full(args[name].shape, float("nan"), dtype=args[name].dtype)
@@ -89,7 +89,7 @@ def backward(
         else None
         for name, need in zip(GRADS, needs, strict=True)
     ]
-    grad = view(upstream(args))
+    grad = view(upstream(args) if grad is None else grad)
     return grads, device.call("backward", *common(args, causal), *grad, out, lse, *grads, **options)
 
 
@@ -185,6 +185,13 @@ def test_sequences_of_several_tiles(devices, dtype, kind):
     check(devices[dtype], args)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tiles_within_an_outer_bucket(devices, dtype):
+    """From end to end, beyond the table's first entry and its last."""
+    args = set_ranks(make([200], [200], 1, 1, 64, (20, 30), dtype), "late")
+    check(devices[dtype], args, causal=False)
+
+
 @pytest.mark.parametrize(
     ("dtype", "size"), [(torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128)]
 )
@@ -225,12 +232,60 @@ def test_one_query_against_a_long_cache(devices, size):
 
 
 def test_no_sequence(devices):
-    """Then there is nothing to launch, and nothing to share."""
+    """Then there is nothing to share, and every token lies behind the last sequence."""
     args = make([1], [1], 2, 1, 32, (5, 5), torch.bfloat16)
     args |= {name: torch.zeros(1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_k")}
     result, lse = torch.empty_like(args["q"]), torch.empty(1, 2)
     launches = devices[torch.bfloat16].call("forward", *common(args, True), result, lse, dry=True)
-    assert [launch.grid[0] for launch in launches] == [0, 0]
+    assert [launch.grid[0] for launch in launches] == [0, 1]
+    for longest in (1, 20):  # decoded, and not
+        told = {**args, "max_seqlen_q": longest, "max_seqlen_k": longest - 1}
+        result, lse = forward(devices[torch.bfloat16], told, True)
+        assert result.eq(0).all() and lse.eq(math.inf).all()
+        grads, _ = backward(devices[torch.bfloat16], told, True)
+        assert all(grad.eq(0).all() for grad in grads)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, 32), (torch.bfloat16, 256), (torch.float32, 64)], ids=str
+)
+@pytest.mark.parametrize(("queries", "tail_q", "tail_k"), [(20, 20, 0), (20, 3, 3), (20, 0, 20), (2, 20, 70)])
+def test_tokens_behind_the_last_sequence(devices, dtype, size, queries, tail_q, tail_k):
+    """A batch padded to a fixed size: sequences as they are without, and zeros behind them, whatever stands there."""
+    args = set_ranks(make([queries, 1], [21, 4], 2, 1, size, (9, 5), dtype), "history")
+    padded = dict(args)
+    for names, tail in ((("q", "rank_q"), tail_q), (("k", "v", "rank_k"), tail_k)):
+        for name in names:
+            fill = 3 if name.startswith("rank") else math.nan
+            rows = args[name].new_full((tail, *args[name].shape[1:]), fill)
+            padded[name] = torch.cat((args[name], rows))
+    grad = upstream(args)
+    results = []
+    for case in (args, padded):
+        behind = grad.new_full((len(case["q"]) - len(grad), *grad.shape[1:]), math.nan)
+        out, lse = forward(devices[dtype], case, True)
+        grads, _ = backward(devices[dtype], case, True, grad=torch.cat((grad, behind)))
+        results.append([lse, out, *grads])
+    for name, a, b in zip(("lse", "out", *GRADS), *results, strict=True):
+        assert torch.equal(b[: len(a)], a), name
+        assert b[len(a) :].eq(math.inf if name == "lse" else 0).all(), name
+
+
+@pytest.mark.parametrize("longest", [0, 1, 17])
+def test_longer_sequences_than_were_told(devices, longest):
+    """On a GPU nobody reads the lengths: then results are wrong, but nothing is written where it may not be."""
+    args = make([5, 40], [300, 300], 3, 1, 32, (20, 30), torch.bfloat16)
+    told = {**args, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    backward(devices[torch.bfloat16], told, True)
+    out, _ = forward(devices[torch.bfloat16], told, True)
+    exact = torch_exact(args, True)
+    for first in (0, 5):
+        torch.testing.assert_close(
+            out[first : first + longest].double()[:5],
+            exact[first : first + longest].double()[:5],
+            atol=0.05,
+            rtol=0.05,
+        )
 
 
 def test_several_tiles_share_a_table_where_all_would_be_too_large(devices):
