@@ -179,14 +179,20 @@ def test_the_library_tells_its_cuda(build):
 @pytest.mark.parametrize("arch", cuda_resources.ARCHS)
 @pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda source: source.stem)
 def test_cuda_compiles_without_spills(build, source, arch):
-    """ptxas reports no spill in any kernel, and no stack: what a thread indexes stays in registers."""
+    """ptxas reports no spill in any kernel, and no stack: what a thread indexes stays in registers.
+
+    But for the small kernels where they are never launched: GPUs whose blocks have 99 KiB run sm_80's code
+    (sm_86, sm_89), or compile the PTX (sm_120).
+    """
     cuda = build.find_cuda()
     if cuda.missing:
         pytest.skip(f"no CUDA compiler: {cuda.missing}")
     if int(arch.rstrip("a")) not in cuda.archs:
         pytest.skip(f"CUDA {cuda.version} does not know sm_{arch}")
     rows = cuda_resources.compile_kernels(cuda.nvcc, source, arch)
-    assert not [row for row in rows if row["stack"] or row["spill_stores"] or row["spill_loads"]]
+    launched = [row for row in rows if arch == "80" or "::SpaeSmall" not in row["kernel"]]
+    assert launched
+    assert not [row for row in launched if row["stack"] or row["spill_stores"] or row["spill_loads"]]
     problems = gpu_resources.worse("cuda", rows, f"{source.stem} {arch} ", release=cuda.version)
     assert not problems, "\n".join(problems)
 
