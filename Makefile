@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/speeder demo --out $(OUT) $(if $(POSTERS),--posters $(POSTERS))
 
 test: install assets lint
-	$(BIN)/python -m pytest -q --timeout=600
+	$(BIN)/python -m pytest -q --timeout=600 --durations=15
 
 # Every op beside PyTorch and beside the machine's limits: bench/table.md, table.json, roofline.png
 bench: install
