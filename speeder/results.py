@@ -11,7 +11,7 @@ import numpy as np
 
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec import SASRec
-from speeder.baselines.sasrec_recipe import settings_for
+from speeder.baselines.sasrec_recipe import fit_on_split, settings_for
 from speeder.data.files import read_json, write_json, write_text
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -167,6 +167,10 @@ def measure_for(
     return Measure(data, split, protocol, candidates)
 
 
+def _evaluation_path(run: Path, name: str, measure: Measure) -> Path:
+    return run / EVALUATIONS / measure.folder / evaluation_file(name)
+
+
 def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend: bool = False) -> Evaluation:
     """Evaluate under a name, or read the evaluation that the run folder already holds of this very task.
 
@@ -179,7 +183,7 @@ def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend
     Raises:
         SpeederError: the file cannot be read, unless `mend`.
     """
-    path = run / EVALUATIONS / measure.folder / evaluation_file(name)
+    path = _evaluation_path(run, name, measure)
     if path.exists():
         try:
             known = Evaluation.load(path)
@@ -201,7 +205,7 @@ def kept_evaluation(run: Path, name: str, measure: Measure) -> Evaluation:
     Raises:
         SpeederError: it is missing, damaged or of another task.
     """
-    path = run / EVALUATIONS / measure.folder / evaluation_file(name)
+    path = _evaluation_path(run, name, measure)
     if not path.exists():
         raise SpeederError(f"{path} is missing, and {name!r} was not kept: train again in another folder")
     known = Evaluation.load(path)
@@ -213,7 +217,7 @@ def kept_evaluation(run: Path, name: str, measure: Measure) -> Evaluation:
 def evaluate_run(run: Path, model: Scorer, measure: Measure) -> Evaluation:
     """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them."""
     evaluation = measure(model)
-    evaluation.save(run / EVALUATIONS / measure.folder / "model.json")
+    evaluation.save(_evaluation_path(run, "model", measure))
     return evaluation
 
 
@@ -236,11 +240,8 @@ def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[
         num_items,
     )
     if not fits:
-        validation = (data.split.histories("validation"), data.split.targets("validation"))
         checkpoint = folder / "checkpoint.safetensors"
-        sasrec = SASRec.fit(
-            training, num_items, settings_for(training), validation=validation, checkpoint=checkpoint
-        )
+        sasrec = fit_on_split(data, settings_for(training), checkpoint)
         sasrec.save(folder)
         checkpoint.unlink(missing_ok=True)
     return rows | {SASRec.label: evaluate_once(run, SASRec.label, sasrec, measure, mend=True)}

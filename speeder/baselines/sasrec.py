@@ -78,8 +78,8 @@ class SASRec(nn.Module):
         super().__init__()
         if num_items < 1:
             raise ValueError(f"num_items: expected at least 1, got {num_items}")
-        self.num_items, self.config = num_items, config or SASRecConfig()
-        config = self.config
+        config = config or SASRecConfig()
+        self.num_items, self.config = num_items, config
         self.training_hash: str | None = None
         self.items = nn.Embedding(num_items, config.hidden_size)
         self.positions = nn.Embedding(config.max_length, config.hidden_size)
@@ -98,9 +98,8 @@ class SASRec(nn.Module):
         """
         steps_L = torch.arange(items_BL.shape[1], device=items_BL.device)
         from_end_BL = (lengths_B[:, None] - 1 - steps_L).clamp_min(0)
-        scale = (
-            self.config.hidden_size**0.5
-        )  # as in the paper's code: else the blocks' outputs drown the items
+        # as in the paper's code: else the blocks' outputs drown the items
+        scale = self.config.hidden_size**0.5
         hidden = self.dropout(self.items(items_BL) * scale + self.positions(from_end_BL))
         for block in self.blocks:
             hidden = block(hidden)

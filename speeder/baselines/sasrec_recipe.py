@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,26 @@ def settings_for(training_sequences: Sequence[Sequence[int]]) -> SASRecConfig:
     return load_recipe(bundled_recipe("sasrec-beauty" if short else "sasrec-ml-100k")).config
 
 
+def fit_on_split(
+    data: PreparedData,
+    config: SASRecConfig,
+    checkpoint: Path,
+    *,
+    seed: int = 0,
+    log: Callable[[dict], None] | None = None,
+) -> SASRec:
+    """Fit on the split's training part and stop by the ranking of its validation items; see `SASRec.fit`."""
+    return SASRec.fit(
+        data.split.training(),
+        len(data.catalogue),
+        config,
+        validation=(data.split.histories("validation"), data.split.targets("validation")),
+        seed=seed,
+        log=log,
+        checkpoint=checkpoint,
+    )
+
+
 def train_sasrec(
     recipe: SASRecRecipe,
     data: PreparedData,
@@ -78,15 +98,7 @@ def train_sasrec(
     folder, records = stage_folder(run, 0, _STAGE), []
     checkpoint = folder / "checkpoint.safetensors"
     try:
-        model = SASRec.fit(
-            data.split.training(),
-            len(data.catalogue),
-            recipe.config,
-            validation=(data.split.histories("validation"), data.split.targets("validation")),
-            seed=recipe.seed,
-            log=records.append,
-            checkpoint=checkpoint,
-        )
+        model = fit_on_split(data, recipe.config, checkpoint, seed=recipe.seed, log=records.append)
     except ValueError as error:
         raise SpeederError(f"sasrec: {error}") from error
     entries = [

@@ -64,6 +64,7 @@ def fit(
     windows = cut_windows(sequences, config.max_length)
     if not windows:
         raise ValueError("training_sequences: expected at least one sequence of two items, got none")
+    log = log or (lambda record: None)
     device, data_hash = torch.device(device), training_hash(sequences)
     settings = {"config": asdict(config), "epochs": epochs, "seed": seed, "validated": validation is not None}
     identity = json.dumps({**settings, "data": data_hash})
@@ -81,7 +82,7 @@ def _train(
     validation: tuple[Sequence[Sequence[int]], Sequence[int]] | None,
     epochs: int,
     rng: np.random.Generator,
-    log: Callable[[dict], None] | None,
+    log: Callable[[dict], None],
     checkpoint: Path | None,
     identity: str,
 ) -> None:
@@ -91,7 +92,7 @@ def _train(
     now, best_weights = Progress(), None
     if checkpoint is not None and checkpoint.exists():
         now, best_weights = load_checkpoint(checkpoint, model, optimizer, rng, identity)
-        for record in now.records if log is not None else ():
+        for record in now.records:
             log(record)
     bar = tqdm(total=epochs, initial=now.epoch, desc="SASRec", unit="epoch", disable=None)
     while now.epoch < epochs and not (validation and now.epoch - now.best_epoch >= config.patience):
@@ -111,8 +112,7 @@ def _train(
             save_checkpoint(checkpoint, model, optimizer, best_weights, now, rng, identity)
         bar.update()
         bar.set_postfix({key: f"{value:.4f}" for key, value in record.items() if key != "epoch"})
-        if log is not None:
-            log(record)
+        log(record)
     bar.close()
     if best_weights is not None:
         model.load_state_dict(best_weights)
