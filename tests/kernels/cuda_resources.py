@@ -15,6 +15,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,9 +63,11 @@ def _demangled(names: list[str]) -> list[str]:
     return [re.search(r"::run<(.*?) ?>\(", line).group(1) for line in text.splitlines()]
 
 
-def compile_all(nvcc: str, sources: list[Path] = SOURCES, jobs: int | None = None) -> list[dict]:
+def compile_all(
+    nvcc: str, sources: Sequence[Path] = SOURCES, archs: Sequence[str] = ARCHS, jobs: int | None = None
+) -> list[dict]:
     """Every file for every architecture, several at once."""
-    pairs = list(itertools.product(sources, ARCHS))
+    pairs = list(itertools.product(sources, archs))
     with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
         return list(itertools.chain(*pool.map(lambda pair: compile_kernels(nvcc, *pair), pairs)))
 
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int)
     args = parser.parse_args()
     sources = [source for source in SOURCES if args.only in (None, source.stem)]
-    table = compile_all(args.nvcc, sources, args.jobs)
+    table = compile_all(args.nvcc, sources, jobs=args.jobs)
     Path(args.out).write_text(json.dumps(table, indent=0))
     print(f"{len(table)} kernels compiled")
 

@@ -175,21 +175,33 @@ def test_the_library_tells_its_cuda(build):
         assert f"{runtime // 1000}.{runtime % 1000 // 10}" == cuda.version
 
 
+@pytest.fixture(scope="module")
+def compiled(build) -> dict[tuple[str, str], list[dict]]:
+    """The kernels of each source and architecture that the installed nvcc knows; compiled once, several at a time."""
+    cuda = build.find_cuda()
+    if cuda.missing:
+        pytest.skip(f"no CUDA compiler: {cuda.missing}")
+    known = [arch for arch in cuda_resources.ARCHS if int(arch.rstrip("a")) in cuda.archs]
+    table: dict[tuple[str, str], list[dict]] = {}
+    for row in cuda_resources.compile_all(cuda.nvcc, archs=known):
+        table.setdefault((row["op"], row["arch"]), []).append(row)
+    return table
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("arch", cuda_resources.ARCHS)
 @pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=lambda source: source.stem)
-def test_cuda_compiles_without_spills(build, source, arch):
+def test_cuda_compiles_without_spills(build, compiled, source, arch):
     """ptxas reports no spill in any kernel, and no stack: what a thread indexes stays in registers.
 
     But for the small kernels where they are never launched: GPUs whose blocks have 99 KiB run sm_80's code
     (sm_86, sm_89), or compile the PTX (sm_120).
     """
     cuda = build.find_cuda()
-    if cuda.missing:
-        pytest.skip(f"no CUDA compiler: {cuda.missing}")
     if int(arch.rstrip("a")) not in cuda.archs:
         pytest.skip(f"CUDA {cuda.version} does not know sm_{arch}")
-    rows = cuda_resources.compile_kernels(cuda.nvcc, source, arch)
+    rows = compiled[source.stem, arch]
     launched = [row for row in rows if arch == "80" or "::SpaeSmall" not in row["kernel"]]
     assert launched
     assert not [row for row in launched if row["stack"] or row["spill_stores"] or row["spill_loads"]]
