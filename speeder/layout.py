@@ -52,11 +52,8 @@ def packed_layout(
     Raises:
         ValueError: `cu_seqlens` does not run from 0 to `T` without falling, or `ranks` is not `(T,)`.
     """
+    check_cu_seqlens(cu_seqlens, len(item_mask))
     lengths = cu_seqlens.diff()
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (lengths < 0).any():
-        raise ValueError(f"cu_seqlens: expected (B + 1,) rising from 0, got {cu_seqlens.tolist()[:8]}")
-    if cu_seqlens[-1] != len(item_mask):
-        raise ValueError(f"cu_seqlens: expected to end at T = {len(item_mask)}, got {int(cu_seqlens[-1])}")
     if ranks is None:
         rows = item_mask.split(lengths.tolist())
         ranks = torch.cat([item_ranks(row, tokens_per_item) for row in rows])
@@ -67,6 +64,23 @@ def packed_layout(
     cu_seqlens, longest = cu_seqlens.int(), int(lengths.max())
     position_ids = torch.arange(len(ranks), device=ranks.device) - starts
     return SequenceLayout(cu_seqlens, cu_seqlens, longest, longest, ranks, ranks, position_ids)
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Check borders of packed sequences.
+
+    Raises:
+        ValueError: `cu_seqlens` does not run from 0 to `tokens` without falling.
+    """
+    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens: expected (B + 1,) rising from 0, got {cu_seqlens.tolist()[:8]}")
+    if cu_seqlens[-1] != tokens:
+        raise ValueError(f"cu_seqlens: expected to end at T = {tokens}, got {int(cu_seqlens[-1])}")
+
+
+def last_positions(cu_seqlens: torch.Tensor, at_least: int = 1) -> torch.Tensor:
+    """Positions of the last tokens of packed sequences that have at least so many tokens, int64."""
+    return (cu_seqlens[1:].long() - 1)[cu_seqlens.diff() >= at_least]
 
 
 def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> SequenceLayout:

@@ -12,18 +12,27 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.config import ATTENTION_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
-from speeder.layout import SequenceLayout, item_ranks, item_slots, packed_layout, padded_layout
+from speeder.layout import (
+    SequenceLayout,
+    check_cu_seqlens,
+    item_ranks,
+    item_slots,
+    last_positions,
+    packed_layout,
+    padded_layout,
+)
 from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
 from speeder.lora import add_lora, merge_lora
 from speeder.mrc import MRC
 from speeder.recommend import RecommenderMixin
-from speeder.scoring import ScoringMixin
+from speeder.scoring import ScoringMixin, next_labels
 from speeder.spae import SPAE
 from speeder_kernels import pack_tokens
 
@@ -199,13 +208,23 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
-        item_table = self.item_tokens()[0] if self._needs_items(input_ids, labels, vocabulary) else None
+        self._check_arguments(input_ids, cu_seqlens, attention_mask, cache)
+        targets = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels: expected {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+            if cu_seqlens is not None:
+                check_cu_seqlens(cu_seqlens, input_ids.shape[-1])
+            targets = next_labels(labels, cu_seqlens)
+            if self.training and cu_seqlens is not None and not output_hidden_states:
+                input_ids, targets, ranks, cu_seqlens = without_last(input_ids, targets, ranks, cu_seqlens)
+        item_table = self.item_tokens()[0] if self._needs_items(input_ids, targets, vocabulary) else None
         hidden, layout, cache = self._decode(
             input_ids, item_table, attention_mask, cache, ranks, cu_seqlens, use_cache, **kwargs
         )
         loss = None
-        if labels is not None:
-            loss = self._loss(hidden, labels, layout, item_table, cu_seqlens is not None, num_items_in_batch)
+        if targets is not None:
+            loss = self._loss(hidden, targets, layout, item_table, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
             kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -223,6 +242,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
         """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
+        self._check_arguments(input_ids, cu_seqlens, None, None)
         item_table = self.item_tokens()[0] if self._needs_items(input_ids, None, "items") else None
         hidden, *_ = self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)
         return hidden[0, cu_seqlens[1:].long() - 1]
@@ -239,7 +259,6 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         **kwargs,
     ) -> tuple[torch.Tensor, SequenceLayout, Cache | None]:
         """Embed and run the backbone's decoder: `(B, S, H)` states (zeros at padding), the layout, the cache."""
-        self._check_arguments(input_ids, cu_seqlens, attention_mask, cache)
         past = cache.get_seq_length() if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, ranks, cu_seqlens, past)
         batch, new = input_ids.shape
@@ -315,13 +334,13 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             packed = grid.index_copy(0, layout.query_index, packed)
         return packed.unflatten(0, (batch, new))
 
-    def _needs_items(self, ids: torch.Tensor, labels: torch.Tensor | None, vocabulary: str) -> bool:
+    def _needs_items(self, ids: torch.Tensor, targets: torch.Tensor | None, vocabulary: str) -> bool:
         if self.config.num_items == 0:
             return False
         text = self.config.text_vocab_size
-        if bool((ids >= text).any()) or (labels is not None and bool((labels >= text).any())):
+        if bool((ids >= text).any()) or (targets is not None and bool((targets >= text).any())):
             return True
-        return vocabulary != "text" and not (labels is not None and self.training)
+        return vocabulary != "text" and not (targets is not None and self.training)
 
     def _embed(
         self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | None
@@ -435,6 +454,26 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     def training_hash(self) -> str | None:
         """What the model was trained on (`speeder.evaluate.training_hash`), for the leak check; None if untold."""
         return self.config.training_hash
+
+
+def without_last(
+    input_ids: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Packed sequences without their last tokens, which predict nothing and which nothing else reads.
+
+    A sequence of one token stays as it is.
+
+    Raises:
+        ValueError: `ranks` has another length than the row.
+    """
+    if ranks is not None and ranks.numel() != input_ids.numel():
+        raise ValueError(f"ranks: expected {tuple(input_ids.shape)}, got {tuple(ranks.shape)}")
+    kept = torch.ones(input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
+    kept[last_positions(cu_seqlens, at_least=2)] = False
+    dropped = (cu_seqlens.diff() >= 2).int()
+    shorter = cu_seqlens - F.pad(dropped.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
+    ranks = None if ranks is None else ranks.flatten()[kept][None]
+    return input_ids[:, kept], targets[:, kept], ranks, shorter
 
 
 AutoModelForCausalLM.register(SpeederConfig, SpeederForCausalLM)

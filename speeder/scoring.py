@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from speeder.layout import SequenceLayout
+from speeder.layout import SequenceLayout, last_positions
+from speeder.prompts import IGNORED
 from speeder_kernels import item_cross_entropy
+
+
+def next_labels(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    """`(B, S)` labels, each at its own token, moved to the token before it, which is asked for them; -100 at the end
+    of each row or packed sequence."""
+    moved = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    return moved if cu_seqlens is None else moved.index_fill(1, last_positions(cu_seqlens), IGNORED)
 
 
 class ScoringMixin:
@@ -48,20 +56,20 @@ class ScoringMixin:
     def _loss(
         self,
         hidden: torch.Tensor,
-        labels: torch.Tensor,
+        targets: torch.Tensor,
         layout: SequenceLayout,
         item_table: torch.Tensor | None,
-        packed: bool,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> torch.Tensor:
-        """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task."""
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels: expected {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
-        states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task.
+
+        Args:
+            hidden: `(B, S, H)` states.
+            targets: `(B, S)` what each of them is asked for, see `next_labels`.
+        """
+        states, targets = hidden.flatten(0, 1), targets.flatten()
         text = self.config.text_vocab_size
         asked = targets >= 0
-        if packed:  # a sequence's first token is not asked of the sequence before it
-            asked = asked.index_fill(0, layout.cu_seqlens_q[1:-1].long() - 1, False)
         is_item, is_text = asked & (targets >= text), asked & (targets < text)
         here = asked.sum()
         count = (

@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from speeder.layout import cu_seqlens, item_ranks, item_slots
 from speeder.model import CACHE_NAME
-from speeder.prompts import build_sequence, pack_batch, pad_batch
+from speeder.prompts import TokenSequence, build_sequence, pack_batch, pad_batch
 from tests.model.worlds import TEXT, tiny_model
 
 NEAR = dict(atol=5e-5, rtol=1e-4)  # logits reach 7: some roundings of float32 at that size
@@ -120,6 +120,43 @@ def test_a_static_cache_serves_padded_batches():
         got = model(**batch, cache=cache).logits
     kept = batch["attention_mask"].bool()
     torch.testing.assert_close(got[kept], expected[kept], **NEAR)
+
+
+@pytest.mark.parametrize("tokens_per_item", [1, 2])
+@settings(max_examples=10, deadline=None)
+@given(histories=HISTORIES)
+def test_training_runs_no_token_that_predicts_nothing(tokens_per_item, histories):
+    """The last token of a packed sequence is left out: same loss and gradients as of the whole, in evaluation mode."""
+    model = tiny_model(prompt_prefix=[5], prompt_suffix=[7], tokens_per_item=tokens_per_item)
+    batch = pack_batch(
+        [build_sequence(history[:-1], model.config, history[-1]) for history in histories], with_labels=True
+    )
+    seen = []
+    decoder = model.backbone.get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    results = []
+    for training in (False, True):
+        model.train(training)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    hook.remove()
+    tokens = batch["input_ids"].numel()
+    assert seen == [tokens, tokens - len(histories)]
+    for whole, shorter in zip(*results, strict=True):
+        torch.testing.assert_close(shorter, whole, atol=1e-5, rtol=1e-4)
+
+
+def test_a_sequence_of_one_token_stays():
+    """It predicts nothing; alone in a batch, the loss is zero."""
+    model = tiny_model().train()
+    one, two = [TokenSequence([TEXT], [0], [TEXT])], [build_sequence([1], model.config, 3)]
+    assert model(**pack_batch(one, with_labels=True)).loss == 0
+    both = model(**pack_batch(one + two, with_labels=True)).loss
+    torch.testing.assert_close(both, model(**pack_batch(two, with_labels=True)).loss)
 
 
 def test_text_and_any_vocabulary(model):
