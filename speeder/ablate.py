@@ -1,0 +1,162 @@
+"""Run a study: every variant with every seed, resumable at any moment, with a report after each finished run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from speeder.ablation_report import Finished, write_report
+from speeder.ablation_study import BASE, Study, Variant, differing_keys
+from speeder.data.files import read_json, write_json
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.evaluate import Evaluation
+from speeder.recipe import Recipe
+from speeder.results import Measure, baselines, evaluate_run, kept_evaluation
+from speeder.run_folder import run_identity
+from speeder.training import train
+
+log = logging.getLogger(__name__)
+
+_SECONDS = "seconds.json"
+_EVALUATED = "model"  # as `evaluate_run` calls a run's finished model
+
+
+def ablate(
+    study: Study,
+    data: PreparedData,
+    out: str | Path,
+    seeds: Sequence[int] = (1, 2, 3),
+    *,
+    only: Sequence[str] = (),
+    keep_models: bool = False,
+    data_folder: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Train and evaluate a study's variants; stopped at any moment, the same call goes on where it was.
+
+    Runs go by seeds: every variant with the first seed, then with the second, so that a study which is stopped early
+    has compared all variants. Each run is an ordinary run folder, `out/<variant>/seed-<n>`.
+
+    Args:
+        study: what to vary.
+        data: a prepared set.
+        out: the study's folder; holds `ablations.json`, `.md` and `.png` after every finished run.
+        seeds: of the runs to make. The report is over all seeds that are finished.
+        only: names of variants or groups; the base is always among them. Others that are finished are reported too.
+        keep_models: keep finished runs' weights; by default each user's rank alone is kept.
+        data_folder: where `data` lies, noted in the runs.
+        say: takes each line for the user.
+
+    Returns:
+        the report as Markdown.
+
+    Raises:
+        SpeederError: a variant does not fit the data, or a folder holds a run of another recipe or of other data, or
+            one that cannot be read.
+        LeakError: the data leak.
+    """
+    out, measure = Path(out), Measure(data)
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise SpeederError(f"seeds: expected at least one, each once, got {list(seeds)}")
+    chosen = study.chosen(list(only))
+    recipes = _recipes_for(study, data, say)
+    finished = Finished(study)
+    for name in study.variants:  # nothing is trained before every folder was seen to fit
+        for run in sorted(out.glob(f"{name}/seed-*"), key=_seed_of):
+            recipe = replace(recipes[name], seed=_seed_of(run))
+            _check_same_run(run, recipe, data)
+            if _is_finished(run):
+                _keep(finished, name, run, measure)
+                _clear(run, keep_models)
+    rows = baselines(out, measure)
+    plan = [(seed, variant) for seed in seeds for variant in chosen]
+    for number, (seed, variant) in enumerate(plan, 1):
+        run = out / variant.name / f"seed-{seed}"
+        if not _is_finished(run):
+            say(f"\n[{number} of {len(plan)}] {variant.name}, seed {seed}: {variant.tests}")
+            _run(run, variant, replace(recipes[variant.name], seed=seed), measure, data_folder)
+            _keep(finished, variant.name, run, measure)
+            _clear(run, keep_models)
+            write_report(out, finished, rows)
+    return write_report(out, finished, rows)
+
+
+def _recipes_for(study: Study, data: PreparedData, say: Callable[[str], None]) -> dict[str, Recipe]:
+    """Each variant's recipe over the modalities that the data have."""
+    recipes, told = {}, set()
+    for name, variant in study.variants.items():
+        try:
+            recipes[name], notes = variant.recipe.for_modalities(list(data.catalogue.modalities))
+        except SpeederError as error:
+            raise SpeederError(f"{study.name}: {name}: {error}") from error
+        for note in notes:
+            if note not in told:
+                say(f"Note ({name}): {note}")
+        told |= set(notes)
+        if name != BASE and recipes[name] == recipes[BASE]:
+            raise SpeederError(
+                f"{study.name}: {name}: with these data's modalities it is the same as the base"
+            )
+    return recipes
+
+
+def _seed_of(run: Path) -> int:
+    try:
+        return int(run.name.removeprefix("seed-"))
+    except ValueError:
+        raise SpeederError(f"{run}: expected a folder of the name seed-NUMBER") from None
+
+
+def _check_same_run(run: Path, recipe: Recipe, data: PreparedData) -> None:
+    """Refuse a folder whose run is not the one that the study asks for."""
+    if not (run / "recipe.json").exists():
+        return
+    began, wanted = read_json(run / "recipe.json"), run_identity(recipe, data)
+    if {key: value for key, value in began.items() if key != "data"} == wanted:
+        return
+    what = "other data"
+    if began.get("recipe") != wanted["recipe"]:
+        try:
+            keys = differing_keys(began["recipe"], wanted["recipe"])
+        except (KeyError, TypeError):
+            keys = []
+        what = f"another recipe ({', '.join(keys) or 'not readable'})"
+    raise SpeederError(
+        f"{run}: holds a run of {what} than the study asks for; remove that folder and the run is made anew, "
+        "or give another --out"
+    )
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "evaluations" / "test" / f"{_EVALUATED}.json").exists()
+
+
+def _run(
+    run: Path, variant: Variant, recipe: Recipe, measure: Measure, data_folder: str | Path | None
+) -> None:
+    """Train, or go on training, and evaluate."""
+    resumed, started = (run / "recipe.json").exists(), time.monotonic()
+    try:
+        model = train(recipe, measure.data, run, resume=resumed, data_folder=data_folder)
+    except SpeederError as error:
+        raise SpeederError(f"{variant.name}: {error}") from error
+    if not (run / _SECONDS).exists():  # of a run that was stopped, no one has counted them all
+        write_json(run / _SECONDS, {"seconds": None if resumed else time.monotonic() - started})
+    evaluate_run(run, model, measure)
+
+
+def _keep(finished: Finished, name: str, run: Path, measure: Measure) -> None:
+    evaluation: Evaluation = kept_evaluation(run, _EVALUATED, measure)
+    seconds = read_json(run / _SECONDS).get("seconds") if (run / _SECONDS).exists() else None
+    finished.add(name, _seed_of(run), evaluation, seconds)
+
+
+def _clear(run: Path, keep_models: bool) -> None:
+    """The weights of a finished run are large, and nothing here needs them again."""
+    if not keep_models:
+        shutil.rmtree(run / "model", ignore_errors=True)

@@ -1,0 +1,357 @@
+"""Studies: read strictly, run by seeds, resumed after a kill, and reported with compare's own tests."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from speeder.ablate import ablate
+from speeder.ablation_report import Finished, markdown, slices_of, summarise
+from speeder.ablation_study import differing_keys, load_study, study_from_dict
+from speeder.baselines.sasrec import SASRec, SASRecConfig
+from speeder.compare import compare, holm
+from speeder.data import PreparedData
+from speeder.data.synthetic import synthetic_world
+from speeder.errors import SpeederError
+from speeder.evaluate import Evaluation, training_hash
+from speeder.recipe import bundled_recipe, recipe_from_dict
+from tests.model.worlds import save_tiny_backbone
+
+RECIPE = {
+    "precision": "fp32",
+    "batch_users": 16,
+    "checkpoint_steps": 2,
+    "model": {"item_embedding": True, "position_proxy_weight": 0.05},
+    "stages": [
+        {"name": "text", "open": ["text"], "steps": 2},
+        {"name": "joint", "open": ["text", "collaborative", "item"], "steps": 4},
+    ],
+}
+STUDY = {
+    "base": "recipe.yaml",
+    "common": {"model": {"dropout": 0.1}, "warmup_ratio": 0.1},
+    "variants": {
+        "MRC": {"mean": {"tests": "no gate", "changes": {"stages.*.train": ["experts", "item", "backbone"]}}},
+        "SPAE": {
+            "none": {"tests": "no position", "changes": {"model": {"relative_bias": False}}},
+            "rates": {"tests": "one stage's rate", "changes": {"stages.joint.learning_rate": 0.01}},
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny backbone, a small prepared world, a base recipe and a study of it."""
+    folder = tmp_path_factory.mktemp("ablate")
+    save_tiny_backbone(folder / "backbone")
+    world = synthetic_world(num_users=40, history=8)
+    PreparedData(world.catalogue, world.interactions, world.manifest).save(folder / "data")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"backbone": str(folder / "backbone")}))
+    (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(place):
+    return PreparedData.load(place / "data")
+
+
+def study_folder(folder, data):
+    """With a SASRec that learned nothing: beside it, none is fitted."""
+    model = SASRec(len(data.catalogue), SASRecConfig(hidden_size=8, heads=1, layers=1))
+    model.training_hash = training_hash(data.split.training())
+    model.save(folder / "baselines" / "sasrec")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(place, data):
+    """A finished study of two seeds: its folder, and what it said."""
+    out, said = study_folder(place / "done", data), []
+    ablate(load_study(place / "study.yaml"), data, out, (1, 2), say=said.append)
+    return out, said
+
+
+def started(said):
+    return [line.split("] ")[1].split(":")[0] for line in said if "] " in line]
+
+
+def test_runs_go_by_seeds_and_leave_ranks_without_weights(done):
+    out, said = done
+    names = ("base", "mean", "none", "rates")
+    assert started(said) == [f"{name}, seed {seed}" for seed in (1, 2) for name in names]
+    for name in names:
+        for seed in (1, 2):
+            run = out / name / f"seed-{seed}"
+            assert (run / "evaluations" / "test" / "model.json").exists() and not (run / "model").exists()
+            assert json.loads((run / "recipe.json").read_text())["recipe"]["seed"] == seed
+            assert json.loads((run / "seconds.json").read_text())["seconds"] > 0
+    assert {path.name for path in out.glob("ablations.*")} == {
+        "ablations.json",
+        "ablations.md",
+        "ablations.png",
+    }
+
+
+def test_what_is_finished_is_not_trained_again(done, place, data):
+    out, _ = done
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/**/*")}
+    said = []
+    text = ablate(load_study(place / "study.yaml"), data, out, (1, 2), say=said.append)
+    assert started(said) == [] and text == (out / "ablations.md").read_text()
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/**/*")} == before
+
+
+def test_differences_are_those_of_compare(done, place):
+    """One seed: the very figures of `compare`. Two: of the users' means."""
+    out, _ = done
+    study = load_study(place / "study.yaml")
+    one, both = Finished(study), Finished(study)
+    runs = {}
+    for name in study.variants:
+        for seed in (1, 2):
+            run = Evaluation.load(out / name / f"seed-{seed}" / "evaluations" / "test" / "model.json")
+            runs[name, seed] = run
+            both.add(name, seed, run, 1.0)
+            if seed == 1:
+                one.add(name, seed, run, None)
+    found = summarise(one, {})["variants"]
+    for metric in ("HR@10", "NDCG@10"):
+        for seen in ("masked", "allowed"):
+            for name in ("mean", "none", "rates"):
+                test = compare({name: runs[name, 1], "base": runs["base", 1]}, metric, seen)[0]
+                mine = found[name]["differences"][seen][metric]
+                assert [mine[key] for key in ("value", "low", "high")] == pytest.approx(test.difference)
+                assert mine["p_value"] == test.p_value <= mine["adjusted"] <= min(1, 3 * test.p_value)
+    found = summarise(both, {})["variants"]
+    written = json.loads((out / "ablations.json").read_text())["variants"]
+    for name in found:
+        for part in ("metrics", "slices", "by_seed") + (("differences",) if name != "base" else ()):
+            assert found[name][part] == written[name][part]
+    tests = [found[name]["differences"]["masked"]["NDCG@10"] for name in ("mean", "none", "rates")]
+    assert [test["adjusted"] for test in tests] == holm([test["p_value"] for test in tests])
+    means = [[runs[name, seed].mean("NDCG@10") for seed in (1, 2)] for name in ("none", "base")]
+    assert found["none"]["metrics"]["masked"]["NDCG@10"]["value"] == pytest.approx(np.mean(means[0]))
+    assert found["none"]["metrics"]["masked"]["NDCG@10"]["deviation"] == pytest.approx(
+        np.std(means[0], ddof=1)
+    )
+    gap = found["none"]["differences"]["masked"]["NDCG@10"]["value"]
+    assert gap == pytest.approx(np.mean(means[0]) - np.mean(means[1]))
+
+
+def test_a_variant_ahead_of_the_base_is_compared_over_shared_seeds(done, place):
+    out, _ = done
+    found = Finished(load_study(place / "study.yaml"))
+    for name, seed in (("base", 1), ("none", 1), ("none", 2), ("rates", 2)):
+        run = Evaluation.load(out / name / f"seed-{seed}" / "evaluations" / "test" / "model.json")
+        found.add(name, seed, run, None)
+    summary = summarise(found, {})
+    gap = found.values("none", "NDCG@10", "masked", {1}) - found.values("base", "NDCG@10", "masked", {1})
+    assert summary["variants"]["none"]["differences"]["masked"]["NDCG@10"]["value"] == pytest.approx(
+        gap.mean()
+    )
+    assert "differences" not in summary["variants"]["rates"], "no seed is shared"
+    assert "| SPAE | rates | one stage's rate | 1 | " in markdown(summary)
+
+
+def test_slices_cover_every_user_once(done):
+    out, _ = done
+    run = Evaluation.load(out / "base" / "seed-1" / "evaluations" / "test" / "model.json")
+    for members in slices_of(run).values():
+        assert (np.sum(list(members.values()), axis=0) == 1).all()
+    report = json.loads((out / "ablations.json").read_text())
+    for entry in report["variants"].values():
+        for parts in entry["slices"].values():
+            weighted = sum(part["users"] * part["NDCG@10"]["value"] for part in parts.values())
+            assert weighted / report["num_users"] == pytest.approx(
+                entry["metrics"]["masked"]["NDCG@10"]["value"]
+            )
+    assert set(report["baselines"]) == {"popularity", SASRec.label}
+
+
+def test_only_some_variants(place, data, tmp_path):
+    out, said = study_folder(tmp_path / "study", data), []
+    study = load_study(place / "study.yaml")
+    ablate(study, data, out, (7,), only=["rates"], keep_models=True, say=said.append)
+    assert started(said) == ["base, seed 7", "rates, seed 7"]
+    assert (out / "rates" / "seed-7" / "model" / "config.json").exists(), "asked to be kept"
+    assert [each.name for each in study.chosen(["SPAE"])] == ["base", "none", "rates"]
+    with pytest.raises(SpeederError, match=r"only: expected some of MRC, SPAE, base, .* got 'mrc'"):
+        ablate(study, data, out, (7,), only=["mrc"])
+    with pytest.raises(SpeederError, match="seeds: expected at least one, each once"):
+        ablate(study, data, out, (1, 1))
+
+
+def test_a_changed_recipe_is_refused_before_anything_is_trained(done, place, data, tmp_path):
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out)
+    changed = json.loads(json.dumps(STUDY))
+    changed["variants"]["SPAE"]["rates"]["changes"]["stages.joint.learning_rate"] = 0.02
+    study = study_from_dict(changed, "study", place)
+    shutil.rmtree(out / "base" / "seed-2")
+    with pytest.raises(SpeederError, match=r"rates/seed-1: .* another recipe \(stages.joint.learning_rate\)"):
+        ablate(study, data, out, (1, 2))
+    assert not (out / "base" / "seed-2").exists()
+    other = synthetic_world(num_users=40, history=8, seed=3)
+    with pytest.raises(SpeederError, match="holds a run of other data"):
+        ablate(load_study(place / "study.yaml"), other, out, (1, 2))
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(done, place, data):
+    out = study_folder(place / "killed", data)
+    code = (
+        "import sys; from speeder.ablate import ablate; from speeder.ablation_study import load_study;"
+        "from speeder.data import PreparedData;"
+        "ablate(load_study(sys.argv[1]), PreparedData.load(sys.argv[2]), sys.argv[3], (1, 2))"
+    )
+    command = [sys.executable, "-c", code, *map(str, (place / "study.yaml", place / "data", out))]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    moment, deadline = out / "none" / "seed-1" / "stages" / "02-joint", time.monotonic() + 120
+    while not moment.exists():
+        assert process.poll() is None and time.monotonic() < deadline, "the moment to kill at never came"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "none" / "seed-1" / "evaluations").exists(), "killed within a run"
+    said = []
+    ablate(load_study(place / "study.yaml"), data, out, (1, 2), say=said.append)
+    assert started(said)[:2] == ["none, seed 1", "rates, seed 1"] and len(started(said)) == 6
+    for run in sorted(done[0].glob("*/seed-*")):
+        same = out / run.relative_to(done[0])
+        whole, again = (Evaluation.load(path / "evaluations" / "test" / "model.json") for path in (run, same))
+        assert again.mean("MRR") == pytest.approx(whole.mean("MRR"), abs=2e-3)
+    report = json.loads((out / "ablations.json").read_text())["variants"]
+    assert report["none"]["seconds_by_seed"]["1"] is None, "no one counted the seconds of a stopped run"
+    assert report["none"]["seconds"] == report["none"]["seconds_by_seed"]["2"] > 0
+
+
+MEAN = "variants: MRC: mean: "
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (("extra",), 1, "unknown key 'extra'; known: base, common, variants"),
+        (("base",), "none.yaml", "none.yaml: No such file"),
+        (("base",), 3, "base: expected a recipe's name or path, got 3"),
+        (("base",), "sasrec-ml-100k", "base: expected a recipe with stages, got SASRec's"),
+        (("common", "wings"), 2, "common: recipe: unknown key 'wings'"),
+        (("variants",), {}, "variants: expected a mapping that is not empty"),
+        (("variants", "MRC"), ["mean"], "variants: MRC: expected a mapping"),
+        (
+            ("variants", "MRC", "none"),
+            STUDY["variants"]["SPAE"]["none"],
+            "SPAE: none: expected a name of its",
+        ),
+        (
+            ("variants", "MRC", "a/b"),
+            STUDY["variants"]["SPAE"]["none"],
+            "MRC: a/b: expected a name of letters",
+        ),
+        (("variants", "MRC", "mean", "test"), "x", f"{MEAN}unknown key 'test'; known: tests, changes"),
+        (("variants", "MRC", "mean", "tests"), None, f"{MEAN}tests: expected one line of text, got None"),
+        (("variants", "MRC", "mean", "changes"), {}, f"{MEAN}changes: expected a mapping that is not empty"),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"seed": 1},
+            f"{MEAN}changes: 'seed': seeds are the study's",
+        ),
+        (("variants", "MRC", "mean", "changes"), {"layer": 1}, f"{MEAN}recipe: unknown key 'layer'"),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"model.wings": 1},
+            f"{MEAN}recipe: model: unknown key 'wings'",
+        ),
+        (("variants", "MRC", "mean", "changes"), {"layers": "x"}, f"{MEAN}recipe: layers: expected int"),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"precision.x": 1},
+            f"{MEAN}changes: 'precision.x': the base has",
+        ),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"stages.end.open": []},
+            "'stages.end.open': no such stage; the base has text, joint",
+        ),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"stages.text": 1},
+            "'stages.text': expected stages.STAGE.KEY",
+        ),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"stages.text.opens": ["text"]},
+            f"{MEAN}stage 1: unknown key 'opens'",
+        ),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"model": {"dropout": 0.1}},
+            f"{MEAN}changes: expected something else than the base has",
+        ),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"model": {"dropout": 0.2}, "model.dropout": 0.3},
+            "'model.dropout' is given twice",
+        ),
+    ],
+)
+def test_wrong_studies_are_refused_in_one_line(place, tmp_path, key, value, message):
+    study = json.loads(json.dumps(STUDY)) | {"base": str(place / "recipe.yaml")}
+    inner = study
+    for part in key[:-1]:
+        inner = inner[part]
+    inner[key[-1]] = value
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(SpeederError) as refused:
+        load_study(tmp_path / "bad.yaml")
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+    assert str(refused.value).startswith(f"study {tmp_path / 'bad.yaml'}: ")
+
+
+def test_unreadable_studies(tmp_path):
+    (tmp_path / "bad.yaml").write_text("a: [")
+    for name, message in ((tmp_path / "bad.yaml", "not valid YAML"), (tmp_path / "no.yaml", "No such file")):
+        with pytest.raises(SpeederError, match=message):
+            load_study(name)
+    with pytest.raises(SpeederError, match=r"one of .*ablations-ml-100k.*, got 'ablations-none'"):
+        load_study("ablations-none")
+
+
+BUNDLED = sorted(path.stem for path in bundled_recipe("").parent.glob("ablations-*.yaml"))
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_studies_change_what_they_list_and_nothing_else(name):
+    study = load_study(name)
+    base = study.variants["base"].recipe
+    for variant in list(study.variants.values())[1:]:
+        assert (
+            variant.group and variant.tests and recipe_from_dict(variant.recipe.to_dict()) == variant.recipe
+        )
+        for key in differing_keys(base.to_dict(), variant.recipe.to_dict()):
+            first, _, rest = key.partition(".")
+            listed = {key, first} | ({f"stages.*.{rest.rpartition('.')[2]}"} if first == "stages" else set())
+            assert listed & set(variant.changes), f"{variant.name} differs in {key}"
+        steps = [
+            sum(stage.steps for stage in each.stages) for each in (base, variant.recipe)
+        ]  # the same budget
+        assert steps[0] == steps[1]
+        every = {stage.steps % variant.recipe.checkpoint_steps for stage in variant.recipe.stages}
+        assert every == {0}, "a stage's last step is among those that its best is chosen from"
+
+
+def test_the_bundled_studies_are_there():
+    assert set(BUNDLED) >= {"ablations-ml-100k", "ablations-ml-100k-long"}
+    study = load_study("ablations-ml-100k")
+    groups = {variant.group for variant in study.variants.values()} - {""}
+    assert groups == {"MRC", "MPO", "SPAE", "backbone", "supervision"}
+    assert load_study("ablations-ml-100k-long").variants["base"].recipe.model["max_history"] == 200
