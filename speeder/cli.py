@@ -1,4 +1,4 @@
-"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, recommend, demo."""
+"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, demo."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"speeder: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; go on with --resume" if options.command == "train" else ""
+        hints = {"train": "; go on with --resume", "ablate": "; the same command goes on"}
+        hint = hints.get(options.command, "")
         print(f"\nspeeder: stopped{hint}", file=sys.stderr)
         return 130
     return 0
@@ -194,6 +195,23 @@ def build_parser() -> argparse.ArgumentParser:
         "--seen", choices=["masked", "allowed"], default="masked", help="items of the history"
     )
     compare.add_argument("--out", type=Path, metavar="DIR", help="write comparison.md, .tex and .json there")
+
+    ablate = command(
+        "ablate",
+        run_ablate,
+        "Train and evaluate a study's variants of a recipe; stopped at any moment, the same command goes on.",
+        "speeder ablate ablations-ml-100k --data data/ml-100k --out runs/ablations --only SPAE",
+    )
+    ablate.add_argument("study", metavar="STUDY", help="a YAML file, or the name of a bundled study")
+    ablate.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data")
+    ablate.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
+    ablate.add_argument(
+        "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of the runs (default: 1 2 3)"
+    )
+    ablate.add_argument(
+        "--only", nargs="+", default=[], metavar="NAME", help="the base and these variants or groups alone"
+    )
+    ablate.add_argument("--keep-models", action="store_true", help="keep finished runs' weights")
 
     recommend = command(
         "recommend",
@@ -389,6 +407,16 @@ def run_compare(options: argparse.Namespace) -> None:
         raise SpeederError(f"compare: {error}") from error
     others = load_baselines(options.runs, folder, next(iter(evaluations.values())).task)
     print(comparison_report(evaluations, tests, metric, options.seen, options.out, others))
+
+
+def run_ablate(options: argparse.Namespace) -> None:
+    from speeder.ablate import ablate
+    from speeder.ablation_study import load_study
+    from speeder.data.prepared import PreparedData
+
+    study, data = load_study(options.study), PreparedData.load(options.data)
+    how = {"only": options.only, "keep_models": options.keep_models, "data_folder": options.data}
+    print(ablate(study, data, options.out, options.seeds, **how))
 
 
 def run_recommend(options: argparse.Namespace) -> None:
