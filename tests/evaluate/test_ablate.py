@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from speeder.ablate import ablate
 from speeder.ablation_report import Finished, markdown, slices_of, summarise
 from speeder.ablation_study import differing_keys, load_study, study_from_dict
 from speeder.baselines.sasrec import SASRec, SASRecConfig
+from speeder.cli import main
 from speeder.compare import compare, holm
 from speeder.data import PreparedData
 from speeder.data.synthetic import synthetic_world
@@ -81,7 +83,8 @@ def done(place, data):
 
 
 def started(said):
-    return [line.split("] ")[1].split(":")[0] for line in said if "] " in line]
+    """The runs that were begun, from lines such as `[1 of 8] base, seed 1: ...`."""
+    return [found[1] for line in said if (found := re.match(r"\n?\[\d+ of \d+\] (.*?):", line))]
 
 
 def test_runs_go_by_seeds_and_leave_ranks_without_weights(done):
@@ -177,11 +180,13 @@ def test_slices_cover_every_user_once(done):
     assert set(report["baselines"]) == {"popularity", SASRec.label}
 
 
-def test_only_some_variants(place, data, tmp_path):
-    out, said = study_folder(tmp_path / "study", data), []
-    study = load_study(place / "study.yaml")
-    ablate(study, data, out, (7,), only=["rates"], keep_models=True, say=said.append)
-    assert started(said) == ["base, seed 7", "rates, seed 7"]
+def test_the_command_makes_only_what_is_asked_for(place, data, tmp_path, capsys):
+    out, study = study_folder(tmp_path / "study", data), load_study(place / "study.yaml")
+    options = ["--data", place / "data", "--out", out, "--seeds", "7", "--only", "rates", "--keep-models"]
+    assert main(["ablate", *map(str, [place / "study.yaml", *options])]) == 0
+    printed = capsys.readouterr().out
+    assert started(printed.splitlines()) == ["base, seed 7", "rates, seed 7"]
+    assert printed.rstrip().endswith((out / "ablations.md").read_text().rstrip())
     assert (out / "rates" / "seed-7" / "model" / "config.json").exists(), "asked to be kept"
     assert [each.name for each in study.chosen(["SPAE"])] == ["base", "none", "rates"]
     with pytest.raises(SpeederError, match=r"only: expected some of MRC, SPAE, base, .* got 'mrc'"):
