@@ -1,11 +1,15 @@
-"""Run a study: every variant with every seed, resumable at any moment, with a report after each finished run."""
+"""Run a study: every variant with every seed, resumable at any moment, with a report after each finished run.
+
+Several processes may work on one study's folder: each run has a lock, which its process holds for as long as it lives.
+"""
 
 from __future__ import annotations
 
-import logging
+import fcntl
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +24,9 @@ from speeder.results import Measure, baselines, evaluate_run, kept_evaluation
 from speeder.run_folder import run_identity
 from speeder.training import train
 
-log = logging.getLogger(__name__)
-
 _SECONDS = "seconds.json"
 _EVALUATED = "model"  # as `evaluate_run` calls a run's finished model
+_PAUSE = 2.0  # seconds between looks at runs that other processes make
 
 
 def ablate(
@@ -40,7 +43,8 @@ def ablate(
     """Train and evaluate a study's variants; stopped at any moment, the same call goes on where it was.
 
     Runs go by seeds: every variant with the first seed, then with the second, so that a study which is stopped early
-    has compared all variants. Each run is an ordinary run folder, `out/<variant>/seed-<n>`.
+    has compared all variants. Each run is an ordinary run folder, `out/<variant>/seed-<n>`. A run that another process
+    is making is waited for in the end.
 
     Args:
         study: what to vary.
@@ -65,25 +69,49 @@ def ablate(
         raise SpeederError(f"seeds: expected at least one, each once, got {list(seeds)}")
     chosen = study.chosen(list(only))
     recipes = _recipes_for(study, data, say)
-    finished = Finished(study)
     for name in study.variants:  # nothing is trained before every folder was seen to fit
-        for run in sorted(out.glob(f"{name}/seed-*"), key=_seed_of):
-            recipe = replace(recipes[name], seed=_seed_of(run))
-            _check_same_run(run, recipe, data)
-            if _is_finished(run):
-                _keep(finished, name, run, measure)
-                _clear(run, keep_models)
-    rows = baselines(out, measure)
+        for run in _runs(out, name):
+            _check_same_run(run, replace(recipes[name], seed=_seed_of(run)), data)
+    with _claimed(out / "baselines", wait=True):
+        rows = baselines(out, measure)
+    finished = Finished(study)
     plan = [(seed, variant) for seed in seeds for variant in chosen]
-    for number, (seed, variant) in enumerate(plan, 1):
-        run = out / variant.name / f"seed-{seed}"
-        if not _is_finished(run):
-            say(f"\n[{number} of {len(plan)}] {variant.name}, seed {seed}: {variant.tests}")
-            _run(run, variant, replace(recipes[variant.name], seed=seed), measure, data_folder)
-            _keep(finished, variant.name, run, measure)
-            _clear(run, keep_models)
-            write_report(out, finished, rows)
-    return write_report(out, finished, rows)
+    waiting, total = plan, len(plan)
+    while waiting:
+        elsewhere = []
+        for seed, variant in waiting:
+            run = out / variant.name / f"seed-{seed}"
+            with _claimed(run) as ours:
+                if ours and not _is_finished(run):
+                    number = plan.index((seed, variant)) + 1
+                    say(f"\n[{number} of {total}] {variant.name}, seed {seed}: {variant.tests}")
+                    _run(run, variant, replace(recipes[variant.name], seed=seed), measure, data_folder)
+                    _report(out, finished, measure, rows)
+                if ours and not keep_models:  # weights are large, and nothing here needs them again
+                    shutil.rmtree(run / "model", ignore_errors=True)
+            if not ours:
+                elsewhere.append((seed, variant))
+        if elsewhere == waiting:
+            time.sleep(_PAUSE)
+        waiting = elsewhere
+    return _report(out, finished, measure, rows)
+
+
+@contextmanager
+def _claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether the folder is this process's own until the end, or another's; with `wait` it is waited for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _runs(out: Path, variant: str) -> list[Path]:
+    return sorted(out.glob(f"{variant}/seed-*"), key=_seed_of)
 
 
 def _recipes_for(study: Study, data: PreparedData, say: Callable[[str], None]) -> dict[str, Recipe]:
@@ -150,13 +178,12 @@ def _run(
     evaluate_run(run, model, measure)
 
 
-def _keep(finished: Finished, name: str, run: Path, measure: Measure) -> None:
-    evaluation: Evaluation = kept_evaluation(run, _EVALUATED, measure)
-    seconds = read_json(run / _SECONDS).get("seconds") if (run / _SECONDS).exists() else None
-    finished.add(name, _seed_of(run), evaluation, seconds)
-
-
-def _clear(run: Path, keep_models: bool) -> None:
-    """The weights of a finished run are large, and nothing here needs them again."""
-    if not keep_models:
-        shutil.rmtree(run / "model", ignore_errors=True)
+def _report(out: Path, finished: Finished, measure: Measure, rows: Mapping[str, Evaluation]) -> str:
+    """Over all runs that are finished by now, those of earlier calls and of other processes too."""
+    for name in finished.study.variants:
+        for run in filter(_is_finished, _runs(out, name)):
+            seed = _seed_of(run)
+            if seed not in finished.evaluations.get(name, ()):
+                seconds = read_json(run / _SECONDS).get("seconds") if (run / _SECONDS).exists() else None
+                finished.add(name, seed, kept_evaluation(run, _EVALUATED, measure), seconds)
+    return write_report(out, finished, rows)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -210,33 +211,62 @@ def test_a_changed_recipe_is_refused_before_anything_is_trained(done, place, dat
         ablate(load_study(place / "study.yaml"), other, out, (1, 2))
 
 
-@pytest.mark.slow
-def test_a_killed_study_goes_on(done, place, data):
-    out = study_folder(place / "killed", data)
+def study_process(place, out):
+    """A process that runs the study with seed 1, at the moment when it is within its first run of "none"."""
     code = (
         "import sys; from speeder.ablate import ablate; from speeder.ablation_study import load_study;"
         "from speeder.data import PreparedData;"
-        "ablate(load_study(sys.argv[1]), PreparedData.load(sys.argv[2]), sys.argv[3], (1, 2))"
+        "ablate(load_study(sys.argv[1]), PreparedData.load(sys.argv[2]), sys.argv[3], (1,))"
     )
     command = [sys.executable, "-c", code, *map(str, (place / "study.yaml", place / "data", out))]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     moment, deadline = out / "none" / "seed-1" / "stages" / "02-joint", time.monotonic() + 120
     while not moment.exists():
-        assert process.poll() is None and time.monotonic() < deadline, "the moment to kill at never came"
+        assert process.poll() is None and time.monotonic() < deadline, "the moment never came"
         time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on(done, place, data):
+    out = study_folder(place / "killed", data)
+    process = study_process(place, out)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "none" / "seed-1" / "evaluations").exists(), "killed within a run"
     said = []
-    ablate(load_study(place / "study.yaml"), data, out, (1, 2), say=said.append)
-    assert started(said)[:2] == ["none, seed 1", "rates, seed 1"] and len(started(said)) == 6
-    for run in sorted(done[0].glob("*/seed-*")):
+    ablate(load_study(place / "study.yaml"), data, out, (1,), say=said.append)
+    assert started(said) == ["none, seed 1", "rates, seed 1"]
+    for run in sorted(done[0].glob("*/seed-1")):
         same = out / run.relative_to(done[0])
         whole, again = (Evaluation.load(path / "evaluations" / "test" / "model.json") for path in (run, same))
         assert again.mean("MRR") == pytest.approx(whole.mean("MRR"), abs=2e-3)
     report = json.loads((out / "ablations.json").read_text())["variants"]
     assert report["none"]["seconds_by_seed"]["1"] is None, "no one counted the seconds of a stopped run"
-    assert report["none"]["seconds"] == report["none"]["seconds_by_seed"]["2"] > 0
+    assert report["none"]["seconds"] is None and report["rates"]["seconds"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_study(place, data):
+    out, said = study_folder(place / "shared", data), []
+    process = study_process(place, out)
+    process.send_signal(signal.SIGSTOP)  # within "none", which it keeps for itself
+    only = load_study(place / "study.yaml")
+    worker = threading.Thread(target=ablate, args=(only, data, out, (1,)), kwargs={"say": said.append})
+    worker.start()
+    deadline = time.monotonic() + 120
+    while not (out / "rates" / "seed-1" / "seconds.json").exists():
+        assert worker.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not (out / "none" / "seed-1" / "evaluations").exists()
+    process.send_signal(signal.SIGCONT)
+    worker.join()
+    assert process.wait(timeout=120) == 0
+    assert started(process.stdout.read().splitlines()) == ["base, seed 1", "mean, seed 1", "none, seed 1"]
+    assert started(said) == ["rates, seed 1"]
+    report = json.loads((out / "ablations.json").read_text())["variants"]
+    assert set(report) == {"base", "mean", "none", "rates"}, "the last to end tells of all"
 
 
 MEAN = "variants: MRC: mean: "
