@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from speeder.data import PreparedData
 from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation, training_hash
-from speeder.recipe import bundled_recipe, recipe_from_dict
+from speeder.recipe import MODALITIES, bundled_recipe, recipe_from_dict
+from speeder.run_folder import stage_logs
 from tests.model.worlds import save_tiny_backbone
 
 RECIPE = {
@@ -382,6 +384,40 @@ def test_bundled_studies_change_what_they_list_and_nothing_else(name):
         assert steps[0] == steps[1]
         every = {stage.steps % variant.recipe.checkpoint_steps for stage in variant.recipe.stages}
         assert every == {0}, "a stage's last step is among those that its best is chosen from"
+
+
+@pytest.mark.slow
+def test_every_variant_of_the_bundled_study_trains(place, data, tmp_path):
+    """Its last stage, two steps of it, on a tiny backbone: nothing in it asks for what a model does not have."""
+    study = load_study("ablations-ml-100k")
+
+    def small(variant):
+        own = {"stages": [replace(variant.recipe.stages[-1], steps=2)], "keep_best": False, "log_steps": 1}
+        own |= {"backbone": str(place / "backbone"), "layers": None, "batch_users": 8, "precision": "fp32"}
+        return replace(variant, recipe=replace(variant.recipe, **own))
+
+    # with its last stage alone, an order of opening is no change any more
+    study = replace(study, variants={k: v for k, v in study.variants.items() if v.group != "MPO"})
+    study = replace(study, variants={key: small(variant) for key, variant in study.variants.items()})
+    out = study_folder(tmp_path, data)
+    ablate(study, data, out, (1,))
+    report = json.loads((out / "ablations.json").read_text())["variants"]
+    assert set(report) == set(study.variants)
+    for variant, entry in report.items():
+        assert variant == "base" or 0 < entry["differences"]["masked"]["NDCG@10"]["adjusted"] <= 1
+    gates = {key: last_gates(out / key / "seed-1") for key in study.variants}
+    assert gates["mrc-text"]["text"] == pytest.approx(1, abs=1e-6)
+    assert gates["mrc-item"]["item"] == pytest.approx(1, abs=1e-6)
+    assert gates["mrc-mean"].pop("item") == pytest.approx(0.25, abs=0.01)  # it learns with the embedding
+    spread = {key: np.ptp([gates[key][part] for part in MODALITIES]) for key in ("mrc-mean", "base")}
+    assert spread["mrc-mean"] < 1e-6 < spread["base"]
+
+
+def last_gates(run):
+    """Each modality's mean weight in the last stage's last line."""
+    entries = [entry for entry in list(stage_logs(run).values())[-1] if "loss" in entry]
+    names = (*MODALITIES, "item")
+    return {name: entries[-1][f"gate/{name}"] for name in names if f"gate/{name}" in entries[-1]}
 
 
 def test_the_bundled_studies_are_there():
