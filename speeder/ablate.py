@@ -168,13 +168,14 @@ def _run(
     run: Path, variant: Variant, recipe: Recipe, measure: Measure, data_folder: str | Path | None
 ) -> None:
     """Train, or go on training, and evaluate."""
-    resumed, started = (run / "recipe.json").exists(), time.monotonic()
+    resumed, started, worked = (run / "recipe.json").exists(), time.monotonic(), time.process_time()
     try:
         model = train(recipe, measure.data, run, resume=resumed, data_folder=data_folder)
     except SpeederError as error:
         raise SpeederError(f"{variant.name}: {error}") from error
     if not (run / _SECONDS).exists():  # of a run that was stopped, no one has counted them all
-        write_json(run / _SECONDS, {"seconds": None if resumed else time.monotonic() - started})
+        took = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
+        write_json(run / _SECONDS, {} if resumed else took)
     evaluate_run(run, model, measure)
 
 
@@ -184,6 +185,6 @@ def _report(out: Path, finished: Finished, measure: Measure, rows: Mapping[str, 
         for run in filter(_is_finished, _runs(out, name)):
             seed = _seed_of(run)
             if seed not in finished.evaluations.get(name, ()):
-                seconds = read_json(run / _SECONDS).get("seconds") if (run / _SECONDS).exists() else None
-                finished.add(name, seed, kept_evaluation(run, _EVALUATED, measure), seconds)
+                took = read_json(run / _SECONDS) if (run / _SECONDS).exists() else {}
+                finished.add(name, seed, kept_evaluation(run, _EVALUATED, measure), took)
     return write_report(out, finished, rows)

@@ -126,9 +126,9 @@ def test_differences_are_those_of_compare(done, place):
         for seed in (1, 2):
             run = Evaluation.load(out / name / f"seed-{seed}" / "evaluations" / "test" / "model.json")
             runs[name, seed] = run
-            both.add(name, seed, run, 1.0)
+            both.add(name, seed, run, {"seconds": 1.0})
             if seed == 1:
-                one.add(name, seed, run, None)
+                one.add(name, seed, run, {})
     found = summarise(one, {})["variants"]
     for metric in ("HR@10", "NDCG@10"):
         for seen in ("masked", "allowed"):
@@ -158,7 +158,7 @@ def test_a_variant_ahead_of_the_base_is_compared_over_shared_seeds(done, place):
     found = Finished(load_study(place / "study.yaml"))
     for name, seed in (("base", 1), ("none", 1), ("none", 2), ("rates", 2)):
         run = Evaluation.load(out / name / f"seed-{seed}" / "evaluations" / "test" / "model.json")
-        found.add(name, seed, run, None)
+        found.add(name, seed, run, {})
     summary = summarise(found, {})
     gap = found.values("none", "NDCG@10", "masked", {1}) - found.values("base", "NDCG@10", "masked", {1})
     assert summary["variants"]["none"]["differences"]["masked"]["NDCG@10"]["value"] == pytest.approx(
@@ -245,8 +245,8 @@ def test_a_killed_study_goes_on(done, place, data):
         whole, again = (Evaluation.load(path / "evaluations" / "test" / "model.json") for path in (run, same))
         assert again.mean("MRR") == pytest.approx(whole.mean("MRR"), abs=2e-3)
     report = json.loads((out / "ablations.json").read_text())["variants"]
-    assert report["none"]["seconds_by_seed"]["1"] is None, "no one counted the seconds of a stopped run"
-    assert report["none"]["seconds"] is None and report["rates"]["seconds"] > 0
+    assert report["none"]["took_by_seed"] == {"1": {}}, "no one counted the seconds of a stopped run"
+    assert report["none"]["seconds"] is None and report["rates"]["cpu_seconds"] > 0
 
 
 @pytest.mark.slow
