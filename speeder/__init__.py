@@ -20,6 +20,7 @@ _WHERE = {
     "SpeederError": "speeder.errors",
     "SpeederForCausalLM": "speeder.model",
     "SpeederProcessor": "speeder.processor",
+    "UserSessions": "speeder.sessions",
     "load_recipe": "speeder.recipe",
 }
 __all__ = sorted(_WHERE)

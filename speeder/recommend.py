@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from speeder.continuation import ModelState, SharedPrefix
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
 from speeder.evaluate import evaluate
@@ -36,6 +37,13 @@ class Recommendation:
 
 class RecommenderMixin:
     """`score`, `recommend`, `gates` and `add_items` of [`SpeederForCausalLM`]. All run without gradients."""
+
+    _kept_prefix: SharedPrefix | None = None
+
+    @property
+    def shared_prefix(self) -> list[int]:
+        """The text ids that every sequence begins with."""
+        return self.config.prompt_prefix
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -70,6 +78,8 @@ class RecommenderMixin:
     ) -> Iterator[torch.Tensor]:
         """Run histories through the backbone, packed, a batch at a time.
 
+        The instruction before the history is computed once and kept until a weight or the catalogue changes.
+
         Yields:
             `(n, H)` float32 queries of up to `batch_size` users, whose dot products with `item_vectors` rank items.
         """
@@ -78,9 +88,16 @@ class RecommenderMixin:
                 chunk = [
                     self.catalogue.indices_of(history) for history in histories[start : start + batch_size]
                 ]
-                batch = pack_batch([self.sequence(history) for history in chunk])
-                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                yield self.item_queries(self.last_states(**batch))
+                yield self.item_queries(self._sequence_states([self.sequence(history) for history in chunk]))
+
+    def _sequence_states(self, sequences: list[TokenSequence]) -> torch.Tensor:
+        """The final states of sequences' last tokens: `(B, H)`."""
+        if not self.shared_prefix:
+            batch = {name: tensor.to(self.device) for name, tensor in pack_batch(sequences).items()}
+            return self.last_states(**batch)
+        if self._kept_prefix is None or not ModelState(self).same(self._kept_prefix.state):
+            self._kept_prefix = SharedPrefix(self)
+        return self._kept_prefix.states(self, sequences)
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 64) -> torch.Tensor:
@@ -126,18 +143,7 @@ class RecommenderMixin:
         results: list[list[Recommendation]] = []
         for start, state in zip(tqdm(batches, desc="recommend", disable=not progress), states, strict=True):
             chunk = [sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]]
-            excluded: dict[str, torch.Tensor] = {}
-            if exclude_seen:
-                indptr = np.cumsum([0, *map(len, chunk)])
-                excluded = {
-                    "exclude_indptr": torch.as_tensor(indptr, device=state.device),
-                    "exclude_items": torch.tensor([i for row in chunk for i in row], device=state.device),
-                }
-            scores, items = topk_items(state, vectors, k, **excluded)
-            results += [
-                [self._recommendation(i, s) for i, s in zip(row, row_scores, strict=True)]
-                for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)
-            ]
+            results += self._best(state, vectors, k, chunk if exclude_seen else None)
         return results
 
     @torch.no_grad()
@@ -166,6 +172,23 @@ class RecommenderMixin:
     def _vectors(self) -> torch.Tensor:
         with self.evaluating():
             return self.item_vectors(self.item_tokens()[0])
+
+    def _best(
+        self, states: torch.Tensor, vectors: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None
+    ) -> list[list[Recommendation]]:
+        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen."""
+        excluded: dict[str, torch.Tensor] = {}
+        if seen is not None:
+            indptr = np.cumsum([0, *map(len, seen)])
+            excluded = {
+                "exclude_indptr": torch.as_tensor(indptr, device=states.device),
+                "exclude_items": torch.tensor([i for row in seen for i in row], device=states.device),
+            }
+        scores, items = topk_items(states, vectors, k, **excluded)
+        return [
+            [self._recommendation(i, s) for i, s in zip(row, row_scores, strict=True)]
+            for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)
+        ]
 
     def _recommendation(self, item: int, score: float) -> Recommendation:
         return Recommendation(item, self.catalogue.ids[item], self.catalogue.titles[item], score)
