@@ -90,6 +90,7 @@ class Recipe:
         gradient_accumulation_steps: batches per optimizer step.
         precision: `"bf16"` (autocast), `"fp16"` or `"fp32"`.
         weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
+        ema_decay: of the moving average of the weights, which is evaluated and kept in their place; 0 leaves it out.
         checkpoint_steps: steps between checkpoints, each with a validation ranking.
         keep_best: end a stage with its checkpoint of the best validation NDCG@10.
         log_steps: steps between log lines.
@@ -112,6 +113,7 @@ class Recipe:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
     checkpoint_steps: int = 100
     keep_best: bool = True
     log_steps: int = 5
@@ -131,6 +133,8 @@ class Recipe:
         for name in ("batch_users", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise SpeederError(f"recipe: {name}: expected at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise SpeederError(f"recipe: ema_decay: expected a number in [0, 1), got {self.ema_decay}")
         if self.baseline is not None:
             self._fit_baseline()
         for stage in self.stages:

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 
+from speeder.averaging import WeightAverage
 from speeder.baselines.registry import baseline_class
 from speeder.config import SpeederConfig
 from speeder.data.files import write_json
-from speeder.data.interactions import LeaveOneOut
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import check_features, check_split, training_hash
@@ -31,8 +31,7 @@ from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
 from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
-
-COMPLETE = "COMPLETE"  # marker file of a checkpoint that was written to its end
+from speeder.trainer import COMPLETE, CheckpointMarker, SpeederTrainer
 
 
 class TrainingSequences(Dataset):
@@ -78,49 +77,6 @@ class TrainingSequences(Dataset):
         if self.example is not None:
             return self.example([*history, target], index, self.whole[window])
         return build_sequence(history, self.config, target, self.supervision)
-
-
-class SpeederTrainer(Trainer):
-    """A `Trainer` whose evaluation is the model's own ranking of the validation items."""
-
-    def __init__(self, *args, split: LeaveOneOut, parameter_groups: list[dict], **kwargs):
-        super().__init__(*args, **kwargs)
-        self.split, self.parameter_groups = split, parameter_groups
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(self.parameter_groups, betas=(0.9, 0.98), fused=True)
-        return self.optimizer
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Every line about the loss also tells each modality's mean gate weight."""
-        if "loss" in logs:
-            gates = self.accelerator.unwrap_model(self.model).gates()
-            logs |= {f"gate/{name}": float(weights.mean()) for name, weights in gates.items()}
-        super().log(logs, start_time)
-
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
-        with self.autocast_smart_context_manager():
-            found = model.validation_metrics(self.split)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
-
-
-class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint as whole after its last file was written."""
-
-    def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def train(
@@ -270,6 +226,7 @@ def _run_stage(
         1, arguments.n_gpu
     )  # packed batches cannot be split by DataParallel; use a launcher
     groups = select_parameters(model, stage, recipe.weight_decay)
+    average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
     trainer = SpeederTrainer(
         model=model,
         args=arguments,
@@ -279,8 +236,11 @@ def _run_stage(
         callbacks=[ramp, CheckpointMarker()],
         split=data.split,
         parameter_groups=groups,
+        average=average,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if average is not None:
+        average.copy_to_model()
     ramp.set_offsets(model, steps)
     write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
 

@@ -18,7 +18,8 @@ from speeder.errors import SpeederError
 from speeder.evaluate import Candidates, LeakError, evaluate, evaluate_candidates, evaluate_titles
 from speeder.prompts import pack_batch
 from speeder.recipe import recipe_from_dict
-from speeder.training import CheckpointMarker, TrainingSequences, train
+from speeder.trainer import CheckpointMarker
+from speeder.training import TrainingSequences, train
 from tests.baselines.text_worlds import NAMES, cycle_world, save_text_backbone
 
 ITEMS = len(NAMES)

@@ -28,6 +28,7 @@ RECIPE = {
     "batch_users": 16,
     "checkpoint_steps": 4,
     "log_steps": 2,
+    "ema_decay": 0.8,
     "model": {"item_embedding": True, "dropout": 0.1, "modality_dropout": 0.1, "position_proxy_weight": 0.05},
     "stages": [
         {"name": "text", "open": ["text"], "steps": 10},
