@@ -168,6 +168,12 @@ def _run(
     run: Path, variant: Variant, recipe: Recipe, measure: Measure, data_folder: str | Path | None
 ) -> None:
     """Train, or go on training, and evaluate."""
+    model = read_json(run / "state.json").get("model") if (run / "state.json").exists() else None
+    if model and not (run / model).exists():
+        raise SpeederError(
+            f"{run}: was finished, but neither its evaluation nor its weights are there any more; remove that "
+            "folder and the run is made anew"
+        )
     resumed, started, worked = (run / "recipe.json").exists(), time.monotonic(), time.process_time()
     try:
         model = train(recipe, measure.data, run, resume=resumed, data_folder=data_folder)

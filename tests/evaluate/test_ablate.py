@@ -230,6 +230,18 @@ def study_process(place, out):
     return process
 
 
+def test_a_finished_run_that_lost_its_evaluation_is_told(done, place, data, tmp_path):
+    out = tmp_path / "study"
+    shutil.copytree(done[0], out)
+    shutil.rmtree(out / "none" / "seed-1" / "evaluations")
+    with pytest.raises(SpeederError, match="none/seed-1: was finished, but neither its evaluation nor"):
+        ablate(load_study(place / "study.yaml"), data, out, (1, 2))
+    shutil.rmtree(out / "none" / "seed-1")
+    said = []
+    ablate(load_study(place / "study.yaml"), data, out, (1, 2), say=said.append)
+    assert started(said) == ["none, seed 1"]
+
+
 @pytest.mark.slow
 def test_a_killed_study_goes_on(done, place, data):
     out = study_folder(place / "killed", data)
