@@ -1,4 +1,4 @@
-"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, demo."""
+"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, bench, demo."""
 
 from __future__ import annotations
 
@@ -228,6 +228,56 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
     recommend.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
 
+    bench = command(
+        "bench",
+        run_bench,
+        "Measure Speeder's speed beside language models that read items as text; called again, it goes on.",
+        "speeder bench --data data/beauty --out runs/bench",
+    )
+    bench.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="prepared data (default: MovieLens-100K, prepared in OUT/data)",
+    )
+    bench.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench"),
+        metavar="DIR",
+        help="folder of results (default: runs/bench)",
+    )
+    bench.add_argument("--backbone", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
+    bench.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="of the backbone's first (default: 4)"
+    )
+    bench.add_argument(
+        "--systems",
+        nargs="+",
+        metavar="NAME",
+        help="speeder and some of text-prompt, title-generation, yes-no (default: all)",
+    )
+    bench.add_argument(
+        "--histories",
+        type=int,
+        nargs="*",
+        default=[10, 50, 200],
+        metavar="N",
+        help="items (default: 10 50 200)",
+    )
+    bench.add_argument(
+        "--descriptions",
+        type=int,
+        nargs="*",
+        default=[20, 100, 200],
+        metavar="N",
+        help="tokens of an item's text (default: 20 100 200)",
+    )
+    bench.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    bench.add_argument(
+        "--budget", type=float, default=840, metavar="SECONDS", help="for the whole, about (default: 840)"
+    )  # fmt: skip
+
     demo = command(
         "demo",
         run_demo,
@@ -440,6 +490,23 @@ def run_recommend(options: argparse.Namespace) -> None:
         raise SpeederError(f"recommend: {error.args[0]}") from error
     for place, item in enumerate(recommended, 1):
         print(f"{place:3}. {item.id:>10}  {item.score:8.3f}  {item.title}")
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    from speeder.bench.run import REPORT, Plan, bench, default_data
+    from speeder.bench.systems import SYSTEMS
+
+    plan = Plan(
+        options.backbone,
+        options.layers,
+        tuple(options.systems or SYSTEMS),
+        tuple(options.histories),
+        tuple(options.descriptions),
+        len(os.sched_getaffinity(0)) if options.threads is None else options.threads,
+        options.budget,
+    )
+    bench(plan, options.data or default_data(options.out), options.out)
+    print((options.out / REPORT).read_text(encoding="utf-8"))
 
 
 def run_demo(options: argparse.Namespace) -> None:

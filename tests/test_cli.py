@@ -13,7 +13,7 @@ from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.synthetic import synthetic_world
 from tests.model.worlds import save_tiny_backbone
 
-COMMANDS = ("assets", "prepare", "train", "evaluate", "compare", "ablate", "recommend", "demo")
+COMMANDS = ("assets", "prepare", "train", "evaluate", "compare", "ablate", "recommend", "bench", "demo")
 
 
 @pytest.fixture(scope="module")

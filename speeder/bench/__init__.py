@@ -1,0 +1,1 @@
+"""`speeder bench`: Speeder beside language models that read items as text, on one machine in one run."""

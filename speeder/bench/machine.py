@@ -1,0 +1,97 @@
+"""The machine: what it is, the products that it can do at most, the memory that a process took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import transformers
+
+from speeder_kernels import _host, item_cross_entropy
+
+_SIZES = ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 576, 1536))  # m, n, k
+_TRIES, _SECONDS = 8, 0.2  # for each product; at least two tries
+
+
+def describe(threads: int) -> dict[str, object]:
+    """What a reader must know to compare with another machine."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "instruction set": _host.instruction_set(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
+@torch.no_grad()
+def gemm_peak() -> float:
+    """Flops a second of the fastest bfloat16 product that is at hand: torch's, in several sizes and both layouts, or
+    the one inside the item cross-entropy. The best of some tries, since what disturbs only slows down."""
+    best = 0.0
+    for m, n, k in _SIZES:
+        left, right = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+        for other in (right, right.T.contiguous().T):
+            best = max(best, 2 * m * n * k / _shortest(lambda a=left, b=other: a @ b))
+    states, table = torch.randn(1024, 576).bfloat16(), torch.randn(8192, 576).bfloat16()
+    targets = torch.zeros(1024, dtype=torch.long)
+    seconds = _shortest(lambda: item_cross_entropy(states, table, targets, scale=1.0))
+    return max(best, 2 * states.numel() * len(table) / seconds)
+
+
+def _shortest(work: Callable[[], object]) -> float:
+    times, end = [], time.perf_counter() + _SECONDS
+    while len(times) < 2 or (len(times) < _TRIES and time.perf_counter() < end):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` tell of what comes now; where the kernel does not allow it, of the whole process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """Bytes of this process that were resident at once, at most; None where the system does not tell."""
+    return _status("VmHWM")
+
+
+def resident_memory() -> int | None:
+    """Bytes of this process that are resident now; None where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found.group(1)) * 1024 if found else None
+
+
+def busy_seconds() -> float | None:
+    """Seconds that all cores have worked since the machine started, for whomever; None where it cannot be known."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")

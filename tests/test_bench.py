@@ -1,0 +1,332 @@
+"""`speeder bench`: what is counted is counted right, and the command measures, writes, goes on. No time is judged."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from speeder.bench.figures import row
+from speeder.bench.flops import attention_flops, training_flops
+from speeder.bench.profile import group_of
+from speeder.bench.report import verdicts
+from speeder.bench.run import MAIN, Plan, _rounds
+from speeder.bench.systems import SYSTEMS, TRAINING_TOKENS, System
+from speeder.bench.workload import LONGEST, Workload, choose_users
+from speeder.cli import main
+from speeder.data.prepare import read_ml100k
+from speeder.data.prepared import PreparedData
+from speeder.data.synthetic import synthetic_world
+from speeder.errors import SpeederError
+from speeder.loading import load_tokenizer
+from speeder.prompts import pack_batch
+from tests.baselines.text_worlds import save_text_backbone
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny backbone and prepared data."""
+    folder = tmp_path_factory.mktemp("bench")
+    data = synthetic_world(num_items=90, num_users=16, history=9)
+    data.save(folder / "data")
+    save_text_backbone(folder / "backbone", data.catalogue.titles)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(place) -> PreparedData:
+    return PreparedData.load(place / "data")
+
+
+def system(name, place, data, workload=MAIN) -> System:
+    made = System(name, data, workload, str(place / "backbone"), layers=2)
+    made.prepare()
+    return made
+
+
+# ---- what is counted -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_flops_of_a_step_are_those_of_its_products(name, place, data):
+    """But for attention and item logits, which are operators of ours that PyTorch's counter cannot see."""
+    measured = system(name, place, data, Workload(history=5))
+    sequences = [measured._dataset[number] for number in range(6)]
+    counter = FlopCounterMode(display=False)
+    measured.model.train()
+    with counter:
+        measured.model(**pack_batch(sequences, with_labels=True)).loss.backward()
+    parts = training_flops(measured.model, sequences)
+    unseen = {part: parts.pop(part, 0) for part in ("attention", "item logits")}
+    assert counter.get_total_flops() == sum(parts.values())
+    assert unseen["attention"] > 0
+    assert (unseen["item logits"] > 0) == (name in ("speeder", "text-prompt"))
+
+
+def test_flops_of_attention_and_item_logits_are_those_of_plain_products(place, data):
+    model = system("speeder", place, data, Workload(history=5)).model
+    text = model.config.text_config
+    heads, length = text.num_attention_heads, 12
+    width = text.hidden_size // heads
+    q, k, v = torch.randn(3, heads, length, width, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        out = (q @ k.transpose(1, 2)).softmax(-1) @ v
+    whole = text.num_hidden_layers * forward.get_total_flops()  # above the diagonal too
+    assert attention_flops(model, [length]) * 2 * length == whole * (length + 1)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+    states, table = torch.randn(7, 64, requires_grad=True), torch.randn(90, 64, requires_grad=True)
+    with FlopCounterMode(display=False) as logits:
+        (states @ table.T).sum().backward()
+    history = model.sequence([1, 2, 3, 4, 5, 6, 7], 8)  # of which the newest five are read
+    assert training_flops(model, [history])["item logits"] == logits.get_total_flops() * 5 // 7
+
+
+@pytest.mark.parametrize("name", ["speeder", "yes-no"])
+def test_flops_of_an_answer(name, place, data):
+    measured = system(name, place, data, Workload(history=5))
+    measured.rank([2])  # makes the item tokens, which are then kept
+    with FlopCounterMode(display=False) as counter:
+        measured.rank([0, 1])
+    model, lengths = measured.model, [length for user in (0, 1) for length in measured.prompt_lengths(user)]
+    unseen = attention_flops(model, lengths)
+    if name == "speeder":
+        unseen += 2 * len(lengths) * model.config.hidden_size * len(data.catalogue)  # in `topk_items`
+    assert counter.get_total_flops() + unseen == measured.rank_flops([0, 1])
+
+
+@pytest.mark.parametrize("workload", [MAIN, Workload(history=4), Workload(history=None), Workload(history=3, text=40)],
+                         ids=lambda workload: workload.name)  # fmt: skip
+def test_tokens_an_item_are_the_tokenizers(workload, place, data):
+    measured = system("text-prompt", place, data, workload)
+    tokenizer = load_tokenizer(place / "backbone")
+    users = choose_users(data, workload)
+    items = np.concatenate([history[-workload.max_history :] for history in users.histories])
+    if workload.text:
+        assert {len(measured.model.title(item)) for item in range(len(data.catalogue))} == {workload.text + 1}
+    else:
+        counts = [len(tokenizer(data.catalogue.titles[item])["input_ids"]) + 1 for item in items]
+        assert measured.tokens_an_item() == pytest.approx(np.mean(counts))
+    read = measured.tokens_an_item() * len(items) / len(users.histories)
+    assert measured.mean_prompt == pytest.approx(read)  # text-prompt reads titles and nothing else
+    ours = system("speeder", place, data, workload)
+    assert ours.tokens_an_item() == 1 and ours.mean_prompt == pytest.approx(len(items) / len(users.histories))
+
+
+def test_users_are_the_same_for_all_and_histories_as_long_as_asked(data):
+    for workload in (Workload(history=4), Workload(history=30), Workload(history=None)):
+        users, again = choose_users(data, workload), choose_users(data, workload)
+        for items, same in zip(
+            users.histories + users.training, again.histories + again.training, strict=True
+        ):
+            assert items.tolist() == same.tolist()
+        if workload.history:
+            assert {len(items) for items in users.histories} == {workload.history}
+            assert {len(items) for items in users.training} == {workload.history + 1}
+        for history, listed in zip(users.histories, users.candidates, strict=True):
+            assert not set(listed[1:].tolist()) & set(history.tolist()) and len(set(listed.tolist())) == len(
+                listed
+            )
+    known = {tuple(history.tolist()) for history in data.split.histories("test")}
+    assert {tuple(items.tolist()) for items in choose_users(data, Workload(history=None)).histories} <= known
+    own = choose_users(data, Workload(history=30))
+    assert {tuple(items[-8:].tolist()) for items in own.histories} <= known and own.filled == pytest.approx(
+        22 / 30
+    )
+
+
+def test_batches_are_filled_by_tokens(place, data):
+    measured = system("title-generation", place, data)
+    assert len(measured.batches) > 1
+    for batch in measured.batches:
+        sequences = [measured._dataset[number] for number in batch.examples]
+        assert sum(len(sequence.ids) for sequence in sequences) == batch.tokens <= TRAINING_TOKENS
+        assert batch.targets == len(batch.examples)  # one a prompt
+    dense = system("speeder", place, data).batches[0]
+    assert dense.targets == LONGEST * len(dense.examples)
+    pairs = system("yes-no", place, data).batches[0]
+    assert pairs.targets == len(pairs.examples) / 2
+
+
+def test_a_title_is_written_as_long_as_titles_are(place, data):
+    measured = system("title-generation", place, data)
+    tokenizer = load_tokenizer(place / "backbone")
+    mean = np.mean([len(ids) for ids in tokenizer(data.catalogue.titles)["input_ids"]])
+    ids = torch.tensor([[5, 6, 7]])
+    written = measured.model.generate(
+        ids, vocabulary="text", max_new_tokens=33, eos_token_id=1, pad_token_id=1
+    )
+    assert written.shape[1] - 3 == 1 + round(mean)
+
+
+# ---- the claim, without a clock --------------------------------------------------------------------------------
+
+
+def test_real_titles_cost_ten_times_the_tokens_and_flops(smollm2_folder, ml100k_folder, tmp_path):
+    """MovieLens-100K, histories of 50, in the words of SmolLM2; flops as on its first four layers."""
+    real = AutoConfig.from_pretrained(smollm2_folder, num_hidden_layers=4)
+    AutoTokenizer.from_pretrained(smollm2_folder).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    narrow = LlamaConfig(vocab_size=real.vocab_size, num_hidden_layers=1, tie_word_embeddings=True, **sizes)
+    AutoModelForCausalLM.from_config(narrow).save_pretrained(tmp_path)
+    films = read_ml100k(ml100k_folder)
+    catalogue = films.catalogue.with_features("text", torch.randn(len(films.catalogue), 384))
+    data = PreparedData(catalogue, films.interactions, films.manifest)
+    tokens, flops = {}, {}
+    for name in ("speeder", "text-prompt", "title-generation"):
+        measured = System(name, data, MAIN, str(tmp_path), layers=1)
+        measured.prepare()
+        batch = measured.batches[0]
+        tokens[name] = batch.tokens / batch.targets
+        with torch.device("meta"):  # as wide as the real one, without its numbers
+            settings = measured.model.config.to_dict() | {"text_config": real}
+            wide = type(measured.model)(type(measured.model.config)(**settings))
+        wide.catalogue = catalogue
+        parts = training_flops(wide, [measured._dataset[example] for example in batch.examples])
+        flops[name] = sum(parts.values()) / batch.targets
+    for cost in (tokens, flops):
+        assert cost["text-prompt"] >= 10 * cost["speeder"]
+        assert cost["title-generation"] >= 50 * cost["speeder"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def command(place, out, *more):
+    settings = [
+        "--data",
+        place / "data",
+        "--out",
+        out,
+        "--backbone",
+        place / "backbone",
+        "--layers",
+        1,
+        "--threads",
+        1,
+    ]
+    settings += ["--histories", 50, "--descriptions", "--budget", 2]
+    return main(["bench", *map(str, settings), *map(str, more)])
+
+
+def test_the_command_measures_writes_and_goes_on(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert command(place, out, "--systems", "speeder", "text-prompt") == 0
+    first = json.loads((out / "results.json").read_text())
+    assert set(first["points"]) == {MAIN.name, Workload(history=None).name}
+    for point in first["points"].values():
+        for name, measured in point["systems"].items():
+            found = row(measured, point["peak"])
+            assert min(found.targets, found.prompts, found.users, found.p50, found.p99, found.share) > 0, name
+            assert min(measured["memory"].values()) > 0
+            assert measured["first"] > 0 and not measured["left_out"]
+    profile = first["points"][MAIN.name]["systems"]["speeder"]["profile"]
+    assert sum(profile.values()) == pytest.approx(1) and profile["matrix products"] > 0
+    assert len(verdicts(first, MAIN.name)) == 4  # three against text-prompt, and the share of the peak
+    text = (out / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    assert all(
+        words in text for words in ("| Speeder | 1 | 50 |", "title-generation", "share of the GEMM peak")
+    )
+    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+    # a point that is missing is measured, the others stay
+    del first["points"][Workload(history=None).name]
+    (out / "results.json").write_text(json.dumps(first))
+    assert command(place, out, "--systems", "speeder", "text-prompt") == 0
+    second = json.loads((out / "results.json").read_text())
+    assert set(second["points"]) == {MAIN.name, Workload(history=None).name}
+    assert second["points"][MAIN.name] == first["points"][MAIN.name]
+    assert command(place, out, "--systems", "speeder") == 1
+    assert "a bench of the same settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--systems", "speeder", "bert4rec"], "--systems: expected speeder and some of .* got 'bert4rec'"),
+        (["--systems", "yes-no"], "--systems: expected speeder and some of .* got yes-no"),
+        (["--histories", "0"], "--histories: expected at least 1, got 0"),
+        (["--descriptions", "20", "-3"], "--descriptions: expected at least 1, got -3"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
+        (["--histories", "200"], "a catalogue of more items than a history of 200, got 90"),
+        (["--layers", "9", "--systems", "speeder"], "layers: expected 1..2"),
+        (["--data", "{tmp}/none"], "does not hold a prepared data set"),
+    ],
+)
+def test_mistakes_get_one_line(more, message, place, tmp_path, capfd):
+    assert command(place, tmp_path / "out", *[word.format(tmp=tmp_path) for word in more]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("speeder: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+# ---- turns and budgets -----------------------------------------------------------------------------------------
+
+
+class Clockless:
+    """A worker that says what it was asked, and takes no time."""
+
+    def __init__(self, name: str):
+        self.name, self.asked = name, []
+
+    def ask(self, question: str, **arguments):
+        self.asked.append(arguments["task"])
+        return [{"seconds": 1.0, "users": 1}]
+
+
+def test_what_would_take_too_long_is_left_out_and_said_so():
+    quick, slow = Clockless("speeder"), Clockless("yes-no")
+    measured = {
+        name: {"samples": {}, "left_out": {}, "flops": flops, "ranked_users": users}
+        for name, flops, users in (
+            ("speeder", {"batch": 10, "single": 1}, 5),
+            ("yes-no", {"batch": 5000, "single": 5000}, 1),
+        )
+    }
+    _rounds([quick, slow], measured, ("batch", "single"), 60, 10, 100.0)
+    assert set(measured["speeder"]["samples"]) == {"batch", "single"} and not measured["speeder"]["left_out"]
+    assert not slow.asked and not measured["yes-no"]["samples"]
+    assert measured["yes-no"]["left_out"] == {"batch": 50.0, "single": 50.0}
+
+
+def test_without_time_each_is_still_measured_once():
+    worker = Clockless("speeder")
+    flops = {"batch": 1, "single": 1}
+    found = {"samples": {}, "left_out": {}, "flops": flops, "ranked_users": 1}
+    _rounds([worker], {"speeder": found}, ("batch", "single"), 0.0, 10, 1.0)
+    assert worker.asked == ["single"], "a batch of one user is a single user"
+    assert found["samples"]["batch"] == found["samples"]["single"] != []
+
+
+def test_a_plan_starts_with_the_main_point():
+    points = Plan(histories=(200, 10, 50), descriptions=(100, 20)).points
+    assert points[0] == MAIN and len(points) == len(set(points)) == 6
+    with pytest.raises(SpeederError, match="layers"):
+        Plan(layers=0)
+
+
+@pytest.mark.parametrize(
+    ("operator", "group"),
+    [
+        ("aten::mm", "matrix products"),
+        ("speeder::spae_attention_backward_kernel", "attention"),
+        ("speeder::item_cross_entropy", "item cross-entropy"),
+        ("speeder::pack_tokens", "item tokens"),
+        ("aten::_fused_adamw_", "optimizer and clipping"),
+        ("Optimizer.step#AdamW.step", "optimizer and clipping"),
+        ("aten::silu_backward", "norms and elementwise"),
+        ("aten::bernoulli_", "dropout"),
+        ("aten::copy_", "copies and casts"),
+        ("data preparation", "data preparation"),
+        ("autograd::engine::evaluate_function: MulBackward0", "autograd's bookkeeping"),
+    ],
+)
+def test_groups_of_a_profile(operator, group):
+    assert group_of(operator) == group
