@@ -104,7 +104,8 @@ def _part_of(name: str, stage: Stage, layers: int) -> str | None:
             part = "experts" if path[1] == "experts" else "gate"
             return part if part in stage.train and path[2] in stage.open else None
         if path[1] in ("item_embedding", "item_gate"):
-            return "item" if "item" in stage.train and "item" in stage.open else None
+            part = "item" if path[1] == "item_embedding" else "gate"
+            return part if part in stage.train and "item" in stage.open else None
         return "experts" if "experts" in stage.train else None  # the norm after the experts
     if path[0] == "spae":
         return "spae" if "spae" in stage.train else None

@@ -420,8 +420,7 @@ def test_every_variant_of_the_bundled_study_trains(place, data, tmp_path):
     gates = {key: last_gates(out / key / "seed-1") for key in study.variants}
     assert gates["mrc-text"]["text"] == pytest.approx(1, abs=1e-6)
     assert gates["mrc-item"]["item"] == pytest.approx(1, abs=1e-6)
-    assert gates["mrc-mean"].pop("item") == pytest.approx(0.25, abs=0.01)  # it learns with the embedding
-    spread = {key: np.ptp([gates[key][part] for part in MODALITIES]) for key in ("mrc-mean", "base")}
+    spread = {key: np.ptp(list(gates[key].values())) for key in ("mrc-mean", "base")}
     assert spread["mrc-mean"] < 1e-6 < spread["base"]
 
 

@@ -85,7 +85,10 @@ def test_the_learned_item_embedding_trains_once_it_is_open():
     model = tiny_model(item_embedding=True)
     select_parameters(model, Stage("s", open=["text", "item"], train=["item"]), 0.0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {"mrc.item_embedding.weight", "mrc.item_gate"}
+    assert trained == {"mrc.item_embedding.weight"}
+    select_parameters(model, Stage("s", open=["text", "item"], train=["gate"]), 0.0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"mrc.gates.text.weight", "mrc.gates.text.bias", "mrc.item_gate"}
 
 
 def test_frozen_parts_get_no_gradient_and_closed_experts_stay():
