@@ -65,7 +65,8 @@ def conditions(results: dict) -> str:
     shares = ", ".join(f"{share:.0%} of {length}" for length, share in sorted(filled.items()))
     lines = [
         f"{settings['backbone']}, {settings['layers']} layers, recipes as bundled (bfloat16 autocast);"
-        f" {settings['dataset'] or 'data'} with {data['items']:,} items and {data['users']:,} users.",
+        f" data: {data['name']} ({settings['dataset'] or 'of unknown origin'}),"
+        f" {data['items']:,} items, {data['users']:,} users.",
         f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['instruction set']},"
         f" torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}.",
         f"Fastest matrix product: {best_peak(results) / 1e9:.0f} GFLOP/s in bfloat16."

@@ -93,7 +93,7 @@ def bench(plan: Plan, folder: Path, out: Path, say: Callable[[str], None] = prin
     torch.set_num_threads(plan.threads)
     data = PreparedData.load(folder)
     settings = plan.settings() | {"split": data.split.hash(), "dataset": data.manifest.get("dataset")}
-    results = _begin(out, settings, plan, data)
+    results = _begin(out, settings, plan, data, folder.resolve().name)
     points = plan.points
     for point in points:
         choose_users(data, point)  # a mistake is found before anything is measured
@@ -119,7 +119,7 @@ def default_data(out: Path) -> Path:
     return folder
 
 
-def _begin(out: Path, settings: dict, plan: Plan, data: PreparedData) -> dict:
+def _begin(out: Path, settings: dict, plan: Plan, data: PreparedData, name: str) -> dict:
     if (out / RESULTS).exists():
         results = read_json(out / RESULTS)
         if results.get("settings") != settings:
@@ -130,7 +130,7 @@ def _begin(out: Path, settings: dict, plan: Plan, data: PreparedData) -> dict:
     return {
         "settings": settings,
         "machine": describe(plan.threads),
-        "data": {"items": len(data.catalogue), "users": len(data.split.users("test"))},
+        "data": {"name": name, "items": len(data.catalogue), "users": len(data.split.users("test"))},
         "conditions": {
             "training_tokens": TRAINING_TOKENS,
             "ranking_tokens": RANKING_TOKENS,
