@@ -64,7 +64,7 @@ def returning_users(model: SpeederForCausalLM, users: int, rounds: int) -> None:
     print("\n| history | whole | kept | ratio | kept memory a user |\n|---:|---:|---:|---:|---:|")
     for length in HISTORIES:
         histories = {user: torch.randint(ITEMS, (length,)).tolist() for user in range(users)}
-        sessions = UserSessions(model, users * (length + rounds + 2))
+        sessions = UserSessions(model, max(users * (length + rounds + 2), model.config.max_history))
         sessions.extend(histories)
 
         def kept(histories=histories, sessions=sessions) -> None:

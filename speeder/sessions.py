@@ -69,12 +69,11 @@ class UserSessions:
     kept is the longest common beginning of the old and the new sequence, so a history that outgrows
     `config.max_history` is run anew at each visit: its window slides, and every rank changes.
 
-    States of users seen longest ago make room for others. The events themselves stay until `forget` (8 bytes each),
-    and such a user's next visit runs the whole history. So does every user's after the model has changed: its weights,
-    its catalogue, its prompt or autocast's dtype. Changes are seen by the tensors' versions and by each switch to
-    training; what leaves neither trace, such as a write to a weight's `.data` in evaluation mode, needs `clear`.
-
-    Not safe for several threads at once.
+    States of users seen longest ago make room for others. The events themselves, as indices of the catalogue, stay
+    until `forget` (8 bytes each), and such a user's next visit runs the whole history. So does every user's after the
+    model has changed: its weights, its catalogue, its prompt or autocast's dtype. Changes are seen by the tensors'
+    versions and by each switch to training; what leaves neither trace, such as a write to a weight's `.data` in
+    evaluation mode, needs `clear`. Not safe for several threads at once.
 
     Args:
         max_tokens: tokens whose keys and values are kept at most, the running batch's and the instruction's included.
@@ -118,6 +117,7 @@ class UserSessions:
             raise ValueError(f"k: expected 1..{most}, the items that each user may be given, got {k}")
         queries = self._queries(histories)
         found = self.model._best(queries, self.model._vectors(), k, seen)
+        self._take_in(histories)
         return dict(zip(histories, found, strict=True))
 
     @torch.no_grad()
@@ -130,8 +130,10 @@ class UserSessions:
         Raises:
             ValueError, KeyError: as `recommend`.
         """
-        queries = self._queries(self._extended(events))
-        return (queries @ self.model._vectors().T).cpu()
+        histories = self._extended(events)
+        scores = (self._queries(histories) @ self.model._vectors().T).cpu()
+        self._take_in(histories)
+        return scores
 
     @torch.no_grad()
     def extend(self, events: Mapping[Hashable, Sequence[int | str]]) -> None:
@@ -189,12 +191,10 @@ class UserSessions:
     # ---- states -------------------------------------------------------------------------------------------
 
     def _queries(self, histories: dict[Hashable, list[int]]) -> torch.Tensor:
-        """Run what is new, take the events in, and return `(n, H)` float32 queries."""
+        """Run what is new and return `(n, H)` float32 queries."""
         states = self._run(histories, answer=True)
         with self.model.evaluating():
-            queries = self.model.item_queries(states)
-        self._take_in(histories)
-        return queries
+            return self.model.item_queries(states)
 
     def _run(self, histories: dict[Hashable, list[int]], answer: bool) -> torch.Tensor | None:
         """Bring users' states up to date; with `answer` the `(n, H)` final states that items are scored from."""

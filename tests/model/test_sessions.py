@@ -3,17 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speeder.baselines.text_prompt import TextPrompt
+from speeder.continuation import common_length
+from speeder.model import SpeederForCausalLM
 from speeder.prompts import pack_batch
 from speeder.sessions import UserSessions
 from tests.baselines.text_worlds import cycle_world, save_text_backbone
-from tests.model.worlds import FAMILIES, tiny_catalogue, tiny_model
+from tests.model.worlds import FAMILIES, tiny_backbone, tiny_catalogue, tiny_model
 
 NEAR = dict(atol=5e-5, rtol=1e-4)  # logits reach 7: some roundings of float32 at that size
 PROMPTS = {
@@ -281,15 +285,28 @@ def test_inference_mode_and_training_mode():
     assert model.training
     with torch.inference_mode():
         torch.testing.assert_close(sessions.score({"a": []}), expected, **NEAR)
-        frozen = tiny_model(prompt_prefix=[5])  # weights without versions: right, though nothing stays
-        sessions = UserSessions(frozen, 80)
-        sessions.score({"a": [1, 2]})
-        in_place(frozen.backbone.get_input_embeddings().weight[5])
-        torch.testing.assert_close(sessions.score({"a": [3]}), whole(frozen, [[1, 2, 3]]), **NEAR)
 
 
-def test_what_fails_takes_nothing_in(monkeypatch):
-    model = fixed_model()
+@pytest.mark.parametrize("part", ["all", "the backbone"])
+def test_weights_without_versions_are_right_though_nothing_stays(part):
+    """Weights made in inference mode keep no version, so a change of them would not be seen."""
+    with torch.inference_mode():
+        model, backbone = tiny_model(prompt_prefix=[5]), tiny_backbone()
+    if part == "the backbone":
+        model = SpeederForCausalLM.from_backbone(backbone, tiny_catalogue(), prompt_prefix=[5])
+    sessions = UserSessions(model, 80)
+    sessions.score({"a": [1, 2]})
+    model.score([[1]])
+    with torch.inference_mode():
+        in_place(model.backbone.get_input_embeddings().weight[5])
+    expected = whole(model, [[1, 2, 3]])
+    torch.testing.assert_close(sessions.score({"a": [3]}), expected, **NEAR)
+    torch.testing.assert_close(model.score([[1, 2, 3]]), expected, **NEAR)
+
+
+@pytest.mark.parametrize("prompt", ["instruction", "items only"])
+def test_what_fails_takes_nothing_in(prompt):
+    model = fixed_model(prompt)
     sessions = UserSessions(model, 60, batch_size=1)
     sessions.score({"a": [1, 2]})
     for events, k, error in (
@@ -299,33 +316,52 @@ def test_what_fails_takes_nothing_in(monkeypatch):
     ):
         with pytest.raises(error):
             sessions.recommend(events, k=k)
-    decoder, passes = model.backbone.get_decoder(), []
+    passes = []
 
     def second_fails(module, args, kwargs):
         passes.append(1)
         if len(passes) == 2:
             raise MemoryError("no room")
 
-    hook = decoder.register_forward_pre_hook(second_fails, with_kwargs=True)
+    hook = model.backbone.get_decoder().register_forward_pre_hook(second_fails, with_kwargs=True)
     with pytest.raises(MemoryError):
         sessions.score({"a": [3], "b": [4], "c": [5]})
     hook.remove()
     assert sessions.history("a") == [1, 2] and sessions.history("b") == []
     kept = sum(len(state.slots) - state.shared for state in sessions._states.values())
-    assert sessions.memory().tokens == kept + 3
+    assert sessions.memory().tokens == kept + len(model.config.prompt_prefix)
+    torch.testing.assert_close(sessions.score({"a": []}), whole(model, [[1, 2]]), **NEAR)  # not ahead
     expected = whole(model, [[1, 2, 3], [4], [5]])
     torch.testing.assert_close(sessions.score({"a": [3], "b": [4], "c": [5]}), expected, **NEAR)
 
 
+@given(
+    one=st.lists(st.tuples(st.integers(0, 1), st.integers(-1, 0)), max_size=5),
+    other=st.lists(st.tuples(st.integers(0, 1), st.integers(-1, 0)), max_size=5),
+)
+def test_common_beginnings_have_equal_ids_and_ranks(one, other):
+    tokens = [np.array(rows, dtype=np.int64).reshape(-1, 2).T for rows in (one, other)]
+    assert common_length(*tokens) == len(
+        list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    )
+
+
 def test_text_baselines_continue_too(tmp_path):
-    """What is kept is a common beginning of tokens, whatever an item's tokens are."""
+    """What is kept is a common beginning of tokens, whatever an item's tokens are and the prompt is."""
     catalogue = cycle_world(1).catalogue
     save_text_backbone(tmp_path, catalogue.titles)
     template = "Chosen so far:\n{history}Chosen next:\n"
-    model = TextPrompt.from_backbone(tmp_path, catalogue, template=template)
-    sessions = UserSessions(model, 2000)
-    sessions.extend({"a": [1, 2]})
-    torch.testing.assert_close(sessions.score({"a": [3]}), whole(model, [[1, 2, 3]]), **NEAR)
+    for unread_prefix in ([], [0, 1]):  # a template takes the place of `prompt_prefix`
+        model = TextPrompt.from_backbone(
+            tmp_path, catalogue, template=template, prompt_prefix=unread_prefix
+        ).eval()
+        sessions = UserSessions(model, 2000)
+        sessions.extend({"a": [1, 2], "b": [4]})
+        expected = whole(model, [[1, 2, 3], [4]])
+        torch.testing.assert_close(sessions.score({"a": [3], "b": []}), expected, **NEAR)
+        torch.testing.assert_close(model.score([[1, 2, 3], [4]]), expected, **NEAR)
+        kept = sum(len(state.slots) - state.shared for state in sessions._states.values())
+        assert sessions.memory().tokens == kept + len(unread_prefix)
 
 
 def test_wrong_arguments_are_named():
