@@ -7,7 +7,10 @@ from typing import ClassVar
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
+# transformers renamed the cache's argument and output in 5.24; `forward` takes both names with either release
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ATTENTION_NAME = "spae"  # the name under which SPAE registers with transformers' attention interface
 
 

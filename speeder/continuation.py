@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import Cache
 
+from speeder.config import CACHE_NAME
 from speeder.layout import SequenceLayout
 from speeder.prompts import TokenSequence
 
@@ -84,7 +85,6 @@ def continued_states(
     Returns:
         `(B, H)`.
     """
-    from speeder.model import CACHE_NAME  # which imports this module
 
     def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         return torch.as_tensor(np.concatenate(parts), dtype=dtype).to(model.device)

@@ -37,3 +37,6 @@ def merge_lora(self) -> None:
             module.merge()
             self.backbone.set_submodule(name, module.get_base_layer())
     self.config.lora = None
+    self._item_cache = (
+        None  # PEFT writes past autograd's versions: whatever was kept of the old weights is void
+    )

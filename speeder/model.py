@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMi
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speeder.config import ATTENTION_NAME, SpeederConfig
+from speeder.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
 from speeder.layout import (
     SequenceLayout,
@@ -37,8 +37,6 @@ from speeder.spae import SPAE
 from speeder_kernels import pack_tokens
 
 VOCABULARIES = ("all", "items", "text")
-# transformers renamed the argument and the output in 5.24; `forward` takes both names with either release
-CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, GenerationMixin):

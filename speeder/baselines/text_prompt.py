@@ -37,6 +37,11 @@ class TextPrompt(TextBaseline):
 
     gates = SpeederForCausalLM.gates
 
+    @property
+    def shared_prefix(self) -> list[int]:
+        """The instruction's text before the history."""
+        return self.pieces[0]
+
     def sequence(
         self, history: Sequence[int], target: int | None = None, supervision: str = "all"
     ) -> TokenSequence:

@@ -112,6 +112,16 @@ def test_yes_no_learns_to_tell_candidates_apart(trained, data, candidates):
 # ---- text-prompt: packing and supervision -------------------------------------------------------------------
 
 
+def test_an_instruction_is_read_once_and_the_scores_are_those_of_whole_sequences(place, data):
+    model = fresh(place, data, max_history=4, template="Chosen so far:\n{history}Chosen next:\n")
+    assert model.shared_prefix == model.pieces[0] != []
+    histories = [[1], [5, 6, 7], [2, 9, 0, 3, 8]]
+    whole = pack_batch([model.sequence(history) for history in histories])
+    states = model.item_queries(model.last_states(**whole))
+    expected = (states @ model.item_vectors(model.item_tokens()[0]).T).detach()
+    torch.testing.assert_close(model.score(histories), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_packed_batch_scores_as_one_by_one(place, data):
     model = fresh(place, data, max_history=4)
     histories = [[1], [5, 6, 7], [2, 9, 0, 3, 8], [11, 4]]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 
+from speeder.config import CACHE_NAME
 from speeder.layout import cu_seqlens, item_ranks, item_slots
-from speeder.model import CACHE_NAME
 from speeder.prompts import TokenSequence, build_sequence, pack_batch, pad_batch
 from tests.model.worlds import TEXT, tiny_model
 

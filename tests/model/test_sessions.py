@@ -209,6 +209,7 @@ CHANGES = {
     "another prefix": lambda model: setattr(model.config, "prompt_prefix", [9]),
     "adapters": lambda model: model.add_lora(ADAPTERS),
     "merged adapters": lambda model: model.merge_lora(),
+    "adapters merged at once": lambda model: (model.add_lora(ADAPTERS), model.merge_lora()),
 }
 
 
