@@ -64,7 +64,8 @@ def conditions(results: dict) -> str:
     }
     shares = ", ".join(f"{share:.0%} of {length}" for length, share in sorted(filled.items()))
     lines = [
-        f"{settings['backbone']}, {settings['layers']} layers, recipes as bundled (bfloat16 autocast);"
+        f"{settings['backbone']}, {settings['layers']} layers, recipes as bundled: training in bfloat16"
+        " autocast, inference with weights in bfloat16;"
         f" data: {data['name']} ({settings['dataset'] or 'of unknown origin'}),"
         f" {data['items']:,} items, {data['users']:,} users.",
         f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['instruction set']},"

@@ -215,8 +215,8 @@ def _rounds(
                 if not wanted or least > longest or (task == "batch" and found["ranked_users"] == 1):
                     continue
                 begun = time.perf_counter()
-                most = -(-MOST[task] // ROUNDS)
-                samples += worker.ask("measure", task=task, seconds=share / ROUNDS, most=most)
+                limits = {"seconds": share / ROUNDS, "most": -(-MOST[task] // ROUNDS), "patience": share}
+                samples += worker.ask("measure", task=task, **limits)
                 used[worker.name, task] += time.perf_counter() - begun
     for found in measured.values():
         if found["ranked_users"] == 1 and "batch" in tasks:

@@ -64,8 +64,21 @@ class System:
         longest = max(len(set(history.tolist())) for history in self.users.histories)
         self._k = min(K, len(data.catalogue) - longest)
         self.model = build_model(recipe, data, workload, backbone, layers)
-        groups = select_parameters(self.model, recipe.stages[-1], recipe.weight_decay)
-        self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        self._optimizer: torch.optim.Optimizer | None = None
+
+    def for_ranking(self) -> None:
+        """Weights in bfloat16, as a server would hold them: autocast casts them anew at every call without gradients.
+        Once trained, a system cannot go back."""
+        if self.recipe.precision == "bf16":
+            self.model.to(torch.bfloat16)
+        self.model.eval()
+
+    def for_training(self) -> None:
+        """Weights in float32 and their optimizer; again and again changes nothing."""
+        if self._optimizer is None:
+            self.model.float().train()
+            groups = select_parameters(self.model, self.recipe.stages[-1], self.recipe.weight_decay)
+            self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
     def prepare(self) -> None:
         """Lay out training batches and the batch of users, by tokens."""
@@ -110,17 +123,12 @@ class System:
         flops = sum(training_flops(self.model, sequences).values())
         return Batch(numbers, sum(len(sequence.ids) for sequence in sequences), targets, flops)
 
-    def autocast(self) -> torch.autocast:
-        """The recipe's precision."""
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16")
-
     def train(self, number: int) -> Batch:
         """One optimizer step on one of the batches, laid out anew as a loader would."""
         batch = self.batches[number % len(self.batches)]
-        self.model.train()
         with torch.profiler.record_function("data preparation"):
             packed = pack_batch([self._dataset[example] for example in batch.examples], with_labels=True)
-        with self.autocast():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             loss = self.model(**packed).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
@@ -130,7 +138,6 @@ class System:
 
     def rank(self, users: Sequence[int]) -> None:
         """Answer for users as the system is used: ranked items, a written title, or 20 scores."""
-        self.model.eval()
         histories = [self.users.histories[user].tolist() for user in users]
         candidates = self.users.candidates[list(users)]
         if self.name == "title-generation":

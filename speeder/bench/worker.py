@@ -7,7 +7,6 @@ import os
 import signal
 import time
 import traceback
-from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -80,18 +79,19 @@ class Worker:
 def _serve(connection: Connection, name: str, folder: Path, *settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the bench's: it ends this process
     bench = _Bench(name, folder, *settings)
-    while True:
-        try:
+    try:
+        while True:
             question, arguments = connection.recv()
-        except (EOFError, OSError):  # the bench has closed its end, or has ended
-            return
-        try:
-            connection.send(("answer", getattr(bench, question)(**arguments)))
-        except SpeederError as error:
-            connection.send(("error", str(error)))
-        except Exception as error:  # whatever it is, the bench must hear of it and end
-            traceback.print_exc()
-            connection.send(("error", f"{type(error).__name__}: {error}"))
+            try:
+                answer = ("answer", getattr(bench, question)(**arguments))
+            except SpeederError as error:
+                answer = ("error", str(error))
+            except Exception as error:  # whatever it is, the bench must hear of it and end
+                traceback.print_exc()
+                answer = ("error", f"{type(error).__name__}: {error}")
+            connection.send(answer)
+    except (EOFError, OSError):  # the bench has closed its end, or has ended
+        return
 
 
 class _Bench:
@@ -108,13 +108,13 @@ class _Bench:
         name, folder, workload, backbone, layers = self._arguments
         data = PreparedData.load(folder, verify=False)
         self._system = System(name, data, workload, backbone, layers)
+        self._system.for_ranking()
 
     def first(self) -> float:
         """Seconds from loaded weights to the first answer for one user; and all that was compressed or tokenized."""
         reset_peak_memory()
         start = time.perf_counter()
-        with self._system.autocast():
-            self._system.rank([0])
+        self._system.rank([0])
         return time.perf_counter() - start
 
     def facts(self) -> dict:
@@ -140,23 +140,23 @@ class _Bench:
             },
         }
 
-    def measure(self, task: str, seconds: float, most: int) -> list[Sample]:
+    def measure(self, task: str, seconds: float, most: int, patience: float) -> list[Sample]:
         """Repetitions until so many seconds are over: at least one, at most `most`.
 
         The very first of a task is not among them, because libraries and memory get ready in it; unless it took
-        more than the seconds: that is little of it then, and a second one would be too dear.
+        more than `patience` seconds: that is little of it then, and a second one would be too dear.
         """
+        if task == "train":
+            self._system.for_training()
         samples: list[Sample] = []
-        # kept on, as a server would, with the weights that were cast once; a training step has its own
-        with nullcontext() if task == "train" else self._system.autocast():
-            end = time.perf_counter() + seconds
-            while not samples or (len(samples) < most and time.perf_counter() < end):
-                sample = self._train() if task == "train" else self._rank(task)
-                self._counts[task] += 1
-                if self._counts[task] == 1 and sample["seconds"] < seconds:
-                    end = time.perf_counter() + seconds
-                else:
-                    samples.append(sample)
+        end = time.perf_counter() + seconds
+        while not samples or (len(samples) < most and time.perf_counter() < end):
+            sample = self._train() if task == "train" else self._rank(task)
+            self._counts[task] += 1
+            if self._counts[task] == 1 and sample["seconds"] < patience:
+                end = time.perf_counter() + seconds
+            else:
+                samples.append(sample)
         return samples
 
     def _train(self) -> Sample:
