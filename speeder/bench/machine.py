@@ -74,17 +74,8 @@ def reset_peak_memory() -> None:
 
 def peak_memory() -> int | None:
     """Bytes of this process that were resident at once, at most; None where the system does not tell."""
-    return _status("VmHWM")
-
-
-def resident_memory() -> int | None:
-    """Bytes of this process that are resident now; None where the system does not tell."""
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int | None:
     status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found.group(1)) * 1024 if found else None
 
 
@@ -95,3 +86,9 @@ def busy_seconds() -> float | None:
         return None
     user, nice, system, _idle, _wait, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds() -> float:
+    """Seconds that cores have worked for this process."""
+    times = os.times()
+    return times.user + times.system

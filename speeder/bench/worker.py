@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import time
 import traceback
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from speeder.bench.machine import peak_memory, reset_peak_memory, resident_memory
+from speeder.bench.machine import cpu_seconds, peak_memory, reset_peak_memory
 from speeder.bench.profile import profile_step
 from speeder.bench.systems import System
 from speeder.bench.workload import Workload
@@ -182,15 +181,10 @@ class _Bench:
             reset_peak_memory()
         return peak
 
-    def resident(self) -> int | None:
-        """What is resident now, in bytes."""
-        return resident_memory()
-
     def profile(self) -> dict[str, float]:
         """Shares of a training step's time, by group of operators."""
         return profile_step(lambda: self._system.train(0))
 
     def cpu_seconds(self) -> float:
         """Processor time that this process has used."""
-        times = os.times()
-        return times.user + times.system
+        return cpu_seconds()
