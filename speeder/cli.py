@@ -178,6 +178,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", type=Path, metavar="DIR", help="where the run's data lie now, if they were moved"
     )
     protocol_arguments(evaluate)
+    evaluate.add_argument(
+        "--answers",
+        choices=["ranking", "titles"],
+        default="ranking",
+        help="titles: with --protocol vhr, Speeder also answers by writing a title, in a row of its own"
+        " (for recipes whose stages have `titles`; default: ranking)",
+    )
     evaluate.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
 
     compare = command(
@@ -417,16 +424,15 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from speeder.results import (
         baselines,
         check_protocol,
-        evaluate_run,
+        evaluate_answers,
         measure_for,
-        model_label,
         run_data,
         write_results,
     )
 
     model_folder = find_model(options.run)
     run = model_folder.parent
-    check_protocol(options.protocol, options.negatives, options.candidates_seed)
+    check_protocol(options.protocol, options.negatives, options.candidates_seed, options.answers)
     data = run_data(run, options.data)
     measure = measure_for(
         run, data, options.split, options.protocol, options.negatives, options.candidates_seed
@@ -434,9 +440,9 @@ def run_evaluate(options: argparse.Namespace) -> None:
     model = load_model(model_folder)
     with_sasrec = not isinstance(model, SASRec)
     try:
-        row = {model_label(model): evaluate_run(run, model, measure)}
+        rows = evaluate_answers(run, model, measure, options.answers)
         others = {} if options.no_baselines else baselines(run, measure, with_sasrec=with_sasrec)
-        table = write_results(run, others | row, measure.folder)
+        table = write_results(run, others | rows, measure.folder)
     except ValueError as error:  # such as a model over another catalogue than the data's
         raise SpeederError(f"evaluate: {error}") from error
     print(table)

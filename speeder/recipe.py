@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 MODALITIES = ("text", "image", "collaborative")  # what the encoders make; prepared data may have more
 
+# How a title is asked for. It begins as a ranking sequence does, so that what was learned there serves.
+TITLE_TEMPLATE = "{history}\nCandidates:\n{candidates}\nChosen next:\n"
+
 # What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
 PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
 
@@ -41,6 +44,7 @@ class Stage:
         learning_rate: peak rate of the new parts.
         backbone_learning_rate: peak rate of the backbone's own weights and of LoRA.
         ramp_steps: steps in which a newly opened modality's gate goes from nearly closed to open.
+        titles: share of the examples that ask for a title in place of items, see `TitleExamples`.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Stage:
     learning_rate: float = 1e-3
     backbone_learning_rate: float = 3e-4
     ramp_steps: int = 20
+    titles: float = 0.0
 
     def __post_init__(self):
         for key, least in (
@@ -70,6 +75,8 @@ class Stage:
             raise SpeederError(f"stage {self.name!r}: expected epochs and steps above 0")
         if min(self.learning_rate, self.backbone_learning_rate, self.ramp_steps) < 0:
             raise SpeederError(f"stage {self.name!r}: expected learning rates and ramp_steps of at least 0")
+        if not 0.0 <= self.titles <= 1.0:
+            raise SpeederError(f"stage {self.name!r}: titles: expected a share in [0, 1], got {self.titles}")
 
 
 @dataclass
@@ -83,6 +90,7 @@ class Recipe:
         layers: keep the backbone's first so many layers; None keeps all.
         random_weights: draw the backbone's weights afresh (for ablations).
         template: the prompt around the history; `"{history}"` is items only.
+        title_template: the prompt of stages with `titles`, around `{history}` and `{candidates}`.
         model: further arguments of [`SpeederConfig`].
         lora: arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None leaves adapters out.
         supervision: `"all"` or `"last"`, see `build_sequence`.
@@ -104,6 +112,7 @@ class Recipe:
     layers: int | None = None
     random_weights: bool = False
     template: str = "{history}"
+    title_template: str = TITLE_TEMPLATE
     model: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] | None = None
     supervision: str = "all"
@@ -156,6 +165,10 @@ class Recipe:
                 f"recipe: supervision: expected 'last' for {self.baseline!r}, got {self.supervision!r}"
             )
         for stage in self.stages:
+            if stage.titles:
+                raise SpeederError(
+                    f"stage {stage.name!r}: titles: expected 0 for the baseline {self.baseline!r}, got {stage.titles}"
+                )
             train = [part for part in stage.train if part.partition(":")[0] in parts]
             if not train:
                 raise SpeederError(f"stage {stage.name!r}: train: expected some of {', '.join(parts)}")
@@ -183,7 +196,7 @@ class Recipe:
         for stage in self.stages:
             there = [name for name in stage.open if name in available or name == "item"]
             missing = [name for name in stage.open if name not in there]
-            if missing and (not there or set(there) <= opened):
+            if missing and (not there or (set(there) <= opened and not stage.titles)):
                 notes.append(f"stage {stage.name!r} is left out: no item has {', '.join(missing)} features")
                 noted |= set(missing)
                 continue
@@ -200,8 +213,17 @@ class Recipe:
         return dataclasses.replace(self, stages=stages), notes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as YAML holds it."""
-        return dataclasses.asdict(self)
+        """Plain data, as YAML holds it; without the keys for titles where no title is asked for.
+
+        A run that began before there were such keys can thus still be resumed.
+        """
+        plain = dataclasses.asdict(self)
+        if not any(stage.titles for stage in self.stages):
+            del plain["title_template"]
+        for stage in plain["stages"]:
+            if not stage["titles"]:
+                del stage["titles"]
+        return plain
 
 
 def bundled_recipe(name: str) -> Path:

@@ -31,6 +31,7 @@ from speeder.evaluation.tables import comparison_latex
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.run_folder import stage_logs
+from speeder.title_writer import TitleWriter
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,13 @@ class Measure:
         )
 
 
-def check_protocol(protocol: str, negatives: int | None = None, seed: int = 0) -> None:
+def check_protocol(
+    protocol: str, negatives: int | None = None, seed: int = 0, answers: str = "ranking"
+) -> None:
     """Refuse a choice that a protocol would ignore.
 
     Raises:
-        SpeederError: the protocol is unknown, or negatives or their seed do not belong to it.
+        SpeederError: the protocol is unknown, or negatives, their seed or titles as answers do not belong to it.
     """
     if protocol not in PROTOCOLS:
         raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
@@ -117,6 +120,8 @@ def check_protocol(protocol: str, negatives: int | None = None, seed: int = 0) -
         raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
     if seed and protocol == "full":
         raise SpeederError("candidates-seed: the protocol 'full' draws no candidates")
+    if answers != "ranking" and protocol != "vhr":
+        raise SpeederError(f"answers: expected 'ranking' with the protocol {protocol!r}, got {answers!r}")
 
 
 def measure_folder(split: str, protocol: str, negatives: int | None = None, seed: int = 0) -> str:
@@ -214,11 +219,30 @@ def kept_evaluation(run: Path, name: str, measure: Measure) -> Evaluation:
     return known
 
 
-def evaluate_run(run: Path, model: Scorer, measure: Measure) -> Evaluation:
-    """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them."""
+def evaluate_run(run: Path, model: Scorer, measure: Measure, name: str = "model") -> Evaluation:
+    """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them.
+
+    Args:
+        name: of the file; `compare` looks for "model".
+    """
     evaluation = measure(model)
-    evaluation.save(_evaluation_path(run, "model", measure))
+    evaluation.save(_evaluation_path(run, name, measure))
     return evaluation
+
+
+def evaluate_answers(
+    run: Path, model: Scorer, measure: Measure, answers: str = "ranking"
+) -> dict[str, Evaluation]:
+    """The rows of a run's model: by its ranking, and with `answers="titles"` also by the titles that it writes.
+
+    Raises:
+        SpeederError: the model was trained for no titles; see `TitleWriter.of_run`.
+    """
+    models = {"model": model}
+    only_writes = hasattr(model, "generate_titles")  # a baseline, which is measured by that in any case
+    if answers == "titles" and not only_writes:
+        models["model-titles"] = TitleWriter.of_run(run, model)
+    return {model_label(each): evaluate_run(run, each, measure, name) for name, each in models.items()}
 
 
 def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[str, Evaluation]:

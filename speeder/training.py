@@ -31,6 +31,7 @@ from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
 from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
+from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
 from speeder.trainer import COMPLETE, CheckpointMarker, SpeederTrainer
 
 
@@ -116,6 +117,9 @@ def train(
     model = _load_model(run, state, recipe, data, tokenizer)
     # a baseline keeps its tokenizer itself
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
+    prompts = None
+    if any(stage.titles for stage in recipe.stages):
+        prompts = TitlePrompts(tokenizer, model.config, data.catalogue, recipe.title_template)
     begin_run(run, recipe, data, data_folder)
     if on_stage is not None and state["finished"]:
         # the stop may have come between the stage's end and this call
@@ -123,7 +127,7 @@ def train(
     opened: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         if number >= len(state["finished"]):
-            _run_stage(number, stage, opened, model, recipe, data, run)
+            _run_stage(number, stage, opened, model, recipe, data, run, prompts)
             last = stage is recipe.stages[-1]
             _finish_stage(number, stage, model, processor, run, state, last)
             if on_stage is not None:
@@ -184,11 +188,16 @@ def _run_stage(
     recipe: Recipe,
     data: PreparedData,
     run: Path,
+    prompts: TitlePrompts | None,
 ) -> None:
     folder = stage_folder(run, number, stage.name)
     checkpoint = _last_checkpoint(folder)
     examples = model.training_examples(recipe.supervision)
     sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
+    callbacks = []
+    if stage.titles:
+        sequences = TitleExamples(sequences, stage.titles, prompts, recipe.seed, stage.name)
+        callbacks = [EpochTeller(sequences.set_epoch)]
     batches = math.ceil(len(sequences) / recipe.batch_users)
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
     ramp = GateRamp(stage, opened, steps)
@@ -214,7 +223,8 @@ def _run_stage(
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
         save_total_limit=2,
-        load_best_model_at_end=recipe.keep_best,
+        # which checkpoint ranks best does not tell which one writes titles best: such a stage keeps its last
+        load_best_model_at_end=recipe.keep_best and not stage.titles,
         metric_for_best_model="NDCG@10",
         greater_is_better=True,
         remove_unused_columns=False,
@@ -233,7 +243,7 @@ def _run_stage(
         train_dataset=sequences,
         eval_dataset=[],
         data_collator=lambda sequences: pack_batch(sequences, with_labels=True),
-        callbacks=[ramp, CheckpointMarker()],
+        callbacks=[*callbacks, ramp, CheckpointMarker()],
         split=data.split,
         parameter_groups=groups,
         average=average,

@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from speeder.baselines.candidate_model import CandidateBaseline
 from speeder.baselines.text_model import text_sequence
-from speeder.evaluation.candidates import draw_items
 from speeder.evaluation.titles import named_candidate
-from speeder.prompts import TokenSequence, pad_batch
-
-_BATCH = 16  # prompts that are continued at once
+from speeder.prompts import TokenSequence
+from speeder.title_prompts import training_candidates
+from speeder.title_writer import write_greedily, written_title
 
 
 class TitleGeneration(CandidateBaseline):
@@ -38,13 +36,11 @@ class TitleGeneration(CandidateBaseline):
 
     def _example(self, window: list[int], number: int, whole: np.ndarray) -> TokenSequence:
         *history, target = window
-        candidates = self.training_negatives(number, self.config.num_candidates - 1, whole)
-        # any place for the target: it must say nothing
-        place = draw_items(0, "training place", number, 1, len(candidates) + 1, ())[0]
-        candidates.insert(place, target)
+        candidates = training_candidates(
+            target, self.config.num_candidates, whole.tolist(), len(self.catalogue), number, 0, "training"
+        )
         return text_sequence(self.prompt(history, candidates), self.title(target))
 
-    @torch.no_grad()
     def generate_titles(self, histories: Sequence[Sequence[int]], candidates: np.ndarray) -> list[str]:
         """Let the model write, greedily, up to a line's end.
 
@@ -59,35 +55,11 @@ class TitleGeneration(CandidateBaseline):
             text_sequence(self.prompt(history, row.tolist()))
             for history, row in zip(histories, candidates, strict=True)
         ]
-        texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))  # prompts alike in length
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.title_end
-        with self.evaluating():
-            for start in range(0, len(order), _BATCH):
-                rows = order[start : start + _BATCH]
-                batch = pad_batch([prompts[row] for row in rows], pad)
-                batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                written = self.generate(
-                    batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
-                    vocabulary="text",
-                    max_new_tokens=self.config.max_title_tokens + 1,
-                    do_sample=False,
-                    num_beams=1,
-                    eos_token_id=self.title_end,
-                    pad_token_id=pad,
-                )[:, batch["input_ids"].shape[1] :]
-                for row, ids in zip(rows, written.tolist(), strict=True):
-                    texts[row] = self._text(ids, candidates[row].tolist())
-        return texts
+        written = write_greedily(self, prompts, self, self.config.max_title_tokens + 1)
+        return [self._text(ids, row.tolist()) for ids, row in zip(written, candidates, strict=True)]
 
     def _text(self, ids: list[int], candidates: list[int]) -> str:
-        """Written ids as text; a title that the prompt had to cut counts as written whole, if it is one candidate's."""
-        line = ids[: ids.index(self.title_end) + 1] if self.title_end in ids else [*ids, self.title_end]
-        shown = [item for item in candidates if self.title(item) == line]
-        if len(shown) == 1:
-            return self.catalogue.titles[shown[0]]
-        return self.tokenizer.decode(line, skip_special_tokens=True)
+        return written_title(ids, candidates, self)
 
     def target_places(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, targets: np.ndarray
