@@ -173,6 +173,7 @@ def targets(results: dict, main: str) -> str:
         lines.append(
             f"| {what} | ≥ {show(wanted)} | {show(measured)} | {'reached' if reached else 'missed'} |"
         )
+    lines += ["", "The paper claims over its own rival: 2.5 x training speed, 1/4 of the inference time."]
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from speeder.errors import SpeederError
 FORMAT = "speeder-bench-1"
 RESULTS, REPORT, PICTURE = "results.json", "report.md", "bench.png"
 ROUNDS = 3  # of turns
+LEAST_SECONDS = 0.3  # for each task: what is fast is repeated even where time is over
 MOST = {"batch": 30, "single": 300, "train": 30}  # repetitions
 MAIN = Workload()  # the point at which the targets are judged
 
@@ -199,7 +200,7 @@ def _rounds(
     Each task gets its part of the seconds in `ROUNDS` rounds; one that has used up its part is done, but each is
     measured once, unless that would take more than `longest` even at the machine's peak.
     """
-    share = max(0.0, seconds) / (len(workers) * len(tasks))
+    share = max(LEAST_SECONDS, seconds / (len(workers) * len(tasks)))
     used = dict.fromkeys(((worker.name, task) for worker in workers for task in tasks), 0.0)
     for turn in range(ROUNDS):
         start = turn % len(workers)
