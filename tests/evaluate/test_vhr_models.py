@@ -10,7 +10,7 @@ from tests.baselines.text_worlds import save_text_backbone
 
 STAGE = {"name": "only", "open": ["text"], "steps": 2}
 RECIPES = {
-    "speeder": {"stages": [STAGE]},
+    "speeder": {"stages": [STAGE | {"titles": 0.5}]},
     "text-prompt": {"baseline": "text-prompt", "stages": [STAGE]},
     "title-generation": {"baseline": "title-generation", "supervision": "last", "stages": [STAGE]},
     "sasrec": {"baseline": "sasrec", "sasrec": {"hidden_size": 8, "heads": 1, "layers": 1, "epochs": 1}},
@@ -31,14 +31,16 @@ def test_every_model_answers_among_the_same_candidates(tmp_path, capsys):
         what = ["--data", str(tmp_path / "data"), "--recipe", str(tmp_path / f"{name}.yaml")]
         assert main(["train", *what, "--out", run]) == 0
         capsys.readouterr()
-        assert main(["evaluate", run, "--protocol", "vhr", "--no-baselines"]) == 0
+        more = ["--answers", "titles"] if name == "speeder" else []
+        assert main(["evaluate", run, "--protocol", "vhr", "--no-baselines", *more]) == 0
         assert f"| {label} |" in capsys.readouterr().out
+    runs.append(str(tmp_path / "speeder" / "evaluations" / "test-vhr" / "model-titles.json"))
     assert main(["compare", *runs, "--protocol", "vhr", "--out", str(tmp_path / "compared")]) == 0
     found = json.loads((tmp_path / "compared" / "comparison.json").read_text())
     assert len({model["candidates_hash"] for model in found["models"].values()}) == 1
-    assert len(found["tests"]) == 6 and found["metric"] == "VHR@1"
+    assert len(found["tests"]) == 10 and found["metric"] == "VHR@1"
     metrics = {name: model["metrics"]["masked"] for name, model in found["models"].items()}
-    for name in set(metrics) - {"title-generation"}:
+    for name in set(metrics) - {"title-generation", "model-titles"}:
         assert metrics[name]["ValidRatio"]["value"] == 1, "an item is always one of the candidates"
     for each in metrics.values():
         product = each["ValidRatio"]["value"] * each["HR@1"]["value"]
