@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import re
 import sys
-from pathlib import Path
 
 import torch
 
+from speeder.bench.machine import processor
 from speeder_kernels import _host, backends
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
@@ -30,7 +29,7 @@ def keep_freed_memory() -> bool:
 def describe(threads: int, keeps_memory: bool) -> dict[str, object]:
     """What a reader must know to compare with another machine."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "instruction_set": _host.instruction_set(),
         "threads": threads,
         "torch": torch.__version__,
@@ -40,15 +39,3 @@ def describe(threads: int, keeps_memory: bool) -> dict[str, object]:
         "freed memory is kept": keeps_memory,
         "backends": {name: list(backend.ops) for name, backend in backends().items() if backend.available},
     }
-
-
-def _processor() -> str:
-    """The model's name, with family and model where the name is cut short (as virtual machines do)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return platform.processor() or platform.machine()
-    text = cpuinfo.read_text()
-    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
-    if "model name" not in facts:
-        return platform.machine()
-    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"

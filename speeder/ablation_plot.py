@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from speeder.evaluate import Interval
-from speeder.plots import _colours, _figure
+from speeder.plots import colours, saved_figure
 
 
 def plot_differences(
@@ -25,10 +25,10 @@ def plot_differences(
     if not differences:
         raise ValueError("differences: expected at least one entry, got none")
     groups = list(dict.fromkeys(group for group, _ in differences.values()))
-    with _figure(path, 8, 1.4 + 0.36 * len(differences)) as figure:
+    with saved_figure(path, 8, 1.4 + 0.36 * len(differences)) as figure:
         axes = figure.subplots()
         names = list(differences)
-        for group, colour in zip(groups, _colours(len(groups)), strict=True):
+        for group, colour in zip(groups, colours(len(groups)), strict=True):
             rows = [row for row, name in enumerate(names) if differences[name][0] == group]
             value, low, high = np.array([differences[names[row]][1] for row in rows]).T
             axes.errorbar(

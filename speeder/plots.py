@@ -41,7 +41,7 @@ def plot_training(curves_by_stage: Mapping[str, Mapping[str, Curve]], path: str 
             raise ValueError(
                 f'curves_by_stage: {stage!r} must have "loss" and may have "NDCG@10", has {list(curves)}'
             )
-    with _figure(path, 8, 5) as figure:
+    with saved_figure(path, 8, 5) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         stages = _spans(curves_by_stage)
         for axes, metric, colour, marker in (
@@ -67,10 +67,10 @@ def plot_gates(gates: Mapping[str, Curve], path: str | os.PathLike, stages: Stag
         stages: stage -> (first step, last step), to shade and name.
     """
     _not_empty("gates", gates)
-    with _figure(path, 8, 3.6) as figure:
+    with saved_figure(path, 8, 3.6) as figure:
         axes = figure.subplots()
         ends = []
-        for (modality, curve), colour in zip(gates.items(), _colours(len(gates)), strict=True):
+        for (modality, curve), colour in zip(gates.items(), colours(len(gates)), strict=True):
             axes.plot(*_columns(curve), color=colour, linewidth=2, label=modality)
             ends.append(curve[-1][1])
         if stages:
@@ -95,12 +95,12 @@ def plot_gate_distribution(weights: Mapping[str, np.ndarray], path: str | os.Pat
         path: the PNG to write, atomically.
     """
     _not_empty("weights", weights)
-    with _figure(path, 1.2 + 1.6 * max(2, len(weights)), 3.6) as figure:
+    with saved_figure(path, 1.2 + 1.6 * max(2, len(weights)), 3.6) as figure:
         axes = figure.subplots()
         columns = [np.asarray(column, dtype=float).ravel() for column in weights.values()]
         places = np.arange(len(columns))
         bodies = axes.violinplot(columns, positions=places, showextrema=False, widths=0.8)["bodies"]
-        for body, column, place, colour in zip(bodies, columns, places, _colours(len(columns)), strict=True):
+        for body, column, place, colour in zip(bodies, columns, places, colours(len(columns)), strict=True):
             body.set(facecolor=colour, edgecolor="none", alpha=0.35)
             low, median, high = np.percentile(column, [25, 50, 75])
             axes.vlines(place, low, high, color=colour, linewidth=6)
@@ -126,14 +126,14 @@ def plot_comparison(
     known = next(iter(evaluations.values())).metric_names
     if metric not in known:
         raise ValueError(f"metric: expected one of {', '.join(known)}, got {metric!r}")
-    with _figure(path, 8, 1.5 + 0.55 * len(evaluations)) as figure:
+    with saved_figure(path, 8, 1.5 + 0.55 * len(evaluations)) as figure:
         axes = figure.subplots()
         rows = np.arange(len(evaluations))
         protocols = (
             ("masked", -0.12, "o", "Seen items masked"),
             ("allowed", 0.12, "s", "Seen items allowed"),
         )
-        for (seen, offset, marker, label), colour in zip(protocols, _colours(2), strict=True):
+        for (seen, offset, marker, label), colour in zip(protocols, colours(2), strict=True):
             value, low, high = np.array([each.metrics[seen][metric] for each in evaluations.values()]).T
             axes.errorbar(
                 value, rows + offset, xerr=(value - low, high - value), color=colour, fmt=marker, ms=6,
@@ -151,7 +151,7 @@ def plot_comparison(
 
 
 @contextmanager
-def _figure(path: str | os.PathLike, width: float, height: float) -> Iterator[Figure]:
+def saved_figure(path: str | os.PathLike, width: float, height: float) -> Iterator[Figure]:
     """A figure in the common style, written to ``path`` once drawn; an error leaves an earlier file alone."""
     figure = Figure(
         figsize=(width, height), layout="constrained"
@@ -200,7 +200,7 @@ def _columns(points: Curve) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _colours(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
     return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
 

@@ -114,7 +114,7 @@ class RecommenderMixin:
         """
         self._check_histories(histories)
         states = list(self.user_states(histories, batch_size))
-        vectors = self._vectors()
+        vectors = self._vectors().float()
         return torch.cat([(state @ vectors.T).cpu() for state in states])
 
     @torch.no_grad()
@@ -176,7 +176,10 @@ class RecommenderMixin:
     def _best(
         self, states: torch.Tensor, vectors: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None
     ) -> list[list[Recommendation]]:
-        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen."""
+        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen.
+
+        The catalogue is read in the item tokens' own dtype, sums are float32: a bfloat16 model reads half the bytes.
+        """
         excluded: dict[str, torch.Tensor] = {}
         if seen is not None:
             indptr = np.cumsum([0, *map(len, seen)])
@@ -184,7 +187,7 @@ class RecommenderMixin:
                 "exclude_indptr": torch.as_tensor(indptr, device=states.device),
                 "exclude_items": torch.tensor([i for row in seen for i in row], device=states.device),
             }
-        scores, items = topk_items(states, vectors, k, **excluded)
+        scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
         return [
             [self._recommendation(i, s) for i, s in zip(row, row_scores, strict=True)]
             for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)

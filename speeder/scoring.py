@@ -27,11 +27,11 @@ class ScoringMixin:
         return F.rms_norm(queries.float(), queries.shape[-1:], eps=1e-6) * scale
 
     def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
-        """`(I, K, H)` tokens to the `(I, H)` float32 vectors that items are scored by: the token itself, or the
-        RMS-normalised mean of several."""
+        """`(I, K, H)` tokens to the `(I, H)` vectors, in their dtype, that items are scored by: the token itself, or
+        the RMS-normalised mean of several."""
         if item_table.shape[1] == 1:
-            return item_table[:, 0].float()
-        return F.rms_norm(item_table.float().mean(dim=1), item_table.shape[-1:], eps=1e-6)
+            return item_table[:, 0]
+        return F.rms_norm(item_table.mean(dim=1), item_table.shape[-1:], eps=1e-6)
 
     def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.backbone.get_output_embeddings()(hidden).float()
@@ -50,7 +50,7 @@ class ScoringMixin:
         if vocabulary == "text":
             items = text.new_full((*shape, self.config.num_items), -torch.inf)
         else:
-            items = self.item_queries(hidden) @ self.item_vectors(item_table).T
+            items = self.item_queries(hidden) @ self.item_vectors(item_table).float().T
         return torch.cat([text, items], dim=-1)
 
     def _loss(
@@ -79,11 +79,15 @@ class ScoringMixin:
         total = hidden.new_zeros((), dtype=torch.float32)
         if is_item.any():
             queries, vectors = self.item_queries(states[is_item]), self.item_vectors(item_table)
-            device = queries.device.type
+            device, dtype = queries.device.type, torch.float32
             if torch.is_autocast_enabled(device):  # as the backbone's own head would be computed
                 dtype = torch.get_autocast_dtype(device)
-                queries, vectors = queries.to(dtype), vectors.to(dtype)
-            total = total + item_cross_entropy(queries, vectors, targets[is_item] - text, scale=1.0).sum()
+            total = (
+                total
+                + item_cross_entropy(
+                    queries.to(dtype), vectors.to(dtype), targets[is_item] - text, scale=1.0
+                ).sum()
+            )
         if is_text.any():
             total = total + F.cross_entropy(
                 self._text_logits(states[is_text]), targets[is_text], reduction="sum"

@@ -131,7 +131,7 @@ class UserSessions:
             ValueError, KeyError: as `recommend`.
         """
         histories = self._extended(events)
-        scores = (self._queries(histories) @ self.model._vectors().T).cpu()
+        scores = (self._queries(histories) @ self.model._vectors().float().T).cpu()
         self._take_in(histories)
         return scores
 

@@ -22,7 +22,7 @@ _TRIES, _SECONDS = 8, 0.2  # for each product; at least two tries
 def describe(threads: int) -> dict[str, object]:
     """What a reader must know to compare with another machine."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "instruction set": _host.instruction_set(),
@@ -33,7 +33,8 @@ def describe(threads: int) -> dict[str, object]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The model's name, with family and model where the name is cut short (as virtual machines do)."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))

@@ -9,7 +9,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from speeder.bench.figures import best_peak, row
 from speeder.bench.systems import SYSTEMS
-from speeder.plots import _colours, _figure
+from speeder.plots import colours, saved_figure
 
 _MARKERS = "osD^"
 
@@ -21,7 +21,7 @@ def plot_bench(results: dict, path: Path) -> None:
         results: as `run.bench` returns them.
         path: the PNG to write, atomically.
     """
-    with _figure(path, 10, 7) as figure:
+    with saved_figure(path, 10, 7) as figure:
         grid = figure.subplots(2, 2, sharey="row", sharex="col")
         points = results["points"].values()
         titled = [point for point in points if point["workload"]["text"] is None]
@@ -47,7 +47,7 @@ def plot_bench(results: dict, path: Path) -> None:
 def _panel(axes: Axes, results: dict, points: list[dict], length: str, figure: str) -> None:
     peak = best_peak(results)
     names = results["settings"]["systems"]
-    for name, marker, colour in zip(names, _MARKERS, _colours(len(names)), strict=False):
+    for name, marker, colour in zip(names, _MARKERS, colours(len(names)), strict=False):
         found = [
             (point["workload"][length], getattr(row(point["systems"][name], peak), figure))
             for point in points

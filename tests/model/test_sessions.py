@@ -50,7 +50,7 @@ def fixed_model(prompt: str = "instruction", tokens_per_item: int = 1):
 def whole(model, histories) -> torch.Tensor:
     """Scores by one pass over all tokens, where nothing is kept but the item tokens."""
     states = model.last_states(**pack_batch([model.sequence(list(history)) for history in histories]))
-    return model.item_queries(states) @ model._vectors().T
+    return model.item_queries(states) @ model._vectors().float().T
 
 
 @contextmanager
@@ -362,7 +362,7 @@ def test_text_baselines_continue_too(tmp_path):
         torch.testing.assert_close(sessions.score({"a": [3], "b": []}), expected, **NEAR)
         torch.testing.assert_close(model.score([[1, 2, 3], [4]]), expected, **NEAR)
         kept = sum(len(state.slots) - state.shared for state in sessions._states.values())
-        assert sessions.memory().tokens == kept + len(unread_prefix)
+        assert sessions.memory().tokens == kept + len(model.shared_prefix)
 
 
 def test_wrong_arguments_are_named():
