@@ -45,6 +45,7 @@ class Stage:
         backbone_learning_rate: peak rate of the backbone's own weights and of LoRA.
         ramp_steps: steps in which a newly opened modality's gate goes from nearly closed to open.
         titles: share of the examples that ask for a title in place of items, see `TitleExamples`.
+        batch_users: in place of the recipe's.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Stage:
     backbone_learning_rate: float = 3e-4
     ramp_steps: int = 20
     titles: float = 0.0
+    batch_users: int | None = None
 
     def __post_init__(self):
         for key, least in (
@@ -77,6 +79,10 @@ class Stage:
             raise SpeederError(f"stage {self.name!r}: expected learning rates and ramp_steps of at least 0")
         if not 0.0 <= self.titles <= 1.0:
             raise SpeederError(f"stage {self.name!r}: titles: expected a share in [0, 1], got {self.titles}")
+        if self.batch_users is not None and self.batch_users < 1:
+            raise SpeederError(
+                f"stage {self.name!r}: batch_users: expected at least 1, got {self.batch_users}"
+            )
 
 
 @dataclass
@@ -213,7 +219,7 @@ class Recipe:
         return dataclasses.replace(self, stages=stages), notes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as YAML holds it; without the keys for titles where no title is asked for.
+        """Plain data, as YAML holds it; without the keys for titles and a stage's batch where they are not used.
 
         A run that began before there were such keys can thus still be resumed.
         """
@@ -221,8 +227,9 @@ class Recipe:
         if not any(stage.titles for stage in self.stages):
             del plain["title_template"]
         for stage in plain["stages"]:
-            if not stage["titles"]:
-                del stage["titles"]
+            for key in ("titles", "batch_users"):
+                if not stage[key]:
+                    del stage[key]
         return plain
 
 

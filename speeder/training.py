@@ -198,14 +198,15 @@ def _run_stage(
     if stage.titles:
         sequences = TitleExamples(sequences, stage.titles, prompts, recipe.seed, stage.name)
         callbacks = [EpochTeller(sequences.set_epoch)]
-    batches = math.ceil(len(sequences) / recipe.batch_users)
+    batch_users = stage.batch_users or recipe.batch_users
+    batches = math.ceil(len(sequences) / batch_users)
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
     ramp = GateRamp(stage, opened, steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=stage.epochs,
         max_steps=stage.steps or -1,
-        per_device_train_batch_size=recipe.batch_users,
+        per_device_train_batch_size=batch_users,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=stage.learning_rate,
         weight_decay=recipe.weight_decay,

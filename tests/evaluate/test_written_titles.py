@@ -19,6 +19,7 @@ from speeder.evaluate import Candidates, evaluate_candidates, evaluate_titles
 from speeder.evaluation.titles import named_candidate
 from speeder.prompts import build_sequence
 from speeder.recipe import TITLE_TEMPLATE, bundled_recipe, load_recipe, recipe_from_dict
+from speeder.run_folder import stage_logs
 from speeder.title_prompts import MAX_TITLE_TOKENS, TitleExamples, TitlePrompts
 from speeder.title_writer import TitleWriter
 from speeder.trainer import CheckpointMarker
@@ -233,14 +234,13 @@ def test_without_titles_nothing_is_drawn(place, data, tmp_path, monkeypatch):
     recipe = recipe_of(place, titles=0, stage={"steps": 1})
     train(recipe, data, tmp_path / "run")
     stage = recipe.to_dict()["stages"][0]
-    assert "titles" not in stage and "title_template" not in recipe.to_dict()
+    assert not {"titles", "batch_users"} & set(stage) and "title_template" not in recipe.to_dict()
     assert recipe_from_dict(recipe.to_dict()) == recipe
 
 
 def test_an_interrupted_run_draws_the_same_examples(place, data, tmp_path, monkeypatch):
     """Stopped within its second epoch."""
-    settings = {"batch_users": 160, "checkpoint_steps": 4}
-    recipe = recipe_of(place, stage={"steps": 8}, **settings)
+    recipe = recipe_of(place, stage={"steps": 8, "batch_users": 160}, checkpoint_steps=4)
     whole = train(recipe, data, tmp_path / "whole")
     marked = CheckpointMarker.on_save
 
@@ -253,6 +253,10 @@ def test_an_interrupted_run_draws_the_same_examples(place, data, tmp_path, monke
         train(recipe, data, tmp_path / "stopped")
     monkeypatch.undo()
     resumed = train(recipe, data, tmp_path / "stopped", resume=True)
+    last = stage_logs(tmp_path / "whole")["titles"][-1]
+    assert (last["step"], last["epoch"]) == (8, pytest.approx(8 / 3)), (
+        "three batches of the stage's own size a pass"
+    )
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -265,6 +269,7 @@ def test_an_interrupted_run_draws_the_same_examples(place, data, tmp_path, monke
     [
         ({"titles": 1.5}, r"stage 'titles': titles: expected a share in \[0, 1\], got 1.5"),
         ({"titles": True}, "titles: expected float, got True"),
+        ({"stage": {"batch_users": 0}}, "stage 'titles': batch_users: expected at least 1, got 0"),
         (
             {"baseline": "title-generation", "supervision": "last"},
             "stage 'titles': titles: expected 0 for the baseline 'title-generation', got 0.75",
@@ -291,7 +296,7 @@ def test_the_bundled_recipe_keeps_its_titles_whatever_modalities_there_are():
     fewer, _ = recipe.for_modalities(["text"])
     assert fewer.stages[-1].titles == recipe.stages[-1].titles
     ranking = load_recipe(bundled_recipe("ml-100k"))
-    assert [stage.name for stage in ranking.stages] == [stage.name for stage in recipe.stages[:-1]]
+    assert ranking.stages == recipe.stages[:-1] and ranking.batch_users == recipe.batch_users
 
 
 def test_the_command_measures_both_answers_in_rows_of_their_own(run, place, tmp_path, capsys):
