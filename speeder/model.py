@@ -97,7 +97,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                     init.xavier_normal_(linear.weight)
                     init.zeros_(linear.bias)
             if hasattr(module, "item_embedding"):
-                init.normal_(module.item_embedding.weight, std=0.1)
+                init.normal_(module.item_embedding.weight, std=0.02)
                 init.zeros_(module.item_gate)
         elif module is self:
             init.eye_(self.item_head.weight)

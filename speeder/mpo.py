@@ -67,7 +67,9 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
     Raises:
         SpeederError: nothing would be trained.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    item_rate = stage.learning_rate if stage.item_learning_rate is None else stage.item_learning_rate
+    rates = {"backbone": stage.backbone_learning_rate, "item": item_rate, "new": stage.learning_rate}
     layers = model.config.text_config.num_hidden_layers
     for part in stage.train:
         if part.startswith("backbone:") and int(part.partition(":")[2]) > layers:
@@ -80,19 +82,26 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
         parameter.requires_grad_(part is not None)
         if part is not None:
             decays = parameter.ndim >= 2 and not name.startswith("spae.")
-            groups.setdefault((part in ("backbone", "lora", "embeddings"), decays), []).append(parameter)
+            kind = (
+                "backbone"
+                if part in ("backbone", "lora", "embeddings")
+                else "item"
+                if part == "item"
+                else "new"
+            )
+            groups.setdefault((kind, decays), []).append(parameter)
     if not groups:
         raise SpeederError(
             f"stage {stage.name!r}: none of {', '.join(stage.train) or 'no part'} has weights in this model"
         )
     return [
         {
-            "name": ("backbone" if backbone else "new") + ("" if decays else ", no decay"),
+            "name": kind + ("" if decays else ", no decay"),
             "params": parameters,
-            "lr": stage.backbone_learning_rate if backbone else stage.learning_rate,
+            "lr": rates[kind],
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (backbone, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
+        for (kind, decays), parameters in sorted(groups.items(), key=lambda entry: entry[0])
     ]
 
 

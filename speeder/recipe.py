@@ -42,6 +42,8 @@ class Stage:
         epochs: passes over the training sequences (fractions allowed); or
         steps: optimizer steps, which wins over epochs.
         learning_rate: peak rate of the new parts.
+        item_learning_rate: peak rate of the learned item embedding; None: `learning_rate`. Each item has its own row to
+            learn from few targets, which wants a higher rate than weights that all items share.
         backbone_learning_rate: peak rate of the backbone's own weights and of LoRA.
         ramp_steps: steps in which a newly opened modality's gate goes from nearly closed to open.
         titles: share of the examples that ask for a title in place of items, see `TitleExamples`.
@@ -54,6 +56,7 @@ class Stage:
     epochs: float = 1.0
     steps: int | None = None
     learning_rate: float = 1e-3
+    item_learning_rate: float | None = None
     backbone_learning_rate: float = 3e-4
     ramp_steps: int = 20
     titles: float = 0.0
@@ -75,7 +78,12 @@ class Stage:
                 )
         if self.epochs <= 0 or (self.steps is not None and self.steps <= 0):
             raise SpeederError(f"stage {self.name!r}: expected epochs and steps above 0")
-        if min(self.learning_rate, self.backbone_learning_rate, self.ramp_steps) < 0:
+        if (
+            min(
+                self.learning_rate, self.item_learning_rate or 0, self.backbone_learning_rate, self.ramp_steps
+            )
+            < 0
+        ):
             raise SpeederError(f"stage {self.name!r}: expected learning rates and ramp_steps of at least 0")
         if not 0.0 <= self.titles <= 1.0:
             raise SpeederError(f"stage {self.name!r}: titles: expected a share in [0, 1], got {self.titles}")
@@ -219,7 +227,7 @@ class Recipe:
         return dataclasses.replace(self, stages=stages), notes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as YAML holds it; without the keys for titles and a stage's batch where they are not used.
+        """Plain data, as YAML holds it; without the keys of a stage that it does not use.
 
         A run that began before there were such keys can thus still be resumed.
         """
@@ -227,7 +235,7 @@ class Recipe:
         if not any(stage.titles for stage in self.stages):
             del plain["title_template"]
         for stage in plain["stages"]:
-            for key in ("titles", "batch_users"):
+            for key in ("titles", "batch_users", "item_learning_rate"):
                 if not stage[key]:
                     del stage[key]
         return plain
@@ -282,7 +290,7 @@ def build(cls: type, data: Any, where: str):
         raise SpeederError(f"{where}: unknown key {unknown[0]!r}; known: {', '.join(known)}")
     values = {}
     for key, value in data.items():
-        if known[key].type == "float" and isinstance(value, str):  # YAML reads 1e-3 as a string
+        if known[key].type.startswith("float") and isinstance(value, str):  # YAML reads 1e-3 as a string
             try:
                 value = float(value)
             except ValueError:
@@ -299,6 +307,7 @@ _TYPES = {
     "str": str,
     "str | None": (str, type(None)),
     "float": (int, float),
+    "float | None": (int, float, type(None)),
     "int": int,
     "int | None": (int, type(None)),
     "bool": bool,

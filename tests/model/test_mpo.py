@@ -86,6 +86,13 @@ def test_the_learned_item_embedding_trains_once_it_is_open():
     select_parameters(model, Stage("s", open=["text", "item"], train=["item"]), 0.0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"mrc.item_embedding.weight"}
+    for rate, expected in ((None, 1e-3), (7e-3, 7e-3)):
+        stage = Stage("s", open=["text", "item"], train=["item", "head"], item_learning_rate=rate)
+        rates = {
+            id(p): group["lr"] for group in select_parameters(model, stage, 0.1) for p in group["params"]
+        }
+        assert rates[id(model.mrc.item_embedding.weight)] == expected
+        assert rates[id(model.item_head.weight)] == 1e-3
     select_parameters(model, Stage("s", open=["text", "item"], train=["gate"]), 0.0)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"mrc.gates.text.weight", "mrc.gates.text.bias", "mrc.item_gate"}
