@@ -37,6 +37,5 @@ def merge_lora(self) -> None:
             module.merge()
             self.backbone.set_submodule(name, module.get_base_layer())
     self.config.lora = None
-    self._item_cache = (
-        None  # PEFT writes past autograd's versions: whatever was kept of the old weights is void
-    )
+    # PEFT writes past autograd's versions: whatever was kept of the old weights is void
+    self._item_cache = None

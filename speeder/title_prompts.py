@@ -43,16 +43,9 @@ class TitlePrompts:
         template: str,
     ):
         self.tokenizer, self.config, self.catalogue = tokenizer, config, catalogue
-        self.pieces = [_ids(tokenizer, piece) for piece in template_pieces(template)]
-        ends = _ids(tokenizer, "\n") or [tokenizer.eos_token_id]
-        if ends[-1] is None:
-            raise SpeederError(
-                "tokenizer: expected a token for a line's end, or an end-of-text token, got neither"
-            )
-        self.title_end: int = ends[-1]
-        names = [title or name for title, name in zip(catalogue.titles, catalogue.ids, strict=True)]
-        rows = tokenizer(names, add_special_tokens=False)["input_ids"]
-        self._titles = [[*row[:MAX_TITLE_TOKENS], self.title_end] for row in rows]
+        self.pieces = [text_ids(tokenizer, piece) for piece in template_pieces(template)]
+        self.title_end = line_end(tokenizer)
+        self._titles = title_rows(tokenizer, catalogue, MAX_TITLE_TOKENS)
 
     def title(self, item: int) -> list[int]:
         """An item's title (its id, where it has none) as token ids, and the line's end after it."""
@@ -179,5 +172,30 @@ def template_pieces(template: str) -> list[str]:
     return [before, *rest.split(candidates)]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text's token ids, and nothing around them."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def line_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a title.
+
+    Raises:
+        SpeederError: the tokenizer has none.
+    """
+    ends = text_ids(tokenizer, "\n") or [tokenizer.eos_token_id]
+    if ends[-1] is None:
+        raise SpeederError(
+            "tokenizer: expected a token for a line's end, or an end-of-text token, got neither"
+        )
+    return ends[-1]
+
+
+def title_rows(
+    tokenizer: PreTrainedTokenizerBase, catalogue: ItemCatalogue, max_tokens: int
+) -> list[list[int]]:
+    """Every item's title (its id, where it has none), cut at so many token ids, and the line's end after it."""
+    # all at once: a fast tokenizer takes a second for 10,000
+    names = [title or name for title, name in zip(catalogue.titles, catalogue.ids, strict=True)]
+    rows, end = tokenizer(names, add_special_tokens=False)["input_ids"], line_end(tokenizer)
+    return [[*row[:max_tokens], end] for row in rows]

@@ -97,8 +97,19 @@ class TitleWriter:
         prompts = [
             self.prompts.sequence(history, row) for history, row in zip(histories, candidates, strict=True)
         ]
-        written = write_greedily(self.model, prompts, self.prompts, MAX_TITLE_TOKENS + 1)
-        return [written_title(ids, row, self.prompts) for ids, row in zip(written, candidates, strict=True)]
+        return written_titles(self.model, prompts, candidates, self.prompts, MAX_TITLE_TOKENS)
+
+
+def written_titles(
+    model: SpeederForCausalLM,
+    prompts: Sequence[TokenSequence],
+    candidates: np.ndarray,
+    titles: TitleTokens,
+    max_title_tokens: int,
+) -> list[str]:
+    """Continue each prompt greedily up to a line's end: the text, or the title of the candidate that it is."""
+    written = write_greedily(model, prompts, titles, max_title_tokens + 1)
+    return [written_title(ids, row, titles) for ids, row in zip(written, candidates.tolist(), strict=True)]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from speeder.loading import catalogue_folder, from_backbone, load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.processor import HISTORY
 from speeder.prompts import IGNORED, TokenSequence
+from speeder.title_prompts import line_end, text_ids, title_rows
 
 _PACK_TOKENS = 16_384  # tokens that run through the backbone at once
 
@@ -109,30 +110,21 @@ class TextBaseline(SpeederForCausalLM):
         Raises:
             SpeederError: it has no token that could end a title, or the template lacks a field.
         """
-        ends = self._ids(tokenizer, "\n") or [tokenizer.eos_token_id]
-        if ends[-1] is None:
-            raise SpeederError(
-                "tokenizer: expected a token for a line's end, or an end-of-text token, got neither"
-            )
-        self.tokenizer, self.title_end = tokenizer, ends[-1]
+        self.tokenizer, self.title_end = tokenizer, line_end(tokenizer)
         rest, self.pieces = self.config.template, []
         for field in self.fields:
             before, found, rest = rest.partition("{" + field + "}")
             if not found:
                 wanted = ", then ".join("{" + name + "}" for name in self.fields)
                 raise SpeederError(f"template: expected {wanted}, got {self.config.template!r}")
-            self.pieces.append(self._ids(tokenizer, before))
-        self.pieces.append(self._ids(tokenizer, rest))
+            self.pieces.append(text_ids(tokenizer, before))
+        self.pieces.append(text_ids(tokenizer, rest))
         self._titles = []
 
     def title(self, item: int) -> list[int]:
         """An item's title (its id, where it has none) as token ids, and the line's end after it."""
-        if not self._titles:  # all at once: a fast tokenizer takes a second for 10,000
-            names = [
-                title or name for title, name in zip(self.catalogue.titles, self.catalogue.ids, strict=True)
-            ]
-            ids = self.tokenizer(names, add_special_tokens=False)["input_ids"]
-            self._titles = [[*row[: self.config.max_title_tokens], self.title_end] for row in ids]
+        if not self._titles:
+            self._titles = title_rows(self.tokenizer, self.catalogue, self.config.max_title_tokens)
         return self._titles[item]
 
     def lines(self, items: Sequence[int]) -> list[int]:
@@ -147,10 +139,6 @@ class TextBaseline(SpeederForCausalLM):
     def gates(self) -> dict[str, torch.Tensor]:
         """None: no modality is weighed."""
         return {}
-
-    @staticmethod
-    def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
     # ---- saving and loading ---------------------------------------------------------------------------------
 

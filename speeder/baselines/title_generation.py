@@ -14,7 +14,7 @@ from speeder.baselines.text_model import text_sequence
 from speeder.evaluation.titles import named_candidate
 from speeder.prompts import TokenSequence
 from speeder.title_prompts import training_candidates
-from speeder.title_writer import write_greedily, written_title
+from speeder.title_writer import written_titles
 
 
 class TitleGeneration(CandidateBaseline):
@@ -55,11 +55,7 @@ class TitleGeneration(CandidateBaseline):
             text_sequence(self.prompt(history, row.tolist()))
             for history, row in zip(histories, candidates, strict=True)
         ]
-        written = write_greedily(self, prompts, self, self.config.max_title_tokens + 1)
-        return [self._text(ids, row.tolist()) for ids, row in zip(written, candidates, strict=True)]
-
-    def _text(self, ids: list[int], candidates: list[int]) -> str:
-        return written_title(ids, candidates, self)
+        return written_titles(self, prompts, candidates, self, self.config.max_title_tokens)
 
     def target_places(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, targets: np.ndarray

@@ -18,6 +18,7 @@ from speeder.baselines.text_model import packs, text_sequence
 from speeder.errors import SpeederError
 from speeder.evaluation.metrics import candidate_ranks
 from speeder.prompts import TokenSequence, pack_batch
+from speeder.title_prompts import text_ids
 
 _ANSWERS = ((" yes", " no"), (" Yes", " No"), ("yes", "no"), ("Yes", "No"))
 
@@ -38,7 +39,7 @@ class YesNo(CandidateBaseline):
         """
         super().set_tokenizer(tokenizer)
         for answers in _ANSWERS:
-            ids = [self._ids(tokenizer, answer) for answer in answers]
+            ids = [text_ids(tokenizer, answer) for answer in answers]
             if all(ids) and ids[0][0] != ids[1][0]:
                 self.yes, self.no = ids[0][0], ids[1][0]
                 return

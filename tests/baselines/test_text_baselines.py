@@ -18,9 +18,9 @@ from speeder.errors import SpeederError
 from speeder.evaluate import Candidates, LeakError, evaluate, evaluate_candidates, evaluate_titles
 from speeder.prompts import pack_batch
 from speeder.recipe import recipe_from_dict
-from speeder.trainer import CheckpointMarker
+from speeder.title_writer import written_title
 from speeder.training import TrainingSequences, train
-from tests.baselines.text_worlds import NAMES, cycle_world, save_text_backbone
+from tests.baselines.text_worlds import NAMES, cycle_world, save_text_backbone, train_with_a_stop
 
 ITEMS = len(NAMES)
 STEPS = {"text-prompt": 60, "title-generation": 200, "yes-no": 400}
@@ -233,16 +233,16 @@ def test_what_is_written_is_text_as_greedy_decoding_gives_it(place, data):
         while len(ids) < start + 7 and (len(ids) == start or ids[-1] != model.title_end):
             logits = model(torch.tensor([ids]), vocabulary="text").logits
             ids.append(int(logits[0, -1].argmax()))
-        assert text == model._text(ids[start:], row.tolist())
+        assert text == written_title(ids[start:], row.tolist(), model)
 
 
 def test_a_title_that_the_prompt_had_to_cut_counts_as_written_whole(place):
     long = ItemCatalogue(["a", "b", "c"], ["Path one two three four", "Path one two three five", "Amber"])
     model = TitleGeneration.from_backbone(place / "backbone", long, max_title_tokens=3)
     assert model.title(0) == model.title(1), "cut to the same tokens"
-    assert model._text(model.title(0), [0, 2]) == "Path one two three four"
-    assert model._text(model.title(0), [0, 1]) not in long.titles, "it names neither of two"
-    assert model._text([*model.title(2)[:-1]], [0, 2]) == "Amber"
+    assert written_title(model.title(0), [0, 2], model) == "Path one two three four"
+    assert written_title(model.title(0), [0, 1], model) not in long.titles, "it names neither of two"
+    assert written_title([*model.title(2)[:-1]], [0, 2], model) == "Amber"
 
 
 @pytest.mark.parametrize("kind", [TitleGeneration, YesNo])
@@ -259,17 +259,7 @@ def test_no_whole_catalogue_is_ranked(place, data, kind):
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(place, data, tmp_path, monkeypatch):
     recipe = recipe_of(place, "title-generation", checkpoint_steps=3, keep_best=False, stage={"steps": 8})
     whole = train(recipe, data, tmp_path / "whole")
-    marked = CheckpointMarker.on_save
-
-    def stop_after_one(self, args, state, control, **kwargs):
-        marked(self, args, state, control, **kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointMarker, "on_save", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, data, tmp_path / "stopped")
-    monkeypatch.undo()
-    resumed = train(recipe, data, tmp_path / "stopped", resume=True)
+    resumed = train_with_a_stop(recipe, data, tmp_path / "stopped", monkeypatch)
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, atol=1e-5, rtol=1e-4, msg=name)
 

@@ -3,12 +3,17 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.interactions import Interactions
+from speeder.model import SpeederForCausalLM
+from speeder.recipe import Recipe
+from speeder.trainer import CheckpointMarker
+from speeder.training import train
 
 NAMES = (
     "Amber",
@@ -64,3 +69,18 @@ def save_text_backbone(folder: Path, titles: list[str]) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def train_with_a_stop(recipe: Recipe, data: PreparedData, run: Path, monkeypatch) -> SpeederForCausalLM:
+    """Train, stopped right after the first checkpoint and then resumed."""
+    marked = CheckpointMarker.on_save
+
+    def stop_after_one(self, args, state, control, **kwargs):
+        marked(self, args, state, control, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(CheckpointMarker, "on_save", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, data, run)
+    return train(recipe, data, run, resume=True)

@@ -23,9 +23,8 @@ from speeder.recipe import TITLE_TEMPLATE, bundled_recipe, load_recipe, recipe_f
 from speeder.run_folder import stage_logs
 from speeder.title_prompts import MAX_TITLE_TOKENS, TitleExamples, TitlePrompts
 from speeder.title_writer import TitleWriter
-from speeder.trainer import CheckpointMarker
 from speeder.training import TrainingSequences, train
-from tests.baselines.text_worlds import NAMES, save_text_backbone
+from tests.baselines.text_worlds import NAMES, save_text_backbone, train_with_a_stop
 from tests.model.worlds import tiny_model
 
 GROUPS, KINDS = NAMES[:8], ("Path", "Gate", "Hall", "Mill", "Bridge", "Tower")
@@ -243,17 +242,7 @@ def test_an_interrupted_run_draws_the_same_examples(place, data, tmp_path, monke
     """Stopped within its second epoch."""
     recipe = recipe_of(place, stage={"steps": 8, "batch_users": 160}, checkpoint_steps=4)
     whole = train(recipe, data, tmp_path / "whole")
-    marked = CheckpointMarker.on_save
-
-    def stop_after_one(self, args, state, control, **kwargs):
-        marked(self, args, state, control, **kwargs)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointMarker, "on_save", stop_after_one)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, data, tmp_path / "stopped")
-    monkeypatch.undo()
-    resumed = train(recipe, data, tmp_path / "stopped", resume=True)
+    resumed = train_with_a_stop(recipe, data, tmp_path / "stopped", monkeypatch)
     last = stage_logs(tmp_path / "whole")["titles"][-1]
     assert (last["step"], last["epoch"]) == (8, pytest.approx(8 / 3)), (
         "three batches of the stage's own size a pass"
