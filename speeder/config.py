@@ -12,6 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 # transformers renamed the cache's argument and output in 5.24; `forward` takes both names with either release
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ATTENTION_NAME = "spae"  # the name under which SPAE registers with transformers' attention interface
+ITEM = "item"  # gate column of the learned per-item embedding
+FITTED = ("collaborative", ITEM)  # modalities that interactions make, so that a new item has none of them
 
 
 class SpeederConfig(PretrainedConfig):
@@ -29,6 +31,8 @@ class SpeederConfig(PretrainedConfig):
         item_embedding: whether a learned embedding per item joins the features as one more modality ("item").
         num_warm_items: items that own a row of that embedding; items added later have none.
         modality_dropout: chance, in training, that an item is read without one of its modalities.
+        cold_dropout: chance, in training, that an item is read as a new one is: without all that interactions made
+            (`FITTED`), by its text and picture alone. New items are recommended well only by a model that saw such.
         embedding_rms: root mean square of the backbone's text embedding rows, to which item tokens are scaled.
         initial_logit_scale: what a cosine between state and item is multiplied by at the start of training.
         dropout: dropout on the input embeddings and on the states that score items.
@@ -62,6 +66,7 @@ class SpeederConfig(PretrainedConfig):
     item_embedding: bool = False
     num_warm_items: int = 0
     modality_dropout: float = 0.0
+    cold_dropout: float = 0.0
     embedding_rms: float = 1.0
     initial_logit_scale: float = 20.0
     dropout: float = 0.0
@@ -99,10 +104,16 @@ class SpeederConfig(PretrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        for name in ("modality_dropout", "dropout", "position_proxy_weight", "initial_logit_scale"):
+        for name in (
+            "modality_dropout",
+            "cold_dropout",
+            "dropout",
+            "position_proxy_weight",
+            "initial_logit_scale",
+        ):
             if not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
-        for name in ("modality_dropout", "dropout"):
+        for name in ("modality_dropout", "cold_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
         if self.position_proxy_weight < 0 or self.initial_logit_scale <= 0:

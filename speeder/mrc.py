@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from speeder.config import SpeederConfig
+from speeder.config import FITTED, ITEM, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder_kernels import compress_items
@@ -19,8 +19,6 @@ from speeder_kernels import compress_items
 # A closed modality's gate logit is lowered by this much: weight e^-30 beside any open one, yet an item that has
 # nothing but closed modalities still gets a token, since the softmax ignores a common shift.
 CLOSED = -30.0
-
-ITEM = "item"  # gate column of the learned per-item embedding
 
 
 class Expert(nn.Module):
@@ -48,7 +46,7 @@ class MRC(nn.Module):
         hidden = config.expert_hidden_size or config.hidden_size
         self.names = config.gate_names
         self.tokens_per_item = config.tokens_per_item
-        self.modality_dropout = config.modality_dropout
+        self.modality_dropout, self.cold_dropout = config.modality_dropout, config.cold_dropout
         self.num_items = 0
         self.experts = nn.ModuleDict(
             {
@@ -133,8 +131,13 @@ class MRC(nn.Module):
             vectors = self.item_embedding(warm).unflatten(-1, (self.tokens_per_item, -1))
             outputs.append(vectors.to(outputs[0].dtype) if outputs else vectors)
             logits.append(self.item_gate.float().expand(len(warm)))
-        if self.training and self.modality_dropout:
-            present = drop_modalities(present, self.modality_dropout, self.gate_offset > CLOSED / 2)
+        if self.training:
+            is_open = self.gate_offset > CLOSED / 2
+            if self.modality_dropout:
+                present = drop_modalities(present, self.modality_dropout, is_open)
+            if self.cold_dropout:
+                fitted = torch.tensor([name in FITTED for name in self.names], device=present.device)
+                present = drop_fitted(present, self.cold_dropout, fitted, is_open)
         expert_outputs = torch.stack(outputs, dim=2)  # (U, K, M, H)
         gate_logits = torch.stack(logits, dim=1) + self.gate_offset.float()  # (U, M)
         k = self.tokens_per_item
@@ -156,3 +159,20 @@ def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Te
     """
     kept = present & (torch.rand(present.shape, device=present.device) >= probability)
     return torch.where((kept & is_open).any(dim=1, keepdim=True), kept, present)
+
+
+def drop_fitted(
+    present: torch.Tensor, probability: float, fitted: torch.Tensor, is_open: torch.Tensor
+) -> torch.Tensor:
+    """Read items as new ones with the given chance: without any of the modalities that interactions make.
+
+    An item that has nothing else, or nothing else that is open, stays as it is.
+
+    Args:
+        present: `(U, M)` bool.
+        fitted: `(M,)` bool, made by interactions.
+        is_open: `(M,)` bool, as in `drop_modalities`.
+    """
+    content = present & ~fitted
+    as_new = torch.rand(len(present), 1, device=present.device) < probability
+    return torch.where(as_new & (content & is_open).any(dim=1, keepdim=True), content, present)

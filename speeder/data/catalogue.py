@@ -133,6 +133,17 @@ class ItemCatalogue:
             *(first + second for first, second in columns), features=features, present=present
         )
 
+    def select(self, rows: Sequence[int]) -> "ItemCatalogue":
+        """The items of these rows alone, in this order; raises `IndexError` or `ValueError` for what is no row."""
+        rows = torch.as_tensor(rows, dtype=torch.long)
+        if len(rows) and int(rows.min()) < 0:
+            raise ValueError(f"rows must lie in 0..{len(self) - 1}, but hold {int(rows.min())}")
+        columns = ([column[row] for row in rows.tolist()] for column in self._columns())
+        features = {name: matrix[rows] for name, matrix in self.features.items()}
+        return ItemCatalogue(
+            *columns, features=features, present={name: mask[rows] for name, mask in self.present.items()}
+        )
+
     def _columns(self) -> tuple[list, list, list, list]:
         return self.ids, self.titles, self.texts, self.images
 
