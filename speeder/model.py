@@ -359,14 +359,18 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         if prompts is None:
             prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
         items = table.new_zeros(0, table.shape[1])
+        rows = torch.where(item_mask, (ids - text) * k + item_slots(item_mask, layout.rank_q, k), -1)
         if item_table is not None and bool(item_mask.any()):
-            items = (item_table.flatten(0, 1) * self.config.embedding_rms).to(table.dtype)
-        slots = item_slots(item_mask, layout.rank_q, k)
+            tokens = item_table.flatten(0, 1)
+            if len(ids) < len(tokens):  # a few histories: only what they read is scaled, not the catalogue
+                tokens = F.embedding(rows.clamp(min=0), tokens)
+                rows = torch.where(item_mask, torch.arange(len(ids), device=ids.device), -1)
+            items = (tokens * self.config.embedding_rms).to(table.dtype)
         packed = pack_tokens(
             torch.where(item_mask, 0, ids),
             table,
             items,
-            torch.where(item_mask, (ids - text) * k + slots, -1).int(),
+            rows.int(),
             ranks.clamp(max=len(prompts) - 1),
             prompts.to(table.dtype),
         )
