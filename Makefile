@@ -30,8 +30,9 @@ assets: install
 demo: install
 	$(BIN)/speeder demo --out $(OUT) $(if $(POSTERS),--posters $(POSTERS))
 
+# Test files run on several cores at once; threads that wait do not spin, or they would slow the other files down
 test: install assets lint
-	$(BIN)/python -m pytest -q --timeout=600 --durations=15
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile --timeout=600 --durations=15
 
 # Every op beside PyTorch and beside the machine's limits: bench/table.md, table.json, roofline.png
 bench: install
