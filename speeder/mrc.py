@@ -135,8 +135,8 @@ class MRC(nn.Module):
             is_open = self.gate_offset > CLOSED / 2
             if self.modality_dropout:
                 present = drop_modalities(present, self.modality_dropout, is_open)
-            if self.cold_dropout:
-                fitted = torch.tensor([name in FITTED for name in self.names], device=present.device)
+            fitted = torch.tensor([name in FITTED for name in self.names], device=present.device)
+            if self.cold_dropout and bool((fitted & is_open).any()):
                 present = drop_fitted(present, self.cold_dropout, fitted, is_open)
         expert_outputs = torch.stack(outputs, dim=2)  # (U, K, M, H)
         gate_logits = torch.stack(logits, dim=1) + self.gate_offset.float()  # (U, M)
