@@ -76,7 +76,7 @@ class ScoringMixin:
             here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=hidden.device)
         )
         count = count.clamp(min=1)
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = states[:0].float().sum()  # 0 with gradients, also where nothing is asked
         if is_item.any():
             queries, vectors = self.item_queries(states[is_item]), self.item_vectors(item_table)
             device, dtype = queries.device.type, torch.float32
