@@ -88,12 +88,11 @@ class ItemCatalogue:
 
         Raises `ValueError` for an index out of range, `KeyError` for an id that no item has.
         """
-        rows = []
-        for entry in entries:
-            row = self.index_of(entry) if isinstance(entry, str) else int(entry)
-            if not 0 <= row < len(self):
-                raise ValueError(f"expected item indices in 0..{len(self) - 1}, got {row}")
-            rows.append(row)
+        rows = [self.index_of(entry) if isinstance(entry, str) else int(entry) for entry in entries]
+        count = len(self)
+        if rows and (min(rows) < 0 or max(rows) >= count):
+            wrong = next(row for row in rows if not 0 <= row < count)
+            raise ValueError(f"expected item indices in 0..{count - 1}, got {wrong}")
         return rows
 
     def with_features(
