@@ -1,4 +1,4 @@
-"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, bench, demo."""
+"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, items, bench, demo."""
 
 from __future__ import annotations
 
@@ -235,6 +235,61 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
     recommend.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
 
+    items = command(
+        "items",
+        run_items_add,  # replaced by each of its own commands
+        "Add new items to a recommender without training, or hold items out to see how well that goes.",
+        "speeder items add --run runs/first --items new.csv\n"
+        "  speeder items hold-out --data data/ml-100k --out data/ml-100k-cold",
+    )
+    item_commands = items.add_subparsers(dest="items_command", required=True, metavar="COMMAND")
+    add = item_commands.add_parser(
+        "add",
+        help="add a table's items to a recommender, all or none, without training",
+        description="Encode a table's items as `prepare` does and add them to a recommender, all or none, without"
+        " training: they can be recommended at once.",
+    )
+    add.set_defaults(run_command=run_items_add)
+    which = add.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, metavar="RUN", help="run folder of a finished training")
+    which.add_argument("--model", type=Path, metavar="DIR", help="a saved recommender's folder")
+    add.add_argument(
+        "--items",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="table (.csv, .tsv, .parquet, .jsonl) with a column id, and of title, text, image what there is",
+    )
+    add.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write the recommender with the items there, and leave the old one",
+    )
+    add.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder that the column image names files in (default: FILE's)",
+    )
+    for modality in ("text", "image"):
+        add.add_argument(
+            f"--{modality}-encoder",
+            metavar="MODEL",
+            help="as prepare's (default: what the run's data were prepared with)",
+        )
+    hold_out = item_commands.add_parser(
+        "hold-out",
+        help="hold items out from prepared data, to measure how new items are recommended",
+        description="Write OUT/warm, prepared data without some of the items, and OUT/cold, those items and who took"
+        " them. Train on OUT/warm; then: speeder evaluate RUN --protocol cold-items.",
+    )
+    hold_out.set_defaults(run_command=run_items_hold_out)
+    hold_out.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data")
+    hold_out.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder to write")
+    hold_out.add_argument("--share", type=float, default=0.1, metavar="X", help="of the items (default: 0.1)")
+    hold_out.add_argument("--seed", type=int, default=0, metavar="S", help="of the draw (default: 0)")
+
     bench = command(
         "bench",
         run_bench,
@@ -303,9 +358,10 @@ def protocol_arguments(parser: argparse.ArgumentParser) -> None:
     """Which evaluation is meant: the same words for making one and for comparing them."""
     parser.add_argument(
         "--protocol",
-        choices=["full", "vhr", "sampled"],
+        choices=["full", "vhr", "sampled", "cold-items"],
         default="full",
-        help="all items; target + 19 negatives (VHR@1); target + N negatives with AUC (default: full)",
+        help="all items; target + 19 negatives (VHR@1); target + N negatives with AUC; items held out from training"
+        " (default: full)",
     )
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--negatives", type=int, metavar="N", help="with --protocol sampled (default: 20)")
@@ -421,10 +477,13 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     from speeder.baselines.sasrec import SASRec
+    from speeder.cold_items import data_folder_of, evaluate_cold_run
+    from speeder.items import without_added
     from speeder.results import (
         baselines,
         check_protocol,
         evaluate_answers,
+        measure_folder,
         measure_for,
         run_data,
         write_results,
@@ -434,10 +493,17 @@ def run_evaluate(options: argparse.Namespace) -> None:
     run = model_folder.parent
     check_protocol(options.protocol, options.negatives, options.candidates_seed, options.answers)
     data = run_data(run, options.data)
+    model = load_model(model_folder)
+    if added := without_added(model, data.catalogue):
+        print(f"Note: {added} items that were added after training are left out")
+    if options.protocol == "cold-items":
+        folder = data_folder_of(run, options.data)
+        measure_folder(options.split, options.protocol)  # refuses another split
+        print(evaluate_cold_run(run, model, data, folder, with_baselines=not options.no_baselines))
+        return
     measure = measure_for(
         run, data, options.split, options.protocol, options.negatives, options.candidates_seed
     )
-    model = load_model(model_folder)
     with_sasrec = not isinstance(model, SASRec)
     try:
         rows = evaluate_answers(run, model, measure, options.answers)
@@ -496,6 +562,32 @@ def run_recommend(options: argparse.Namespace) -> None:
         raise SpeederError(f"recommend: {error.args[0]}") from error
     for place, item in enumerate(recommended, 1):
         print(f"{place:3}. {item.id:>10}  {item.score:8.3f}  {item.title}")
+
+
+def run_items_add(options: argparse.Namespace) -> None:
+    from speeder.items import add_items, prepared_encoders
+
+    folder = find_model(options.run or options.model)
+    names = prepared_encoders(folder.parent)
+    encoders = {
+        "text_encoder": options.text_encoder or names.get("text"),
+        "image_encoder": options.image_encoder or names.get("image"),
+    }
+    added = add_items(folder, options.items, out=options.out, images=options.images, **encoders)
+    has = ", ".join(f"{name} ({int(there.sum())})" for name, there in added.present.items())
+    print(f"{options.out or folder}: {len(added)} items added, which have {has}; recommend them with:")
+    print(f"  speeder recommend {options.out or options.run or options.model} --history {added.ids[0]}")
+
+
+def run_items_hold_out(options: argparse.Namespace) -> None:
+    from speeder.cold_items import make_hold_out
+
+    warm, cold = make_hold_out(options.data, options.out, options.share, options.seed)
+    print(
+        f"{options.out}: {len(cold.catalogue)} of {len(warm.catalogue) + len(cold.catalogue)} items held out,"
+        f" {len(cold.users)} users took one of them after all that is trained on; train with --data"
+        f" {options.out / 'warm'}"
+    )
 
 
 def run_bench(options: argparse.Namespace) -> None:

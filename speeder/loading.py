@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from speeder.config import ATTENTION_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.files import read_json
+from speeder.data.files import read_json, recover_folder
 from speeder.errors import SpeederError
 from speeder.layout import cu_seqlens
 
@@ -217,7 +217,7 @@ def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
     """
     local = Path(name_or_path) / kwargs.get("subfolder", "")
     if local.is_dir():
-        folder = local / CATALOGUE_FOLDER
+        folder = recover_folder(local / CATALOGUE_FOLDER)
         if not folder.is_dir():
             raise SpeederError(
                 f"{local}: expected the recommender's catalogue in {CATALOGUE_FOLDER}/, found none"

@@ -26,7 +26,7 @@ from speeder.evaluate import (
     evaluate_titles,
 )
 from speeder.evaluation.leaks import LeakError, check_features, check_model_features, check_split
-from speeder.evaluation.result import evaluation_file
+from speeder.evaluation.result import COLD_ITEMS, evaluation_file
 from speeder.evaluation.tables import comparison_latex
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
@@ -118,8 +118,8 @@ def check_protocol(
         raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if negatives is not None and protocol != "sampled":
         raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
-    if seed and protocol == "full":
-        raise SpeederError("candidates-seed: the protocol 'full' draws no candidates")
+    if seed and protocol not in ("vhr", "sampled"):
+        raise SpeederError(f"candidates-seed: the protocol {protocol!r} draws no candidates")
     if answers != "ranking" and protocol != "vhr":
         raise SpeederError(f"answers: expected 'ranking' with the protocol {protocol!r}, got {answers!r}")
 
@@ -128,6 +128,8 @@ def measure_folder(split: str, protocol: str, negatives: int | None = None, seed
     """The name of a kind of evaluation: "test", "validation", "test-vhr", "test-sampled-99", "test-vhr-seed3"."""
     if protocol == "full":
         return split
+    if protocol == COLD_ITEMS and split != "test":
+        raise SpeederError(f"split: the protocol {protocol!r} has test targets alone, got {split!r}")
     unusual = protocol == "sampled" and negatives not in (None, SAMPLED_NEGATIVES)
     return f"{split}-{protocol}" + (f"-{negatives}" if unusual else "") + (f"-seed{seed}" if seed else "")
 

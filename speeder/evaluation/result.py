@@ -16,11 +16,18 @@ from speeder.evaluation.slices import quantile_slices
 SEEN = ("masked", "allowed")
 TRAINING_PART, NOT_TOLD = "the split's training part", "not told"
 
+COLD_ITEMS, COLD_ONLY = (
+    "cold-items",
+    "cold-only",
+)  # one protocol's two rankings: among all items, among the cold ones
+
 # Each protocol's metrics, in the order of its tables' columns.
 PROTOCOLS = {
     "full": METRICS,
     "vhr": ("VHR@1", "ValidRatio", "HR@1"),
     "sampled": ("HR@3", "HR@5", "HR@10", "NDCG@3", "NDCG@5", "NDCG@10", "MRR", "AUC"),
+    COLD_ITEMS: METRICS,
+    COLD_ONLY: METRICS,
 }
 
 
@@ -99,10 +106,9 @@ class Evaluation:
     @cached_property
     def slices(self) -> dict[str, dict[str, dict]]:
         """History length in quartiles, target popularity in terciles: name -> label -> users and metrics."""
-        groups = {
-            "history length": quantile_slices(self.history_lengths, 4, "items"),
-            "target popularity": quantile_slices(self.target_counts, 3, "in training"),
-        }
+        groups = {"history length": quantile_slices(self.history_lengths, 4, "items")}
+        if self.protocol not in (COLD_ITEMS, COLD_ONLY):  # no cold item is in training
+            groups["target popularity"] = quantile_slices(self.target_counts, 3, "in training")
         return {
             name: {
                 label: {"users": int(member.sum()), "metrics": self._intervals(member)}

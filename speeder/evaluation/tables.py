@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speeder.evaluation.bootstrap import Interval
-from speeder.evaluation.result import NOT_TOLD
+from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, NOT_TOLD
 
 if TYPE_CHECKING:
     from speeder.evaluation.result import Evaluation
@@ -157,16 +157,21 @@ def _untold(evaluations: "Mapping[str, Evaluation]") -> str:
 
 
 def _how_measured(first: "Evaluation") -> str:
-    if first.protocol == "full":
+    drawn = ""
+    if first.protocol in ("full", COLD_ITEMS):
         ranked = f"all {first.num_items:,} items ranked"
-        drawn = ""
+    elif first.protocol == COLD_ONLY:
+        ranked = f"the {first.num_ranked:,} cold items alone ranked"
     else:
         ranked = (
             f"{first.num_ranked} candidates each: the target and {first.num_ranked - 1} uniform negatives"
         )
         drawn = f" Candidates `{first.candidates_hash}`, seed {first.candidates_seed}."
+    how = "Leave one out"
+    if first.protocol in (COLD_ITEMS, COLD_ONLY):
+        how = "Cold items, never seen in training"
     return (
-        f"Leave one out, {first.split} targets, {len(first):,} users, {ranked}. "
+        f"{how}, {first.split} targets, {len(first):,} users, {ranked}. "
         f"In brackets: 95 % bootstrap interval over users, {first.resamples:,} resamples. "
         f"The best of each column is bold. Ties count against the target"
         f"{', but for half in AUC' if 'AUC' in first.metric_names else ''}. Split `{first.split_hash}`.{drawn}"

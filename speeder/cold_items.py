@@ -1,0 +1,89 @@
+"""What the commands do with held-out items: make the set that they are held out from, and rank them for a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from speeder.baselines.content import ContentNeighbours
+from speeder.baselines.popularity import Popularity
+from speeder.data.cold import ColdItems, check_replaceable, hold_out
+from speeder.data.features import add_features
+from speeder.data.files import read_json
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.evaluate import Evaluation, Scorer
+from speeder.evaluation.cold import evaluate_cold, with_cold_items
+from speeder.evaluation.leaks import training_hash
+from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, evaluation_file
+from speeder.results import EVALUATIONS, measure_folder, model_label, write_results
+
+
+def make_hold_out(
+    data_folder: Path, out: Path, share: float = 0.1, seed: int = 0
+) -> tuple[PreparedData, ColdItems]:
+    """Hold items out from a prepared set, and write `out/warm`, to train on, and `out/cold`.
+
+    Collaborative features are fitted anew, on what is left for training.
+
+    Raises:
+        SpeederError: see `hold_out`; or `out` holds anything else than an earlier hold-out.
+    """
+    check_replaceable(out)
+    data = PreparedData.load(data_folder)
+    warm, cold = hold_out(data, share, seed)
+    if "collaborative" in data.catalogue.features:
+        warm = add_features(warm, ["collaborative"])
+    cold.save(out, warm)
+    return warm, cold
+
+
+def evaluate_cold_run(
+    run: Path, model: Scorer, data: PreparedData, data_folder: Path, *, with_baselines: bool = True
+) -> str:
+    """Rank the cold items for a run's model, and beside it popularity and the content neighbours.
+
+    Keeps each user's ranks in `evaluations/test-cold-items` and `test-cold-only`, and writes the results of both.
+
+    Returns:
+        the Markdown tables.
+    """
+    cold = ColdItems.beside(data_folder, data)
+    rows = {}
+    if with_baselines:
+        for name, baseline in baselines_for(cold, data).items():
+            rows[name] = evaluate_cold(baseline, cold, data)
+    model = with_cold_items(model, cold, data)
+    rows[model_label(model)] = evaluate_cold(model, cold, data)
+    files = {model_label(model): "model"}
+    for protocol in (COLD_ITEMS, COLD_ONLY):
+        folder = run / EVALUATIONS / measure_folder("test", protocol)
+        for name, found in rows.items():
+            found[protocol].save(folder / evaluation_file(files.get(name, name)))
+    tables = []
+    for protocol in (COLD_ITEMS, COLD_ONLY):
+        evaluations: dict[str, Evaluation] = {name: found[protocol] for name, found in rows.items()}
+        tables.append(write_results(run, evaluations, measure_folder("test", protocol)))
+    return "\n".join(tables)
+
+
+def baselines_for(cold: ColdItems, warm: PreparedData) -> dict[str, Scorer]:
+    """Popularity, which has met no cold item, and the content neighbours of the first modality that all read."""
+    training = warm.split.training()
+    catalogue = warm.catalogue.concat(cold.catalogue)
+    rows: dict[str, Scorer] = {"popularity": Popularity(training, len(catalogue))}
+    name = "text" if "text" in cold.catalogue.features else next(iter(cold.catalogue.features))
+    told = {"training_hash": training_hash(training)}
+    neighbours = ContentNeighbours(catalogue.features[name], catalogue.present[name], **told)
+    return rows | {f"{ContentNeighbours.label} ({name})": neighbours}
+
+
+def data_folder_of(run: Path, given: Path | None) -> Path:
+    """Where a run's data lie: as given, or as the run itself says.
+
+    Raises:
+        SpeederError: neither tells.
+    """
+    folder = given or read_json(run / "recipe.json").get("data")
+    if folder is None:
+        raise SpeederError(f"{run}: does not know where its data lie; evaluate takes --data DIR")
+    return Path(folder)
