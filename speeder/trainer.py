@@ -6,16 +6,22 @@ import contextlib
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from speeder.averaging import WeightAverage
 from speeder.data.interactions import LeaveOneOut
+from speeder.distributed import OwnDraws, SharedBatches, processes
+from speeder.model import SpeederForCausalLM
+from speeder.title_prompts import EpochTeller
 
 COMPLETE = "COMPLETE"  # marker file of a checkpoint that was written to its end
 
 
 class SpeederTrainer(Trainer):
-    """A `Trainer` whose evaluation is the model's own ranking of the validation items.
+    """A `Trainer` whose evaluation is the model's own ranking of the validation items, on one process or several.
+
+    `per_device_train_batch_size` counts the examples of a batch on all processes together.
 
     Args:
         split: whose validation items are ranked.
@@ -33,8 +39,26 @@ class SpeederTrainer(Trainer):
     ):
         super().__init__(*args, **kwargs)
         self.split, self.parameter_groups, self.average = split, parameter_groups, average
+        self.batches = SharedBatches(
+            self.train_dataset,
+            self.args.per_device_train_batch_size,
+            self.args.seed,
+            self.args.process_index,
+            self.args.world_size,
+        )
+        self.add_callback(EpochTeller(self.batches.set_epoch))
+        self.add_callback(OwnDraws())
         if average is not None:
             self.add_callback(average)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches as `SharedBatches` shares them; Accelerate would repeat examples to make shares come out even."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory and not self.args.use_cpu,
+        )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -54,13 +78,26 @@ class SpeederTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         weights = contextlib.nullcontext() if self.average is None else self.average.in_model()
         with weights, self.autocast_smart_context_manager():
-            found = model.validation_metrics(self.split)
+            found = self._validation_metrics(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _validation_metrics(self, model: SpeederForCausalLM) -> dict[str, float]:
+        """The model's, each process ranking for its part of the users."""
+        ranks, users = self.args.world_size, len(self.split.users("validation"))
+        if ranks == 1 or users < ranks or not getattr(model, "ranks_catalogue", True):
+            return model.validation_metrics(self.split)  # by all alike, which is soon done
+        part = self.split.part(self.args.process_index, ranks)
+        found = model.validation_metrics(part)
+        sums = torch.tensor(list(found.values()), dtype=torch.float64) * len(part.users("validation"))
+        means = self.accelerator.reduce(sums.to(self.args.device), "sum") / users
+        return dict(zip(found, means.tolist(), strict=True))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:  # the main process does
+            return
         # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
@@ -79,7 +116,9 @@ class SpeederTrainer(Trainer):
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint as whole after its last file was written."""
+    """Marks a checkpoint as whole after every process wrote its last file of it."""
 
     def on_save(self, args, state, control, **kwargs):
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        processes().wait_for_everyone()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()

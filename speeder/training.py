@@ -6,6 +6,7 @@ counts only with the marker that is written after it.
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
 from collections.abc import Callable
@@ -22,13 +23,14 @@ from speeder.baselines.registry import baseline_class
 from speeder.config import SpeederConfig
 from speeder.data.files import write_json
 from speeder.data.prepared import PreparedData
+from speeder.distributed import check_shared, from_main, processes
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import check_features, check_split, training_hash
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import GateRamp, select_parameters
 from speeder.processor import SpeederProcessor, template_ids
-from speeder.prompts import TokenSequence, build_sequence, pack_batch
+from speeder.prompts import IGNORED, TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
 from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
 from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
@@ -79,6 +81,14 @@ class TrainingSequences(Dataset):
             return self.example([*history, target], index, self.whole[window])
         return build_sequence(history, self.config, target, self.supervision)
 
+    def num_tokens(self, index: int) -> int:
+        """How long an example is."""
+        if self.example is not None:
+            return len(self[index].ids)
+        config = self.config
+        text = len(config.prompt_prefix) + len(config.prompt_suffix)
+        return text + config.tokens_per_item * len(self.windows[index // self.per_window])
+
 
 def train(
     recipe: Recipe,
@@ -89,7 +99,7 @@ def train(
     data_folder: str | Path | None = None,
     on_stage: Callable[[Stage, SpeederForCausalLM], None] | None = None,
 ) -> SpeederForCausalLM:
-    """Train a recommender by a recipe.
+    """Train a recommender by a recipe, on one process or on all that `torchrun` or `accelerate launch` started.
 
     Args:
         recipe: what to do; every modality that it opens must be in `data.catalogue`.
@@ -99,7 +109,7 @@ def train(
             those that the run began with.
         data_folder: where `data` lies, noted in the run so that later commands find it.
         on_stage: called after each finished stage with its model, as it stands, and after a resume once more with
-            the last finished one.
+            the last finished one; by the main process alone.
 
     Returns:
         the finished recommender, in evaluation mode; also saved in `run/model`.
@@ -120,7 +130,12 @@ def train(
     prompts = None
     if any(stage.titles for stage in recipe.stages):
         prompts = TitlePrompts(tokenizer, model.config, data.catalogue, recipe.title_template)
-    begin_run(run, recipe, data, data_folder)
+    main = processes().is_main_process
+    on_stage = on_stage if main else None
+    processes().wait_for_everyone()  # until all have looked at the folder as it was
+    if main:
+        begin_run(run, recipe, data, data_folder)
+    check_shared(run / "recipe.json")
     if on_stage is not None and state["finished"]:
         # the stop may have come between the stage's end and this call
         on_stage(recipe.stages[len(state["finished"]) - 1], model)
@@ -191,7 +206,9 @@ def _run_stage(
     prompts: TitlePrompts | None,
 ) -> None:
     folder = stage_folder(run, number, stage.name)
-    checkpoint = _last_checkpoint(folder)
+    checkpoint = from_main(_last_checkpoint(folder) if processes().is_main_process else None)
+    if checkpoint is not None:
+        check_shared(checkpoint)
     examples = model.training_examples(recipe.supervision)
     sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
     callbacks = []
@@ -206,7 +223,7 @@ def _run_stage(
         output_dir=str(folder),
         num_train_epochs=stage.epochs,
         max_steps=stage.steps or -1,
-        per_device_train_batch_size=batch_users,
+        per_device_train_batch_size=batch_users,  # of all devices together, see SharedBatches
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=stage.learning_rate,
         weight_decay=recipe.weight_decay,
@@ -231,6 +248,9 @@ def _run_stage(
         remove_unused_columns=False,
         seed=recipe.seed + number,
         report_to=["tensorboard"],
+        # a process may have nothing to ask of a part that others train, such as the head for items
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,  # the catalogue's features, which all have
         run_name=stage.name,
     )
     arguments._n_gpu = min(
@@ -243,17 +263,29 @@ def _run_stage(
         args=arguments,
         train_dataset=sequences,
         eval_dataset=[],
-        data_collator=lambda sequences: pack_batch(sequences, with_labels=True),
+        data_collator=lambda share: pack_batch(share or [_unasked(sequences[0])], with_labels=True),
         callbacks=[*callbacks, ramp, CheckpointMarker()],
         split=data.split,
         parameter_groups=groups,
         average=average,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    processes().wait_for_everyone()  # until all have read the best checkpoint, which is now removed
     if average is not None:
         average.copy_to_model()
     ramp.set_offsets(model, steps)
-    write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
+    if processes().is_main_process:
+        write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
+    if processes().use_distributed:
+        # the stage's wrapper must let go of the gradients before the next one takes them
+        trainer.accelerator.free_memory()
+        del trainer
+        gc.collect()
+
+
+def _unasked(sequence: TokenSequence) -> TokenSequence:
+    """A sequence for a process without a share of a batch: it computes with the others, and asks for nothing."""
+    return TokenSequence(sequence.ids, sequence.ranks, [IGNORED] * len(sequence.ids))
 
 
 def _last_checkpoint(folder: Path) -> Path | None:
@@ -281,6 +313,8 @@ def _finish_stage(
         if processor is not None:
             processor.save_pretrained(folder)
 
-    finish_stage(run, state, stage.name, save, "model" if last else f"model-{number + 1:02d}")
-    for checkpoint in stage_folder(run, number, stage.name).glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    if processes().is_main_process:
+        finish_stage(run, state, stage.name, save, "model" if last else f"model-{number + 1:02d}")
+        for checkpoint in stage_folder(run, number, stage.name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    state.update(from_main(state))

@@ -1,5 +1,6 @@
 """Who took which item and when, in order; and the leave-one-out split of it."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,6 +129,12 @@ class LeaveOneOut:
         """`(n,)` int64 item indices, one a user of `users(split)`."""
         held_out = _held_out(split)
         return np.array([self._sequences[user][-held_out] for user in self._users], dtype=np.int64)
+
+    def part(self, index: int, count: int) -> "LeaveOneOut":
+        """The same training part, and every `count`-th user to evaluate, from `index` on."""
+        part = copy.copy(self)
+        part._users = self._users[index::count]
+        return part
 
     def hash(self) -> str:
         """SHA-256 over users, histories and targets of both splits: equal hashes mean the very same task."""

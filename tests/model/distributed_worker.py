@@ -1,0 +1,46 @@
+"""What test_distributed.py starts by `torchrun`: one training after another, on all processes.
+
+    torchrun ... -m tests.model.distributed_worker FOLDER RUN[:stop|:resume] ...
+
+A run with `:stop` ends after the second stage's first checkpoint. FOLDER holds `data` and `recipe.yaml`.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from speeder.data import PreparedData
+from speeder.model import SpeederForCausalLM
+from speeder.recipe import load_recipe
+from speeder.trainer import CheckpointMarker
+from speeder.training import train
+
+
+class Stop(Exception):
+    """Ends a training in the middle of its second stage."""
+
+
+def train_one(folder: Path, name: str, how: str = "") -> SpeederForCausalLM | None:
+    """Train FOLDER's recipe into FOLDER/name; the model, or None of a run that is stopped."""
+    data, recipe = PreparedData.load(folder / "data"), load_recipe(folder / "recipe.yaml")
+    if how != "stop":
+        return train(recipe, data, folder / name, resume=how == "resume")
+    marked = CheckpointMarker.on_save
+
+    def stop_in_stage_2(self, args, state, control, **kwargs):
+        marked(self, args, state, control, **kwargs)
+        if Path(args.output_dir).name.startswith("02"):
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointMarker, "on_save", stop_in_stage_2)
+        with pytest.raises(Stop):
+            train(recipe, data, folder / name)
+    return None
+
+
+if __name__ == "__main__":
+    for job in sys.argv[2:]:
+        name, _, how = job.partition(":")
+        train_one(Path(sys.argv[1]), name, how)

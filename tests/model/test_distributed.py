@@ -1,0 +1,163 @@
+"""Training on two processes is training on one: the same losses, metrics, files and model; either resumes the other."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from speeder.config import SpeederConfig
+from speeder.data import PreparedData
+from speeder.data.interactions import Interactions
+from speeder.data.synthetic import synthetic_world
+from speeder.distributed import OwnDraws, SharedBatches, share_batch
+from speeder.model import SpeederForCausalLM
+from speeder.run_folder import stage_logs
+from speeder.training import TrainingSequences
+from tests.model.distributed_worker import train_one
+from tests.model.worlds import save_tiny_backbone
+
+# 31 windows in batches of 10: the last has one, so that the second process has nothing. Two batches a step, two steps
+# an epoch, and a checkpoint after three: within the second epoch.
+RECIPE = {
+    "precision": "fp32",
+    "batch_users": 10,
+    "gradient_accumulation_steps": 2,
+    "checkpoint_steps": 3,
+    "log_steps": 1,
+    "ema_decay": 0.5,
+    "model": {"item_embedding": True},
+    "stages": [
+        {"name": "text", "open": ["text"], "steps": 4},
+        {"name": "joint", "open": ["text", "image", "item"], "epochs": 3, "ramp_steps": 2},
+    ],
+}
+
+
+CONFIG = SpeederConfig(text_config=LlamaConfig(vocab_size=64), prompt_prefix=[1, 2], tokens_per_item=2)
+
+
+def varied_world(num_users: int = 31) -> PreparedData:
+    """Users of 4 to 12 interactions, so that equal shares of users are unequal shares of tokens and of targets."""
+    world = synthetic_world(num_users=num_users, history=12)
+    lengths = np.random.default_rng(3).integers(4, 13, num_users)
+    whole = world.interactions
+    place = np.concatenate([np.arange(count) for count in np.bincount(whole.user)])
+    kept = place < lengths[whole.user]
+    short = Interactions(whole.user[kept], whole.item[kept], whole.time[kept], whole.user_ids)
+    return PreparedData(world.catalogue, short, world.manifest)
+
+
+def launch(folder: Path, *command: str) -> subprocess.Popen:
+    """Two processes by `torchrun`; what they print goes to FOLDER/launched.txt."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    with (folder / "launched.txt").open("wb") as out:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([*torchrun, *command], stdout=out, stderr=subprocess.STDOUT, env=environment)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The runs `one`, `two` (processes), `two-one` (stopped on two, resumed on one) and `one-two`."""
+    folder = tmp_path_factory.mktemp("distributed")
+    recipe = RECIPE | {"backbone": str(save_tiny_backbone(folder / "backbone"))}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    varied_world().save(folder / "data")
+    train_one(folder, "one")
+    train_one(folder, "one-two", "stop")
+    jobs = ["two", "two-one:stop", "one-two:resume"]
+    both = launch(folder, "tests.model.distributed_worker", str(folder), *jobs)
+    assert both.wait(timeout=500) == 0, (folder / "launched.txt").read_text()[-3000:]
+    train_one(folder, "two-one", "resume")
+    return folder
+
+
+def curve(run: Path, *keys: str) -> list[tuple]:
+    """(stage, step, value) of all log lines that have one of the keys."""
+    return [
+        (stage, entry["step"], entry[key])
+        for stage, log in stage_logs(run).items()
+        for entry, key in itertools.product(log, keys)
+        if key in entry
+    ]
+
+
+@pytest.mark.parametrize("name", ["two", "two-one", "one-two"])
+def test_losses_metrics_and_weights_are_those_of_one_process(runs, name):
+    for keys, tolerance in (
+        (["loss"], 1e-4),
+        (["grad_norm"], 1e-3),
+        (["eval_NDCG@10", "eval_HR@10"], 1e-6),
+        (["gate/image"], 1e-5),
+    ):
+        expected, got = curve(runs / "one", *keys), curve(runs / name, *keys)
+        assert expected and [line[:2] for line in got] == [line[:2] for line in expected]
+        assert [line[2] for line in got] == pytest.approx([line[2] for line in expected], abs=tolerance)
+    models = [SpeederForCausalLM.from_pretrained(runs / run / "model") for run in ("one", name)]
+    for (weight, wanted), (_, other) in zip(*(m.state_dict().items() for m in models), strict=True):
+        torch.testing.assert_close(other, wanted, atol=1e-4, rtol=1e-3, msg=weight)
+
+
+@pytest.mark.parametrize("name", ["two", "two-one", "one-two"])
+def test_files_are_those_of_one_process(runs, name):
+    def files(run: Path) -> list[str]:
+        paths = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
+        return sorted(path for path in paths if "tfevents" not in path)
+
+    assert files(runs / name) == files(runs / "one")
+    assert (runs / name / "state.json").read_text() == (runs / "one" / "state.json").read_text()
+    events = [len(list((runs / name).glob(f"stages/{stage}-*/runs/*/*"))) for stage in ("01", "02")]
+    assert events == [1, 1 if name == "two" else 2], "one writes; a resumed stage has a second file"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.integers(1, 9))
+@example([7, 5, 4, 4, 4], 2)
+def test_a_batch_is_shared_whole_and_evenly(lengths, ranks):
+    shares = share_batch(lengths, ranks)
+    assert sorted(itertools.chain(*shares)) == list(range(len(lengths)))
+    loads = [sum(lengths[place] for place in share) for share in shares]
+    assert max(loads) - min(loads) <= max(lengths), "no one could give a sequence away and still have more"
+    assert min(map(len, shares)) > 0 or len(lengths) < ranks
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), epoch=st.integers(0, 3), batch=st.integers(1, 12), ranks=st.integers(2, 5))
+def test_every_number_of_processes_goes_through_the_same_batches(seed, epoch, batch, ranks):
+    sequences = [np.arange(2 + user % 9) for user in range(30)]
+    windows = TrainingSequences(sequences, CONFIG, "all")
+    for index in range(len(windows)):
+        assert windows.num_tokens(index) == len(windows[index].ids)
+
+    def batches(rank: int, ranks: int, examples=windows) -> list[list[int]]:
+        shared = SharedBatches(examples, batch, seed, rank, ranks)
+        shared.set_epoch(epoch)
+        assert len(list(shared)) == len(shared)
+        return list(shared)
+
+    whole, parts = batches(0, 1), [batches(rank, ranks) for rank in range(ranks)]
+    assert sorted(itertools.chain(*whole)) == list(range(len(windows)))
+    assert [sorted(itertools.chain(*shares)) for shares in zip(*parts, strict=True)] == [*map(sorted, whole)]
+    plain = [windows[index] for index in range(len(windows))]  # as of examples that cannot tell their length
+    assert batches(1, ranks, plain) == parts[1]
+
+
+def test_processes_draw_differently_and_the_first_as_alone():
+    draws = []
+    for process, step in ((0, 0), (1, 0), (0, 5), (1, 5)):
+        torch.manual_seed(3)
+        state = SimpleNamespace(global_step=step)
+        OwnDraws().on_train_begin(SimpleNamespace(process_index=process, seed=3), state, None)
+        draws.append(float(torch.rand(())))
+    assert len(set(draws)) == 4
+    torch.manual_seed(3)
+    assert draws[0] == float(torch.rand(()))
