@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     # bars for reading and writing weights would only break up those of training and ranking
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # of several processes of one training, the first shows how far it is
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         options.run_command(options)
     except SpeederError as error:
@@ -451,10 +454,14 @@ def run_train(options: argparse.Namespace) -> None:
     from speeder.baselines.sasrec_recipe import SASRecRecipe, train_sasrec
     from speeder.data.files import read_json
     from speeder.data.prepared import PreparedData
+    from speeder.distributed import processes
     from speeder.recipe import load_recipe, recipe_from_dict
     from speeder.results import run_data, write_training_plots
     from speeder.training import train
 
+    # torchrun --max-restarts starts all processes again, by the same command
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    options.resume |= restarted and (options.out / "recipe.json").exists()
     if options.resume and not (options.out / "recipe.json").exists():
         raise SpeederError(f"{options.out}: expected a run to resume, found none")
     if not options.resume and (options.data is None or options.recipe is None):
@@ -466,13 +473,18 @@ def run_train(options: argparse.Namespace) -> None:
         recipe, notes = load_recipe(recipe_path(options.recipe)).for_modalities(
             list(data.catalogue.modalities)
         )
-    for note in notes:
+    together = processes()
+    if together.use_distributed and isinstance(recipe, SASRecRecipe):
+        raise SpeederError("train: SASRec trains on one process; start it without torchrun")
+    for note in notes if together.is_main_process else []:
         print(f"Note: {note}")
     folder = options.data or read_json(options.out / "recipe.json")["data"]
     train_by = train_sasrec if isinstance(recipe, SASRecRecipe) else train
     model = train_by(recipe, data, options.out, resume=options.resume, data_folder=folder)
-    write_training_plots(options.out, options.out, model)
-    print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
+    if together.is_main_process:
+        write_training_plots(options.out, options.out, model)
+        print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
+    together.destroy_process_group()
 
 
 def run_evaluate(options: argparse.Namespace) -> None:

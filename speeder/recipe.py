@@ -108,7 +108,7 @@ class Recipe:
         model: further arguments of [`SpeederConfig`].
         lora: arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None leaves adapters out.
         supervision: `"all"` or `"last"`, see `build_sequence`.
-        batch_users: training sequences per step and device.
+        batch_users: training sequences per batch, which all devices share.
         gradient_accumulation_steps: batches per optimizer step.
         precision: `"bf16"` (autocast), `"fp16"` or `"fp32"`.
         weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
