@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from speeder.sharding import local, shard_like, whole
+
 AVERAGE_FILE = "average.safetensors"  # beside a checkpoint's weights, which are those of its step
 
 
@@ -35,17 +37,26 @@ class WeightAverage(TrainerCallback):
         }
 
     def _parameters(self) -> list[torch.Tensor]:
+        """The weights, where they are sharded this process's part; the average becomes sharded as they are."""
         parameters = dict(self.model.named_parameters())
-        return [parameters[name].detach() for name in self.average]
+        for name, average in self.average.items():
+            if type(parameters[name].data) is not type(average):
+                self.average[name] = shard_like(average, parameters[name].data)
+        return [local(parameters[name].detach()) for name in self.average]
+
+    def _averages(self) -> list[torch.Tensor]:
+        return [local(average) for average in self.average.values()]
 
     def on_step_end(self, args, state, control, **kwargs):
         keep = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
-        torch._foreach_lerp_(list(self.average.values()), self._parameters(), 1.0 - keep)
+        parameters = self._parameters()
+        torch._foreach_lerp_(self._averages(), parameters, 1.0 - keep)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
         """Make the average the model's weights."""
-        for parameter, average in zip(self._parameters(), self.average.values(), strict=True):
+        parameters = self._parameters()
+        for parameter, average in zip(parameters, self._averages(), strict=True):
             parameter.copy_(average)
 
     @contextmanager
@@ -60,11 +71,11 @@ class WeightAverage(TrainerCallback):
                 for parameter, weight in zip(self._parameters(), weights, strict=True):
                     parameter.copy_(weight)
 
-    def save(self, folder: str | Path) -> None:
-        """Write the average beside a checkpoint."""
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.average.items()}, Path(folder) / AVERAGE_FILE
-        )
+    def save(self, folder: str | Path, write: bool = True) -> None:
+        """Write the average beside a checkpoint; of several processes all call this, and one writes."""
+        tensors = {name: whole(tensor).contiguous() for name, tensor in self.average.items()}
+        if write:
+            save_file(tensors, Path(folder) / AVERAGE_FILE)
 
     def load(self, folder: str | Path) -> None:
         """Read it again.
@@ -74,4 +85,4 @@ class WeightAverage(TrainerCallback):
         """
         saved = load_file(Path(folder) / AVERAGE_FILE)
         for name, tensor in self.average.items():
-            tensor.copy_(saved[name])
+            local(tensor).copy_(local(shard_like(saved[name].reshape(tensor.shape), tensor)))

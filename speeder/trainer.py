@@ -27,6 +27,7 @@ class SpeederTrainer(Trainer):
         split: whose validation items are ranked.
         parameter_groups: AdamW's.
         average: the moving average of the weights, which is what is evaluated and chosen by; None: the weights are.
+        plain: the model to evaluate and to save; None: the one that is trained.
     """
 
     def __init__(
@@ -35,9 +36,11 @@ class SpeederTrainer(Trainer):
         split: LeaveOneOut,
         parameter_groups: list[dict],
         average: WeightAverage | None = None,
+        plain: SpeederForCausalLM | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.plain = self.model if plain is None else plain
         self.split, self.parameter_groups, self.average = split, parameter_groups, average
         self.batches = SharedBatches(
             self.train_dataset,
@@ -68,24 +71,24 @@ class SpeederTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Every line about the loss also tells each modality's mean gate weight."""
         if "loss" in logs:
-            gates = self.accelerator.unwrap_model(self.model).gates()
+            gates = self.plain.gates()
             logs |= {f"gate/{name}": float(weights.mean()) for name, weights in gates.items()}
         super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        model = self.accelerator.unwrap_model(self.model)
         weights = contextlib.nullcontext() if self.average is None else self.average.in_model()
         with weights, self.autocast_smart_context_manager():
-            found = self._validation_metrics(model)
+            found = self._validation_metrics()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _validation_metrics(self, model: SpeederForCausalLM) -> dict[str, float]:
+    def _validation_metrics(self) -> dict[str, float]:
         """The model's, each process ranking for its part of the users."""
+        model = self.plain
         ranks, users = self.args.world_size, len(self.split.users("validation"))
         if ranks == 1 or users < ranks or not getattr(model, "ranks_catalogue", True):
             return model.validation_metrics(self.split)  # by all alike, which is soon done
@@ -96,13 +99,11 @@ class SpeederTrainer(Trainer):
         return dict(zip(found, means.tolist(), strict=True))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:  # the main process does
-            return
         # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
+        if self.args.should_save:  # on the main process
+            self.plain.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
         if self.average is not None:
-            self.average.save(output_dir)
+            self.average.save(output_dir, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -113,6 +114,9 @@ class SpeederTrainer(Trainer):
         super()._load_best_model()
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)
+
+    def gather(self) -> None:
+        """Bring the trained weights into `plain`, where they are not the same."""
 
 
 class CheckpointMarker(TrainerCallback):

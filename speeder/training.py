@@ -33,6 +33,8 @@ from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import IGNORED, TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
 from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
+from speeder.sharded_trainer import ShardedTrainer, sharding_is_asked
+from speeder.sharding import copy_for_sharding
 from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
 from speeder.trainer import COMPLETE, CheckpointMarker, SpeederTrainer
 
@@ -256,10 +258,14 @@ def _run_stage(
     arguments._n_gpu = min(
         1, arguments.n_gpu
     )  # packed batches cannot be split by DataParallel; use a launcher
-    groups = select_parameters(model, stage, recipe.weight_decay)
-    average = WeightAverage(model, recipe.ema_decay) if recipe.ema_decay else None
-    trainer = SpeederTrainer(
-        model=model,
+    trained, kind = model, SpeederTrainer
+    if sharding_is_asked():
+        trained, kind = copy_for_sharding(model), ShardedTrainer
+    groups = select_parameters(trained, stage, recipe.weight_decay)
+    average = WeightAverage(trained, recipe.ema_decay) if recipe.ema_decay else None
+    trainer = kind(
+        model=trained,
+        plain=model,
         args=arguments,
         train_dataset=sequences,
         eval_dataset=[],
@@ -273,6 +279,7 @@ def _run_stage(
     processes().wait_for_everyone()  # until all have read the best checkpoint, which is now removed
     if average is not None:
         average.copy_to_model()
+    trainer.gather()
     ramp.set_offsets(model, steps)
     if processes().is_main_process:
         write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
