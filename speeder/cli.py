@@ -13,6 +13,7 @@ from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
     from speeder.baselines.sasrec import SASRec
+    from speeder.batch.on_ray import OnRay
     from speeder.model import SpeederForCausalLM
 
 
@@ -235,6 +236,19 @@ def build_parser() -> argparse.ArgumentParser:
     who = recommend.add_mutually_exclusive_group(required=True)
     who.add_argument("--history", nargs="+", metavar="ID", help="item ids, oldest first")
     who.add_argument("--user", metavar="ID", help="a user of the run's data, with all interactions")
+    who.add_argument(
+        "--histories",
+        type=Path,
+        metavar="PARQUET",
+        help="a file, or a folder of them, of users' histories: columns user and items (lists of ids, oldest first)",
+    )
+    recommend.add_argument(
+        "--out",
+        type=Path,
+        metavar="PARQUET",
+        help="with --histories: the file to write (user, items, scores)",
+    )
+    ray_arguments(recommend)
     recommend.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
     recommend.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
 
@@ -355,6 +369,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
     return parser
+
+
+def ray_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the work is done: the same words for every command that can hand it to Ray."""
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="work by Ray Data: on the cluster of ADDRESS (auto, host:port) or RAY_ADDRESS, else on this machine",
+    )
+    parser.add_argument(
+        "--ray-workers", type=int, metavar="N", help="at most so many, each with a model (default: one a CPU)"
+    )
 
 
 def protocol_arguments(parser: argparse.ArgumentParser) -> None:
@@ -558,7 +586,19 @@ def run_recommend(options: argparse.Namespace) -> None:
 
     if options.k < 1:
         raise SpeederError(f"-k: expected at least 1, got {options.k}")
+    if (options.histories is None) != (options.out is None):
+        raise SpeederError("recommend: expected --histories and --out together")
+    runner = runner_for(options)
+    if runner is not None and options.histories is None:
+        raise SpeederError("--ray: expected --histories, whose users are parted among workers")
     model_folder = find_model(options.run)
+    if options.histories is not None:
+        from speeder.batch.recommend import recommend_file
+
+        how = {"exclude_seen": not options.include_seen} | ({"runner": runner} if runner else {})
+        users = recommend_file(model_folder, options.histories, options.out, options.k, **how)
+        print(f"{options.out}: {options.k} items for each of {users} users")
+        return
     history: list[int | str] = options.history
     if options.user is not None:
         interactions = run_data(model_folder.parent).interactions
@@ -623,6 +663,19 @@ def run_demo(options: argparse.Namespace) -> None:
     from speeder.demo import demo
 
     demo(options.out, options.posters, recipe_path(options.recipe) if options.recipe else None)
+
+
+def runner_for(options: argparse.Namespace) -> OnRay | None:
+    """Ray where it is asked for."""
+    if options.ray is None:
+        if options.ray_workers is not None:
+            raise SpeederError("--ray-workers: expected --ray")
+        return None
+    if options.ray_workers is not None and options.ray_workers < 1:
+        raise SpeederError(f"--ray-workers: expected at least 1, got {options.ray_workers}")
+    from speeder.batch.on_ray import OnRay
+
+    return OnRay(options.ray or None, options.ray_workers)
 
 
 def recipe_path(name: str) -> Path:
