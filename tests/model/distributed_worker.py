@@ -1,14 +1,17 @@
 """What test_distributed.py starts by `torchrun`: one training after another, on all processes.
 
-    torchrun ... -m tests.model.distributed_worker FOLDER RUN[:stop|:resume] ...
+    torchrun ... -m tests.model.distributed_worker FOLDER [--fsdp] RUN[:stop|:resume] ...
 
 A run with `:stop` ends after the second stage's first checkpoint. FOLDER holds `data` and `recipe.yaml`.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 
 from speeder.data import PreparedData
 from speeder.model import SpeederForCausalLM
@@ -40,7 +43,26 @@ def train_one(folder: Path, name: str, how: str = "") -> SpeederForCausalLM | No
     return None
 
 
+def shard_on_cpus() -> None:
+    """Ask for FSDP2 as `accelerate launch` does, and take away that Accelerate leaves it out, untold, on CPUs."""
+    asked = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "RESHARD_AFTER_FORWARD": "true"}
+    asked |= {"CPU_RAM_EFFICIENT_LOADING": "false"}
+    os.environ |= {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{key}": value for key, value in asked.items()}
+    make = AcceleratorState.__init__
+
+    def make_sharding(self, *args, **kwargs):
+        if PartialState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        make(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = make_sharding
+
+
 if __name__ == "__main__":
-    for job in sys.argv[2:]:
+    jobs = sys.argv[2:]
+    if "--fsdp" in jobs:
+        jobs.remove("--fsdp")
+        shard_on_cpus()
+    for job in jobs:
         name, _, how = job.partition(":")
         train_one(Path(sys.argv[1]), name, how)

@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +45,7 @@ RECIPE = {
 }
 
 
+OTHERS = ["two", "two-one", "one-two", "sharded", "sharded-one", "one-sharded"]
 CONFIG = SpeederConfig(text_config=LlamaConfig(vocab_size=64), prompt_prefix=[1, 2], tokens_per_item=2)
 
 
@@ -67,17 +70,22 @@ def launch(folder: Path, *command: str) -> subprocess.Popen:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """The runs `one`, `two` (processes), `two-one` (stopped on two, resumed on one) and `one-two`."""
+    """The runs `one`, `two` (processes), `two-one` (stopped on two, resumed on one), ..., `sharded` (FSDP2), ..."""
     folder = tmp_path_factory.mktemp("distributed")
     recipe = RECIPE | {"backbone": str(save_tiny_backbone(folder / "backbone"))}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     varied_world().save(folder / "data")
     train_one(folder, "one")
-    train_one(folder, "one-two", "stop")
-    jobs = ["two", "two-one:stop", "one-two:resume"]
-    both = launch(folder, "tests.model.distributed_worker", str(folder), *jobs)
-    assert both.wait(timeout=500) == 0, (folder / "launched.txt").read_text()[-3000:]
-    train_one(folder, "two-one", "resume")
+    for name in ("one-two", "one-sharded"):
+        train_one(folder, name, "stop")
+    for jobs in (
+        ["two", "two-one:stop", "one-two:resume"],
+        ["--fsdp", "sharded", "sharded-one:stop", "one-sharded:resume"],
+    ):
+        both = launch(folder, "tests.model.distributed_worker", str(folder), *jobs)
+        assert both.wait(timeout=500) == 0, (folder / "launched.txt").read_text()[-3000:]
+    for name in ("two-one", "sharded-one"):
+        train_one(folder, name, "resume")
     return folder
 
 
@@ -91,7 +99,7 @@ def curve(run: Path, *keys: str) -> list[tuple]:
     ]
 
 
-@pytest.mark.parametrize("name", ["two", "two-one", "one-two"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_losses_metrics_and_weights_are_those_of_one_process(runs, name):
     for keys, tolerance in (
         (["loss"], 1e-4),
@@ -107,7 +115,7 @@ def test_losses_metrics_and_weights_are_those_of_one_process(runs, name):
         torch.testing.assert_close(other, wanted, atol=1e-4, rtol=1e-3, msg=weight)
 
 
-@pytest.mark.parametrize("name", ["two", "two-one", "one-two"])
+@pytest.mark.parametrize("name", OTHERS)
 def test_files_are_those_of_one_process(runs, name):
     def files(run: Path) -> list[str]:
         paths = [str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()]
@@ -116,7 +124,7 @@ def test_files_are_those_of_one_process(runs, name):
     assert files(runs / name) == files(runs / "one")
     assert (runs / name / "state.json").read_text() == (runs / "one" / "state.json").read_text()
     events = [len(list((runs / name).glob(f"stages/{stage}-*/runs/*/*"))) for stage in ("01", "02")]
-    assert events == [1, 1 if name == "two" else 2], "one writes; a resumed stage has a second file"
+    assert events == [1, 2 if "-" in name else 1], "one writes; a resumed stage has a second file"
 
 
 @settings(max_examples=100, deadline=None)
@@ -149,6 +157,34 @@ def test_every_number_of_processes_goes_through_the_same_batches(seed, epoch, ba
     assert [sorted(itertools.chain(*shares)) for shares in zip(*parts, strict=True)] == [*map(sorted, whole)]
     plain = [windows[index] for index in range(len(windows))]  # as of examples that cannot tell their length
     assert batches(1, ranks, plain) == parts[1]
+
+
+def process_of_rank(launcher: subprocess.Popen, rank: int) -> int | None:
+    """The id of the launcher's process of that rank, once there is one."""
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    return None
+
+
+@pytest.mark.slow
+def test_all_end_when_one_is_killed_and_the_command_goes_on_from_there(runs):
+    train = ["speeder.cli", "train", "--out", str(runs / "killed")]
+    began = ["--data", str(runs / "data"), "--recipe", str(runs / "recipe.yaml")]
+    launcher = launch(runs, *train, *began)
+    deadline = time.monotonic() + 300
+    while not list((runs / "killed").glob("stages/02-*/checkpoint-*/COMPLETE")):
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
+    assert launcher.wait(timeout=200) != 0
+    assert not (runs / "killed" / "model").exists(), "killed before the end"
+    resumed = launch(runs, *train, "--resume")
+    printed = runs / "launched.txt"
+    assert resumed.wait(timeout=300) == 0, printed.read_text()[-3000:]
+    assert printed.read_text().count("the recommender; evaluate it with") == 1
+    losses = [[line[2] for line in curve(runs / name, "loss")] for name in ("one", "killed")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_processes_draw_differently_and_the_first_as_alone():
