@@ -22,9 +22,11 @@ from speeder.data import PreparedData
 from speeder.data.interactions import Interactions
 from speeder.data.synthetic import synthetic_world
 from speeder.distributed import OwnDraws, SharedBatches, share_batch
+from speeder.errors import SpeederError
 from speeder.model import SpeederForCausalLM
+from speeder.recipe import load_recipe
 from speeder.run_folder import stage_logs
-from speeder.training import TrainingSequences
+from speeder.training import TrainingSequences, train
 from tests.model.distributed_worker import train_one
 from tests.model.worlds import save_tiny_backbone
 
@@ -159,6 +161,13 @@ def test_every_number_of_processes_goes_through_the_same_batches(seed, epoch, ba
     assert batches(1, ranks, plain) == parts[1]
 
 
+def test_sharding_where_accelerate_would_leave_it_out_is_refused(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe, data = load_recipe(runs / "recipe.yaml"), PreparedData.load(runs / "data")
+    with pytest.raises(SpeederError, match="FSDP: expected GPUs"):
+        train(recipe, data, tmp_path / "run")
+
+
 def process_of_rank(launcher: subprocess.Popen, rank: int) -> int | None:
     """The id of the launcher's process of that rank, once there is one."""
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
@@ -169,9 +178,9 @@ def process_of_rank(launcher: subprocess.Popen, rank: int) -> int | None:
 
 @pytest.mark.slow
 def test_all_end_when_one_is_killed_and_the_command_goes_on_from_there(runs):
-    train = ["speeder.cli", "train", "--out", str(runs / "killed")]
+    command = ["speeder.cli", "train", "--out", str(runs / "killed")]
     began = ["--data", str(runs / "data"), "--recipe", str(runs / "recipe.yaml")]
-    launcher = launch(runs, *train, *began)
+    launcher = launch(runs, *command, *began)
     deadline = time.monotonic() + 300
     while not list((runs / "killed").glob("stages/02-*/checkpoint-*/COMPLETE")):
         assert launcher.poll() is None and time.monotonic() < deadline
@@ -179,7 +188,7 @@ def test_all_end_when_one_is_killed_and_the_command_goes_on_from_there(runs):
     os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
     assert launcher.wait(timeout=200) != 0
     assert not (runs / "killed" / "model").exists(), "killed before the end"
-    resumed = launch(runs, *train, "--resume")
+    resumed = launch(runs, *command, "--resume")
     printed = runs / "launched.txt"
     assert resumed.wait(timeout=300) == 0, printed.read_text()[-3000:]
     assert printed.read_text().count("the recommender; evaluate it with") == 1
