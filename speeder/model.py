@@ -350,7 +350,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     ) -> torch.Tensor:
         """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
         words = self.backbone.get_input_embeddings()
-        if hasattr(words, "unshard"):  # FSDP2 puts weights together where a module is called, and this one is read
+        if hasattr(words, "unshard"):  # FSDP2 gathers weights of modules that are called; this one is only read
             words.unshard()
         table = words.weight
         text = self.config.text_vocab_size
