@@ -21,6 +21,7 @@ _WHERE = {
     "SpeederForCausalLM": "speeder.model",
     "SpeederProcessor": "speeder.processor",
     "UserSessions": "speeder.sessions",
+    "explain": "speeder.explain",
     "load_recipe": "speeder.recipe",
 }
 __all__ = sorted(_WHERE)
