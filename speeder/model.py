@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
+from speeder.last_layer import last_layer_computes
 from speeder.layout import (
     SequenceLayout,
     check_cu_seqlens,
@@ -247,8 +248,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
         self._check_arguments(input_ids, cu_seqlens, None, None)
         item_table = self.item_tokens()[0] if self._needs_items(input_ids, None, "items") else None
-        hidden, *_ = self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)
-        return hidden[0, cu_seqlens[1:].long() - 1]
+        last = cu_seqlens[1:].long() - 1
+        with last_layer_computes(self.backbone.get_decoder(), last):
+            return self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)[0][0]
 
     def _decode(
         self,
@@ -331,11 +333,11 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
     @staticmethod
     def _unpack(packed: torch.Tensor, layout: SequenceLayout, batch: int, new: int) -> torch.Tensor:
-        """`(Tq, ...) -> (B, S, ...)`, zeros at padding."""
-        if len(packed) != batch * new:
+        """`(Tq, ...) -> (B, S, ...)`, zeros at padding; of a packed row what is there, `(1, ...)`."""
+        if layout.query_index is not None and len(packed) != batch * new:
             grid = packed.new_zeros(batch * new, *packed.shape[1:])
             packed = grid.index_copy(0, layout.query_index, packed)
-        return packed.unflatten(0, (batch, new))
+        return packed.unflatten(0, (batch, -1))
 
     def _needs_items(self, ids: torch.Tensor, targets: torch.Tensor | None, vocabulary: str) -> bool:
         if self.config.num_items == 0:
@@ -350,7 +352,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     ) -> torch.Tensor:
         """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
         words = self.backbone.get_input_embeddings()
-        if hasattr(words, "unshard"):  # FSDP2 gathers weights of modules that are called; this one is only read
+        if hasattr(
+            words, "unshard"
+        ):  # FSDP2 gathers weights of modules that are called; this one is only read
             words.unshard()
         table = words.weight
         text = self.config.text_vocab_size

@@ -1,0 +1,108 @@
+"""Where only some states are read, the last layer computes only those.
+
+Ranking reads one state a history. All layers but the last must compute every token, because the next layer's keys and
+values come of them; of the last layer's output all but one token a history would be thrown away, with four fifths of
+the layer's products. No model code is patched: the layer is run on all tokens until it hands its keys and values to
+the cache, where it is stopped, and then on the tokens that are read, with a cache that answers with those of all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+CACHE_NAMES = (
+    "cache",
+    "past_key_values",
+    "layer_past",
+)  # what layers call their cache, by family and release
+
+
+class _Taken(Exception):
+    """Stops a layer that has handed over its keys and values."""
+
+
+class _Taker:
+    """In a cache's place: takes the keys and values, and stops the layer."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> None:
+        self.states = keys, values
+        raise _Taken
+
+
+class _Giver:
+    """In a cache's place: answers with the keys and values of all tokens."""
+
+    def __init__(self, states: tuple[torch.Tensor, torch.Tensor]):
+        self.states = states
+
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.states
+
+
+@contextmanager
+def last_layer_computes(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
+    """Within it, a pass of the decoder over one packed row ends with the states of `rows` alone.
+
+    Args:
+        decoder: with `layers`, as every decoder of transformers has.
+        rows: `(B,)` the last token of each sequence.
+
+    Raises:
+        TypeError: the layers take no cache by a known name.
+    """
+    name = _cache_name(type(decoder.layers[-1]))
+
+    def cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        taker = _Taker()
+        try:
+            layer.forward(*args, **kwargs | {name: taker})
+            raise TypeError(f"{type(layer).__name__}: expected it to hand keys and values to its cache")
+        except _Taken:
+            pass
+        tokens = len(kwargs["spae"].layout.rank_q)
+        args = tuple(_of_rows(value, rows, tokens) for value in args)
+        kwargs = {key: _of_rows(value, rows, tokens) for key, value in kwargs.items()}
+        kwargs[name] = _Giver(taker.states)
+        spae = kwargs["spae"]
+        layout = replace(
+            spae.layout,
+            cu_seqlens_q=torch.arange(len(rows) + 1, dtype=torch.int32, device=rows.device),
+            max_seqlen_q=1,
+            rank_q=spae.layout.rank_q[rows],
+            position_ids=spae.layout.position_ids[rows],
+        )
+        kwargs["spae"] = replace(spae, layout=layout)
+        return args, kwargs
+
+    handle = decoder.layers[-1].register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@cache
+def _cache_name(layer: type[nn.Module]) -> str:
+    names = inspect.signature(layer.forward).parameters.keys() & set(CACHE_NAMES)
+    if len(names) != 1:
+        raise TypeError(
+            f"{layer.__name__}: expected one of the arguments {', '.join(CACHE_NAMES)}, got {sorted(names)}"
+        )
+    return names.pop()
+
+
+def _of_rows(value: Any, rows: torch.Tensor, tokens: int) -> Any:
+    """Of tensors `(1, T, ...)`, such as rotary angles, and tuples of them, what belongs to `rows`."""
+    if isinstance(value, tuple):
+        return tuple(_of_rows(entry, rows, tokens) for entry in value)
+    if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[:2] == (1, tokens):
+        return value[:, rows]
+    return value
