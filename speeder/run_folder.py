@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
+from speeder.bench.machine import describe
 from speeder.data.files import read_json, safe_name, write_json
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -70,13 +73,54 @@ def stage_folder(run: Path, number: int, name: str) -> Path:
     return run / "stages" / f"{number + 1:02d}-{safe_name(name)}"
 
 
+def write_stage_log(
+    folder: Path,
+    name: str,
+    log: list[dict],
+    seconds: float,
+    resumed_from: str | None = None,
+    num_processes: int = 1,
+) -> None:
+    """Write a stage's `log.json`: what was measured on the way, and the machine that the stage ended on.
+
+    Args:
+        log: entries with `step`, and of `loss`, `eval_NDCG@10`, `gate/<modality>` some.
+        seconds: what the stage took, since its last resume if it was stopped.
+        resumed_from: the checkpoint that it went on from.
+    """
+    machine = describe(torch.get_num_threads())
+    devices = {"devices": num_processes}
+    if torch.cuda.is_available():
+        devices["device"] = torch.cuda.get_device_name()
+    record = {"stage": name, "log": log, "seconds": round(seconds, 1), "resumed_from": resumed_from}
+    write_json(folder / "log.json", record | {"machine": machine | devices})
+
+
+def stage_records(run: str | Path) -> dict[str, dict]:
+    """Each finished stage's `log.json`, in order: name -> what `write_stage_log` wrote.
+
+    Raises:
+        SpeederError: a file is missing, or broken.
+    """
+    run = Path(run)
+    finished = read_json(run / "state.json").get("finished")
+    if not isinstance(finished, list) or not all(isinstance(name, str) for name in finished):
+        raise SpeederError(f"{run / 'state.json'}: expected a list of finished stages, got {finished!r}")
+    records = {}
+    for number, name in enumerate(finished):
+        path = stage_folder(run, number, name) / "log.json"
+        records[name] = read_json(path)
+        log = records[name].get("log")
+        if not isinstance(log, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in log
+        ):
+            raise SpeederError(f"{path}: expected a log whose entries have steps")
+    return records
+
+
 def stage_logs(run: str | Path) -> dict[str, list[dict]]:
     """The log of each finished stage: name -> entries with `step`, `loss`, `eval_NDCG@10`, `gate/<modality>`."""
-    run = Path(run)
-    finished = read_json(run / "state.json")["finished"]
-    return {
-        name: read_json(stage_folder(run, i, name) / "log.json")["log"] for i, name in enumerate(finished)
-    }
+    return {name: record["log"] for name, record in stage_records(run).items()}
 
 
 def finish_stage(

@@ -21,7 +21,6 @@ from transformers import TrainingArguments, set_seed
 from speeder.averaging import WeightAverage
 from speeder.baselines.registry import baseline_class
 from speeder.config import SpeederConfig
-from speeder.data.files import write_json
 from speeder.data.prepared import PreparedData
 from speeder.distributed import check_shared, from_main, processes
 from speeder.errors import SpeederError
@@ -32,7 +31,7 @@ from speeder.mpo import GateRamp, select_parameters
 from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import IGNORED, TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
-from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
+from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder, write_stage_log
 from speeder.sharded_trainer import ShardedTrainer, sharding_is_asked
 from speeder.sharding import copy_for_sharding
 from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
@@ -282,7 +281,10 @@ def _run_stage(
     trainer.gather()
     ramp.set_offsets(model, steps)
     if processes().is_main_process:
-        write_json(folder / "log.json", {"stage": stage.name, "log": trainer.state.log_history})
+        resumed_from = checkpoint.name if checkpoint else None
+        log = trainer.state.log_history
+        seconds = log[-1]["train_runtime"]
+        write_stage_log(folder, stage.name, log, seconds, resumed_from, arguments.world_size)
     if processes().use_distributed:
         # the stage's wrapper must let go of the gradients before the next one takes them
         trainer.accelerator.free_memory()

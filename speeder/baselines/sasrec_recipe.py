@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from speeder.baselines.sasrec import SASRec, SASRecConfig
-from speeder.data.files import write_json
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import check_split
 from speeder.recipe import build, bundled_recipe, load_recipe
-from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder
+from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder, write_stage_log
 
 _SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 _STAGE = "sasrec"
@@ -97,6 +97,7 @@ def train_sasrec(
         return SASRec.load(run / state["model"])
     folder, records = stage_folder(run, 0, _STAGE), []
     checkpoint = folder / "checkpoint.safetensors"
+    resumed_from, started = checkpoint.name if checkpoint.exists() else None, time.monotonic()
     try:
         model = fit_on_split(data, recipe.config, checkpoint, seed=recipe.seed, log=records.append)
     except ValueError as error:
@@ -105,7 +106,7 @@ def train_sasrec(
         {"step": record["epoch"], "loss": record["loss"], "eval_NDCG@10": record["NDCG@10"]}
         for record in records
     ]
-    write_json(folder / "log.json", {"stage": _STAGE, "log": entries})
+    write_stage_log(folder, _STAGE, entries, time.monotonic() - started, resumed_from)
     finish_stage(run, state, _STAGE, model.save)
     checkpoint.unlink(missing_ok=True)
     return model
