@@ -5,11 +5,11 @@ history left in the ranking ("allowed"), and left out of it ("masked").
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from speeder.evaluation.bootstrap import Interval
 from speeder.evaluation.candidates import Candidates
@@ -20,10 +20,17 @@ from speeder.evaluation.leaks import (
     check_training_hash,
     training_hash,
 )
-from speeder.evaluation.metrics import METRICS, candidate_ranks, hidden_targets, target_ranks
+from speeder.evaluation.metrics import METRICS, hidden_targets
 from speeder.evaluation.result import NOT_TOLD, PROTOCOLS, TRAINING_PART, Evaluation
 from speeder.evaluation.tables import comparison_table
-from speeder.evaluation.titles import named_candidate
+from speeder.evaluation.users import (
+    UserMap,
+    Users,
+    catalogue_ranks,
+    chosen_titles,
+    in_this_process,
+    listed_ranks,
+)
 
 if TYPE_CHECKING:
     from speeder.data.interactions import LeaveOneOut
@@ -70,6 +77,7 @@ def evaluate(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    ask: UserMap = in_this_process,
 ) -> Evaluation:
     """Rank the whole catalogue for every user of a split and keep where the target came.
 
@@ -83,25 +91,20 @@ def evaluate(
         name: "test" or "validation".
         batch_size: users scored at once.
         resamples, seed: of the bootstrap.
+        ask: who asks the model: this process, or others that have it too.
 
     Raises:
         LeakError: the split leaks, or the model was fitted on something other than its training part.
         TypeError, ValueError, IndexError: wrong scores; see ``target_ranks``.
     """
     histories, targets, fitted_on = _checked(model, split, name, batch_size)
-    shape, masked, allowed = None, [], []
-    for rows in _batches(len(targets), batch_size, name):
-        batch = histories[rows]
-        scores = model.score(batch)
-        shape = shape or scores.shape[1:]
-        if scores.shape != (len(batch), *shape):
-            raise ValueError(f"scores: expected {(len(batch), *shape)}, got {tuple(scores.shape)}")
-        batch_targets = torch.from_numpy(targets[rows])
-        masked.append(target_ranks(scores, batch_targets, batch))
-        allowed.append(target_ranks(scores, batch_targets))
-    ranks = {"masked": torch.cat(masked).numpy(), "allowed": torch.cat(allowed).numpy()}
+    users = Users(histories, targets)
+    ranks = ask(catalogue_ranks, model, users, batch_size, _description(name))
+    num_items, others = int(ranks["items"][0]), np.unique(ranks.pop("items"))
+    if len(others) > 1:
+        raise ValueError(f"scores: expected {num_items} items in every batch, got {others.tolist()}")
     return _evaluation(
-        split, name, histories, targets, int(shape[0]), ranks=ranks, fitted_on=fitted_on,
+        split, name, histories, targets, num_items, ranks=ranks, fitted_on=fitted_on,
         resamples=resamples, seed=seed,
     )  # fmt: skip
 
@@ -116,6 +119,7 @@ def evaluate_candidates(
     num_items: int,
     resamples: int = 1000,
     seed: int = 0,
+    ask: UserMap = in_this_process,
 ) -> Evaluation:
     """Rank every user's target among its negatives.
 
@@ -124,7 +128,7 @@ def evaluate_candidates(
         candidates: drawn for this very split.
         protocol: "vhr" or "sampled": which metrics are told.
         num_items: items in the catalogue, all of which the candidates must have been drawn from.
-        batch_size, resamples, seed: as in ``evaluate``.
+        batch_size, resamples, seed, ask: as in ``evaluate``.
 
     Raises:
         LeakError: as in ``evaluate``, or the candidates are not those that their seed draws over the catalogue.
@@ -133,18 +137,11 @@ def evaluate_candidates(
     """
     histories, targets, fitted_on = _checked(model, split, candidates.split, batch_size)
     check_candidates(candidates, split, num_items)
-    listed = candidates.listed(targets)
-    ranks, ties = [], []
-    for rows in _batches(len(targets), batch_size, candidates.split):
-        if hasattr(model, "score_candidates"):
-            scores = model.score_candidates(histories[rows], listed[rows])
-        else:
-            scores = _gathered(model.score(histories[rows]), listed[rows], num_items)
-        batch_ranks, batch_ties = candidate_ranks(scores, listed[rows] == targets[rows, None])
-        ranks.append(batch_ranks)
-        ties.append(batch_ties)
+    users = Users(histories, targets, candidates.listed(targets))
+    rank = partial(listed_ranks, num_items=num_items)
+    made = ask(rank, model, users, batch_size, _description(candidates.split))
     return _among_candidates(
-        split, candidates, protocol, histories, targets, np.concatenate(ranks), np.concatenate(ties),
+        split, candidates, protocol, histories, targets, made["rank"], made["ties"],
         fitted_on=fitted_on, resamples=resamples, seed=seed,
     )  # fmt: skip
 
@@ -158,6 +155,7 @@ def evaluate_titles(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    ask: UserMap = in_this_process,
 ) -> Evaluation:
     """Let a model choose among each user's candidates by writing a title (protocol "vhr").
 
@@ -165,7 +163,7 @@ def evaluate_titles(
 
     Args:
         titles: of all items of the catalogue, which the candidates must have been drawn from.
-        candidates, batch_size, resamples, seed: as in ``evaluate_candidates``.
+        candidates, batch_size, resamples, seed, ask: as in ``evaluate_candidates``.
 
     Raises:
         LeakError, SpeederError: as in ``evaluate_candidates``.
@@ -173,17 +171,10 @@ def evaluate_titles(
     """
     histories, targets, fitted_on = _checked(model, split, candidates.split, batch_size)
     check_candidates(candidates, split, len(titles))
-    listed = candidates.listed(targets)
-    named = []
-    for rows in _batches(len(targets), batch_size, candidates.split):
-        texts = model.generate_titles(histories[rows], listed[rows])
-        if len(texts) != len(listed[rows]):
-            raise ValueError(f"texts: expected {len(listed[rows])}, one a history, got {len(texts)}")
-        for text, items in zip(texts, listed[rows], strict=True):
-            place = named_candidate(text, [titles[item] for item in items])
-            named.append(-1 if place is None else int(items[place]))
-    named = np.array(named, dtype=np.int64)
-    ranks = np.where(named == targets, 1, listed.shape[1])
+    users = Users(histories, targets, candidates.listed(targets))
+    rank = partial(chosen_titles, titles=titles)
+    named = ask(rank, model, users, batch_size, _description(candidates.split))["named"]
+    ranks = np.where(named == targets, 1, users.listed.shape[1])
     return _among_candidates(
         split, candidates, "vhr", histories, targets, ranks, np.zeros_like(ranks),
         valid=(named >= 0).astype(np.int64), fitted_on=fitted_on, resamples=resamples, seed=seed,
@@ -208,15 +199,8 @@ def _checked(
     return histories, targets, NOT_TOLD if recorded is None else TRAINING_PART
 
 
-def _batches(count: int, batch_size: int, name: str) -> tqdm:
-    slices = [slice(start, start + batch_size) for start in range(0, count, batch_size)]
-    return tqdm(slices, desc=f"evaluate ({name})", unit="batch", disable=None)
-
-
-def _gathered(scores: torch.Tensor, items: np.ndarray, num_items: int) -> torch.Tensor:
-    if scores.shape != (len(items), num_items):
-        raise ValueError(f"scores: expected {(len(items), num_items)}, got {tuple(scores.shape)}")
-    return scores.gather(1, torch.from_numpy(items).to(scores.device))
+def _description(name: str) -> str:
+    return f"evaluate ({name})"
 
 
 def _among_candidates(

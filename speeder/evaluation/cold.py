@@ -4,6 +4,7 @@ The recommender is given the cold items as `add_items` takes them, without train
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from speeder.evaluation.leaks import (
 )
 from speeder.evaluation.metrics import target_ranks
 from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, NOT_TOLD, TRAINING_PART
+from speeder.evaluation.users import Columns, UserMap, Users, in_this_process
 
 
 def check_cold_items(cold: ColdItems, warm: PreparedData) -> None:
@@ -74,6 +76,7 @@ def evaluate_cold(
     *,
     resamples: int = 1000,
     seed: int = 0,
+    ask: UserMap = in_this_process,
 ) -> dict[str, Evaluation]:
     """Rank each user's cold target among all items, and among the cold items alone.
 
@@ -82,6 +85,7 @@ def evaluate_cold(
             `check_never_saw`.
         batch_size: users scored at once.
         resamples, seed: of the bootstrap.
+        ask: who asks the model: this process, or others that have it too.
 
     Returns:
         `COLD_ITEMS` -> among all items, `COLD_ONLY` -> among the cold ones.
@@ -93,20 +97,13 @@ def evaluate_cold(
     check_cold_items(cold, warm)
     histories = cold.histories(warm)
     num_warm, num_all = len(warm.catalogue), len(warm.catalogue) + len(cold.catalogue)
-    ranks: dict[str, dict[str, list[torch.Tensor]]] = {
-        protocol: {"masked": [], "allowed": []} for protocol in (COLD_ITEMS, COLD_ONLY)
+    rank = partial(_cold_ranks, num_warm=num_warm, num_all=num_all)
+    made = ask(rank, model, Users(histories, cold.targets), batch_size, "evaluate (cold items)")
+    ranks = {
+        COLD_ITEMS: {seen: made[seen] for seen in ("masked", "allowed")},
+        # none of them is in a history
+        COLD_ONLY: dict.fromkeys(("masked", "allowed"), made["among_cold"]),
     }
-    for start in range(0, len(histories), batch_size):
-        batch = histories[start : start + batch_size]
-        targets = torch.from_numpy(cold.targets[start : start + batch_size])
-        scores = model.score(batch)
-        if scores.shape != (len(batch), num_all):
-            raise ValueError(f"scores: expected {(len(batch), num_all)}, got {tuple(scores.shape)}")
-        ranks[COLD_ITEMS]["masked"].append(target_ranks(scores, targets + num_warm, batch))
-        ranks[COLD_ITEMS]["allowed"].append(target_ranks(scores, targets + num_warm))
-        among_cold = target_ranks(scores[:, num_warm:], targets)  # none of them is in a history
-        for seen in ("masked", "allowed"):
-            ranks[COLD_ONLY][seen].append(among_cold)
     fitted_on = NOT_TOLD if getattr(model, "training_hash", None) is None else TRAINING_PART
     return {
         protocol: Evaluation(
@@ -117,7 +114,7 @@ def evaluate_cold(
             targets=cold.targets + num_warm,
             history_lengths=np.array([len(history) for history in histories], dtype=np.int64),
             target_counts=_training_counts(warm.split.training(), cold.targets + num_warm, num_all),
-            ranks={seen: torch.cat(rows).numpy() for seen, rows in found.items()},
+            ranks=found,
             resamples=resamples,
             seed=seed,
             protocol=protocol,
@@ -125,6 +122,19 @@ def evaluate_cold(
             fitted_on=fitted_on,
         )
         for protocol, found in ranks.items()
+    }
+
+
+def _cold_ranks(model: Scorer, users: Users, num_warm: int, num_all: int) -> Columns:
+    """Ranks of cold targets among all items, "masked" and "allowed", and "among_cold" ones alone."""
+    scores = model.score(users.histories)
+    if scores.shape != (len(users), num_all):
+        raise ValueError(f"scores: expected {(len(users), num_all)}, got {tuple(scores.shape)}")
+    targets = torch.from_numpy(users.targets)
+    return {
+        "masked": target_ranks(scores, targets + num_warm, users.histories).numpy(),
+        "allowed": target_ranks(scores, targets + num_warm).numpy(),
+        "among_cold": target_ranks(scores[:, num_warm:], targets).numpy(),
     }
 
 

@@ -1,0 +1,117 @@
+"""Users in batches: what a model makes of each, as columns of numbers, in this process or in others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from speeder.evaluation.metrics import candidate_ranks, target_ranks
+from speeder.evaluation.titles import named_candidate
+
+if TYPE_CHECKING:
+    from speeder.evaluate import Scorer, TitleGenerator
+
+Columns = dict[str, np.ndarray]
+"""Name -> `(n,)` int64, a number for each user."""
+
+Rank = Callable[[Any, "Users"], Columns]
+"""A model and a batch of users -> what it makes of them. A function of a module (perhaps a `partial` of one), so that
+other processes can be told of it."""
+
+
+@dataclass(frozen=True)
+class Users:
+    """Users that a model is asked about.
+
+    Attributes:
+        histories: items of each, oldest first.
+        targets: `(n,)` int64.
+        listed: `(n, C)` int64, the candidates of each; None where the whole catalogue is ranked.
+    """
+
+    histories: Sequence[np.ndarray]
+    targets: np.ndarray
+    listed: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def part(self, rows: slice) -> "Users":
+        """Some of them."""
+        listed = None if self.listed is None else self.listed[rows]
+        return Users(self.histories[rows], self.targets[rows], listed)
+
+    def parts(self, size: int) -> Iterator["Users"]:
+        """All of them, so many at a time."""
+        return (self.part(slice(start, start + size)) for start in range(0, len(self), size))
+
+
+class UserMap(Protocol):
+    """Who asks a model about users, batch after batch."""
+
+    def __call__(self, rank: Rank, model: Any, users: Users, batch_size: int, description: str) -> Columns:
+        """The columns of all users, in their order. Batches are those of `users.parts(batch_size)`."""
+
+
+def in_this_process(rank: Rank, model: Any, users: Users, batch_size: int, description: str) -> Columns:
+    """The `UserMap` that asks the model itself."""
+    bar = tqdm(total=-(-len(users) // batch_size), desc=description, unit="batch", disable=None)
+    made = []
+    with bar:
+        for batch in users.parts(batch_size):
+            made.append(rank(model, batch))
+            bar.update()
+    return {name: np.concatenate([columns[name] for columns in made]) for name in made[0]}
+
+
+def catalogue_ranks(model: "Scorer", users: Users) -> Columns:
+    """Each target's rank in the whole catalogue: "masked", "allowed", and "items", how many there are.
+
+    Raises:
+        TypeError, ValueError, IndexError: wrong scores; see `target_ranks`.
+    """
+    scores = model.score(users.histories)
+    if scores.dim() == 2 and len(scores) != len(users):
+        raise ValueError(f"scores: expected {(len(users), scores.shape[1])}, got {tuple(scores.shape)}")
+    targets = torch.from_numpy(users.targets)
+    return {
+        "masked": target_ranks(scores, targets, users.histories).numpy(),
+        "allowed": target_ranks(scores, targets).numpy(),
+        "items": np.full(len(users), scores.shape[1]),
+    }
+
+
+def listed_ranks(model: "Scorer", users: Users, num_items: int) -> Columns:
+    """Each target's "rank" among its candidates, and how many "ties" it has; see `candidate_ranks`.
+
+    Raises:
+        TypeError, ValueError: wrong scores.
+    """
+    if hasattr(model, "score_candidates"):
+        scores = model.score_candidates(users.histories, users.listed)
+    else:
+        scores = model.score(users.histories)
+        if scores.shape != (len(users), num_items):
+            raise ValueError(f"scores: expected {(len(users), num_items)}, got {tuple(scores.shape)}")
+        scores = scores.gather(1, torch.from_numpy(users.listed).to(scores.device))
+    ranks, ties = candidate_ranks(scores, users.listed == users.targets[:, None])
+    return {"rank": ranks, "ties": ties}
+
+
+def chosen_titles(model: "TitleGenerator", users: Users, titles: Sequence[str]) -> Columns:
+    """The item that each written title names among the user's candidates, "named", -1 where none or several.
+
+    Raises:
+        ValueError: the model gives another number of texts than of histories.
+    """
+    texts = model.generate_titles(users.histories, users.listed)
+    if len(texts) != len(users):
+        raise ValueError(f"texts: expected {len(users)}, one a history, got {len(texts)}")
+    named = []
+    for text, items in zip(texts, users.listed, strict=True):
+        place = named_candidate(text, [titles[item] for item in items])
+        named.append(-1 if place is None else int(items[place]))
+    return {"named": np.array(named, dtype=np.int64)}
