@@ -111,11 +111,19 @@ def stage_records(run: str | Path) -> dict[str, dict]:
         path = stage_folder(run, number, name) / "log.json"
         records[name] = read_json(path)
         log = records[name].get("log")
-        if not isinstance(log, list) or not all(
-            isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in log
-        ):
-            raise SpeederError(f"{path}: expected a log whose entries have steps")
+        if not isinstance(log, list) or not log or not all(map(_is_entry, log)):
+            raise SpeederError(f"{path}: expected a log of steps with numbers")
     return records
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+        return False
+    return all(
+        isinstance(value, int | float)
+        for name, value in entry.items()
+        if name in ("loss", "eval_NDCG@10", "train_runtime") or name.startswith("gate/")
+    )
 
 
 def stage_logs(run: str | Path) -> dict[str, list[dict]]:
