@@ -15,7 +15,7 @@ from speeder.evaluate import Evaluation, Scorer
 from speeder.evaluation.cold import evaluate_cold, with_cold_items
 from speeder.evaluation.leaks import training_hash
 from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, evaluation_file
-from speeder.results import EVALUATIONS, measure_folder, model_label, write_results
+from speeder.results import EVALUATIONS, AskFor, ask_here, measure_folder, model_label, write_results
 
 
 def make_hold_out(
@@ -38,27 +38,37 @@ def make_hold_out(
 
 
 def evaluate_cold_run(
-    run: Path, model: Scorer, data: PreparedData, data_folder: Path, *, with_baselines: bool = True
+    run: Path,
+    model: Scorer,
+    data: PreparedData,
+    data_folder: Path,
+    *,
+    with_baselines: bool = True,
+    ask_for: AskFor = ask_here,
 ) -> str:
     """Rank the cold items for a run's model, and beside it popularity and the content neighbours.
 
     Keeps each user's ranks in `evaluations/test-cold-items` and `test-cold-only`, and writes the results of both.
 
+    Args:
+        ask_for: who asks a model about users.
+
     Returns:
         the Markdown tables.
     """
     cold = ColdItems.beside(data_folder, data)
+    models = dict(baselines_for(cold, data)) if with_baselines else {}
+    models[model_label(model)] = with_cold_items(model, cold, data)
     rows = {}
-    if with_baselines:
-        for name, baseline in baselines_for(cold, data).items():
-            rows[name] = evaluate_cold(baseline, cold, data)
-    model = with_cold_items(model, cold, data)
-    rows[model_label(model)] = evaluate_cold(model, cold, data)
-    files = {model_label(model): "model"}
-    for protocol in (COLD_ITEMS, COLD_ONLY):
-        folder = run / EVALUATIONS / measure_folder("test", protocol)
-        for name, found in rows.items():
-            found[protocol].save(folder / evaluation_file(files.get(name, name)))
+    for name, each in models.items():
+        file = evaluation_file("model" if each is model else name)
+        folders = {
+            protocol: run / EVALUATIONS / measure_folder("test", protocol)
+            for protocol in (COLD_ITEMS, COLD_ONLY)
+        }
+        rows[name] = evaluate_cold(each, cold, data, ask=ask_for(folders[COLD_ITEMS] / file, each))
+        for protocol, folder in folders.items():
+            rows[name][protocol].save(folder / file)
     tables = []
     for protocol in (COLD_ITEMS, COLD_ONLY):
         evaluations: dict[str, Evaluation] = {name: found[protocol] for name, found in rows.items()}

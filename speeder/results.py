@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from speeder.evaluate import (
 from speeder.evaluation.leaks import LeakError, check_features, check_model_features, check_split
 from speeder.evaluation.result import COLD_ITEMS, evaluation_file
 from speeder.evaluation.tables import comparison_latex
+from speeder.evaluation.users import UserMap, in_this_process
 from speeder.model import SpeederForCausalLM
 from speeder.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.run_folder import stage_logs
@@ -41,18 +42,28 @@ EVALUATIONS = "evaluations"
 VHR_NEGATIVES, SAMPLED_NEGATIVES = 19, 20  # as LLaRA and MLLM-MSR draw them
 
 
+AskFor = Callable[[Path, Scorer], UserMap]
+"""The file of an evaluation and the model that it is of -> who asks the model about users."""
+
+
+def ask_here(file: Path, model: Scorer) -> UserMap:
+    """This process asks every model."""
+    return in_this_process
+
+
 @dataclass(frozen=True)
 class Measure:
     """How models are measured: which targets, which protocol, and over which candidates.
 
-    `candidates` is None where the whole catalogue is ranked. Making one checks the data (`LeakError`): the split
-    against the interactions, and what the features were fitted on.
+    `candidates` is None where the whole catalogue is ranked. `ask_for` tells who asks a model about users. Making one
+    checks the data (`LeakError`): the split against the interactions, and what the features were fitted on.
     """
 
     data: PreparedData
     split: str = "test"
     protocol: str = "full"
     candidates: Candidates | None = None
+    ask_for: AskFor = ask_here
 
     def __post_init__(self) -> None:
         check_split(self.data.split, self.data.interactions)
@@ -79,7 +90,7 @@ class Measure:
             self.split, self.protocol, count, self.candidates.seed if self.candidates else 0
         )
 
-    def __call__(self, model: Scorer) -> Evaluation:
+    def __call__(self, model: Scorer, ask: UserMap = in_this_process) -> Evaluation:
         """Evaluate a model: by the titles that it writes where that is all it does, else by ranking.
 
         Raises:
@@ -93,16 +104,17 @@ class Measure:
                     f"{type(model).__name__} ranks no whole catalogue; evaluate it with --protocol vhr"
                     + ("" if hasattr(model, "generate_titles") else " or sampled")
                 )
-            return evaluate(model, self.data.split, self.split)
+            return evaluate(model, self.data.split, self.split, ask=ask)
         if hasattr(model, "generate_titles"):
             if self.protocol != "vhr":
                 raise SpeederError(
                     f"{type(model).__name__} writes one title and ranks nothing; evaluate it with --protocol vhr"
                 )
-            return evaluate_titles(model, self.data.split, self.candidates, self.data.catalogue.titles)
+            titles = self.data.catalogue.titles
+            return evaluate_titles(model, self.data.split, self.candidates, titles, ask=ask)
         num_items = len(self.data.catalogue)
         return evaluate_candidates(
-            model, self.data.split, self.candidates, self.protocol, num_items=num_items
+            model, self.data.split, self.candidates, self.protocol, num_items=num_items, ask=ask
         )
 
 
@@ -141,11 +153,13 @@ def measure_for(
     protocol: str = "full",
     negatives: int | None = None,
     seed: int = 0,
+    ask_for: AskFor = ask_here,
 ) -> Measure:
     """The measure of a protocol, with its candidate file in `run/candidates`, drawn where it is not there yet.
 
     Args:
         negatives: a user, for "sampled" (20 by default); "vhr" has 19 in any case.
+        ask_for: who asks a model about users.
 
     Raises:
         SpeederError: see `check_protocol`; or the file is damaged, or of other candidates.
@@ -153,7 +167,7 @@ def measure_for(
     """
     check_protocol(protocol, negatives, seed)
     if protocol == "full":
-        return Measure(data, split)
+        return Measure(data, split, ask_for=ask_for)
     count = VHR_NEGATIVES if protocol == "vhr" else SAMPLED_NEGATIVES if negatives is None else negatives
     path = run / "candidates" / f"{split}-{count}-seed{seed}.json"
     if path.exists():
@@ -171,7 +185,7 @@ def measure_for(
     else:
         candidates = Candidates.draw(data.split, split, len(data.catalogue), count, seed)
         candidates.save(path)
-    return Measure(data, split, protocol, candidates)
+    return Measure(data, split, protocol, candidates, ask_for)
 
 
 def _evaluation_path(run: Path, name: str, measure: Measure) -> Path:
@@ -201,7 +215,11 @@ def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend
         else:
             if known.task == measure.task:
                 return known
-    evaluation = measure(model)
+    return _evaluated(path, model, measure)
+
+
+def _evaluated(path: Path, model: Scorer, measure: Measure) -> Evaluation:
+    evaluation = measure(model, measure.ask_for(path, model))
     evaluation.save(path)
     return evaluation
 
@@ -227,9 +245,7 @@ def evaluate_run(run: Path, model: Scorer, measure: Measure, name: str = "model"
     Args:
         name: of the file; `compare` looks for "model".
     """
-    evaluation = measure(model)
-    evaluation.save(_evaluation_path(run, name, measure))
-    return evaluation
+    return _evaluated(_evaluation_path(run, name, measure), model, measure)
 
 
 def evaluate_answers(

@@ -6,6 +6,8 @@ all, so a part that is computed twice (its first worker was killed) gives the sa
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +19,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from speeder.data.files import atomic_path, read_json, write_json
+from speeder.data.files import atomic_path, read_json, sha256_file, write_json
 from speeder.errors import SpeederError
 
 log = logging.getLogger(__name__)
@@ -27,7 +29,7 @@ Work = Callable[[pa.Table], pa.Table]
 
 
 class Parts:
-    """The folder: `job.json` (once every input is there), `input/000000.parquet` and `output/000000.parquet`."""
+    """A job's folder: `job.json` (once every input is there), `input/000000.parquet` and `output/000000.parquet`."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -50,14 +52,13 @@ class Parts:
         return [part for part in range(self.count) if not self.output(part).exists()]
 
     def stage(self, identity: dict, tables: Iterable[pa.Table]) -> None:
-        """Write the inputs, unless those of the very same job are there already."""
+        """Write the inputs, unless they are there already."""
         job = self.folder / "job.json"
-        if job.exists() and read_json(job).get("identity") == identity:
+        if job.exists():
             return
-        job.unlink(missing_ok=True)  # first: what follows is not whole without it
         for place in ("input", "output"):
             shutil.rmtree(self.folder / place, ignore_errors=True)
-            (self.folder / place).mkdir()
+            (self.folder / place).mkdir(parents=True)
         parts = 0
         for table in tables:
             pq.write_table(table, self.input(parts))
@@ -93,6 +94,12 @@ class Parts:
             yield made
 
 
+def job_parts(folder: Path, identity: dict) -> Parts:
+    """A job's parts, in a subfolder of its own: a lost worker of an earlier job may still be writing."""
+    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return Parts(folder / name)
+
+
 Runner = Callable[[Callable[[], Work], Parts, list[int]], Iterator[int]]
 """Called with what makes the work (once a process), the parts and which of them are missing: computes these, and
 yields each one's number when it is done."""
@@ -118,7 +125,7 @@ def computed(
     """What was made of all tables, in order; stopped in whatever way, the same call goes on with what is missing.
 
     Args:
-        folder: for the parts; it is removed on a clean exit. Every worker must see it under this path.
+        folder: for the job; it is removed on a clean exit. Every worker must see it under this path.
         identity: JSON; an unfinished job of another identity is thrown away.
         tables: the parts' rows, read only when a job begins.
         make: gives the work, which is made once in each process.
@@ -128,12 +135,15 @@ def computed(
         SpeederError: another process is at it, a worker failed, or a part is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts, lock = Parts(folder), FileLock(folder / "lock")
+    parts, lock = job_parts(folder, identity), FileLock(folder / "lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise SpeederError(f"{folder}: another process is computing these parts") from None
     try:
+        for other in folder.iterdir():
+            if other.is_dir() and other != parts.folder:
+                shutil.rmtree(other, ignore_errors=True)
         parts.stage(identity, tables)
         missing = parts.missing()
         if done := parts.count - len(missing):
@@ -141,7 +151,13 @@ def computed(
         if missing:
             list(tqdm(runner(make, parts, missing), desc=what, unit="part", total=len(missing), disable=None))
         yield parts.outputs()
-        (folder / "job.json").unlink()  # first: killed after that, the rest is no job that could go on
+        (parts.folder / "job.json").unlink()  # first: killed after that, the rest is no job that could go on
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
+
+
+def folder_identity(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by its path inside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from speeder.batch.parts import Runner, Work, computed, here
+from speeder.batch.parts import Runner, Work, computed, folder_identity, here
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import atomic_path, sha256_file
 from speeder.errors import SpeederError
@@ -76,12 +76,6 @@ def recommend_file(
             writer.write_table(table)
             rows += len(table)
     return rows
-
-
-def folder_identity(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a model's folder, by its path inside."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def _recommender(folder: Path, k: int, exclude_seen: bool) -> Work:

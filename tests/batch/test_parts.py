@@ -1,6 +1,7 @@
 """Parts: each computed once, in order, whatever is killed; histories that are wrong are told before any work."""
 
 import os
+import shutil
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from speeder.batch.on_ray import OnRay
-from speeder.batch.parts import Parts, computed, here
+from speeder.batch.parts import computed, here, job_parts
 from speeder.batch.recommend import recommend_file
 from speeder.cli import main
 from speeder.errors import SpeederError
@@ -46,8 +47,8 @@ def test_a_killed_driver_goes_on_and_nothing_is_lost_or_doubled(tmp_path):
     while True:
         folder, out, log = (tmp_path / f"{name}{touch}" for name in ("parts", "out", "log"))
         killed = killed_at(touch, lambda folder=folder, out=out: job(folder, out=out))
-        parts = Parts(folder)
-        done = 3 - len(parts.missing()) if (folder / "job.json").exists() else 0
+        parts = job_parts(folder, {"a": 1})
+        done = 3 - len(parts.missing()) if (parts.folder / "job.json").exists() else 0
         assert job(folder, log) == WHOLE
         computed_again = log.read_text().split() if log.exists() else []
         if killed and done:
@@ -71,8 +72,20 @@ def test_another_jobs_parts_are_thrown_away(tmp_path):
         computed(tmp_path / "parts", {"a": 0}, tables, doubled, interrupted, "double"),
     ):
         pass
-    assert Parts(tmp_path / "parts").missing() == [1]
-    assert job(tmp_path / "parts") == WHOLE
+    old = job_parts(tmp_path / "parts", {"a": 0})
+    assert old.missing() == [1]
+    staged = []
+
+    def late(make, parts, missing):  # a lost worker of the old job writes once more
+        shutil.copytree(parts.folder / "input", old.folder / "input")
+        old.compute(1, doubled())
+        staged.append(old.output(1).exists())
+        yield from here(make, parts, missing)
+
+    tables = [pa.table({"row": [start, start + 1, start + 2]}) for start in (0, 3, 6)]
+    with computed(tmp_path / "parts", {"a": 1}, tables, doubled, late, "double") as outputs:
+        assert pa.concat_tables(outputs)["twice"].to_pylist() == WHOLE
+    assert staged == [True] and not (tmp_path / "parts").exists()
 
 
 def test_a_part_that_lost_rows_and_a_second_process_are_errors(tmp_path):
@@ -80,7 +93,7 @@ def test_a_part_that_lost_rows_and_a_second_process_are_errors(tmp_path):
         yield from here(make, parts, missing)
         pq.write_table(pa.table({"twice": [0]}), parts.output(1))
         with pytest.raises(SpeederError, match="another process"):
-            job(parts.folder)
+            job(parts.folder.parent)
 
     tables = [pa.table({"row": [0, 1]}), pa.table({"row": [2, 3]})]
     with (
