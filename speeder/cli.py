@@ -1,4 +1,5 @@
-"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, items, bench, demo."""
+"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, serve, items, bench,
+demo."""
 
 from __future__ import annotations
 
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speeder.errors import SpeederError
+from speeder.serve.command import EXAMPLE as SERVE_EXAMPLE
+from speeder.serve.command import SUMMARY as SERVE_SUMMARY
+from speeder.serve.command import add_arguments as add_serve_arguments
+from speeder.serve.command import run_serve
 
 if TYPE_CHECKING:
     from speeder.baselines.sasrec import SASRec
@@ -190,6 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
         " (for recipes whose stages have `titles`; default: ranking)",
     )
     evaluate.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
+    ray_arguments(evaluate)
 
     compare = command(
         "compare",
@@ -251,6 +257,8 @@ def build_parser() -> argparse.ArgumentParser:
     ray_arguments(recommend)
     recommend.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
     recommend.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
+
+    add_serve_arguments(command("serve", run_serve, SERVE_SUMMARY, SERVE_EXAMPLE))
 
     items = command(
         "items",
@@ -520,6 +528,7 @@ def run_evaluate(options: argparse.Namespace) -> None:
     from speeder.cold_items import data_folder_of, evaluate_cold_run
     from speeder.items import without_added
     from speeder.results import (
+        ask_here,
         baselines,
         check_protocol,
         evaluate_answers,
@@ -530,19 +539,24 @@ def run_evaluate(options: argparse.Namespace) -> None:
     )
 
     model_folder = find_model(options.run)
-    run = model_folder.parent
+    run, runner = model_folder.parent, runner_for(options)
     check_protocol(options.protocol, options.negatives, options.candidates_seed, options.answers)
     data = run_data(run, options.data)
     model = load_model(model_folder)
     if added := without_added(model, data.catalogue):
         print(f"Note: {added} items that were added after training are left out")
-    if options.protocol == "cold-items":
-        folder = data_folder_of(run, options.data)
+    cold, folder, ask_for = options.protocol == "cold-items", data_folder_of(run, options.data), ask_here
+    if runner is not None:
+        from speeder.batch.evaluate import RunAsked
+
+        ask_for = RunAsked(run, model_folder, folder, runner, cold)
+    if cold:
         measure_folder(options.split, options.protocol)  # refuses another split
-        print(evaluate_cold_run(run, model, data, folder, with_baselines=not options.no_baselines))
+        how = {"with_baselines": not options.no_baselines, "ask_for": ask_for}
+        print(evaluate_cold_run(run, model, data, folder, **how))
         return
     measure = measure_for(
-        run, data, options.split, options.protocol, options.negatives, options.candidates_seed
+        run, data, options.split, options.protocol, options.negatives, options.candidates_seed, ask_for
     )
     with_sasrec = not isinstance(model, SASRec)
     try:

@@ -1,0 +1,111 @@
+"""Every refusal in one shape: which field, what was expected, what came."""
+
+import logging
+import uuid
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger(__name__)
+
+_SHOWN = 80  # characters of what came that an answer repeats
+_BODY_ITSELF = "body"
+
+
+class Problem(BaseModel):
+    """One thing that is wrong with a request, or why it could not be served."""
+
+    field: str
+    expected: str
+    got: str
+    message: str
+
+
+class Problems(BaseModel):
+    """The body of every answer above 399."""
+
+    errors: list[Problem]
+
+
+class ApiError(Exception):
+    """Ends a request with a status and one problem."""
+
+    def __init__(
+        self, status: int, field: str, expected: str, got: object, headers: dict[str, str] | None = None
+    ):
+        super().__init__(f"{field}: expected {expected}, got {shown(got)}")
+        self.status, self.headers = status, headers
+        self.problem = Problem(field=field, expected=expected, got=shown(got), message=str(self))
+
+    def response(self) -> JSONResponse:
+        """The answer."""
+        return _answer(self.status, [self.problem], self.headers)
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: text as it is, else its representation, and never much of it."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every error of an application in the same shape."""
+
+    @app.exception_handler(ApiError)
+    async def refuse(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_fields(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _answer(422, [_problem(entry) for entry in error.errors()[:10]])
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
+        what = f"{request.method} {request.url.path}"
+        expected = {404: "a path of this server", 405: "another method"}.get(error.status_code, "")
+        message = f"{shown(what)}: {error.detail}"
+        problem = Problem(field="path", expected=expected, got=shown(what), message=message)
+        return _answer(error.status_code, [problem], error.headers)
+
+
+def failed(path: str, error: BaseException) -> JSONResponse:
+    """A fault of the server: the answer has a number, under which the log tells what happened."""
+    number = uuid.uuid4().hex[:12]
+    log.error("%s failed (%s)", path, number, exc_info=error)
+    message = f"the server failed; its log tells why under {number}"
+    return _answer(500, [Problem(field="server", expected="an answer", got="a fault", message=message)])
+
+
+def _problem(entry: dict[str, Any]) -> Problem:
+    """One of pydantic's errors in this server's words."""
+    where, kind = list(entry["loc"]), entry["type"]
+    if where and where[0] in ("body", "query", "path"):
+        where = where[1:]
+    expected = entry["msg"].removeprefix("Value error, ")
+    for start in ("Input should be ", "Input should have "):
+        expected = expected.removeprefix(start)
+    got = shown(entry.get("input"))
+    if kind == "json_invalid":
+        where, expected, got = [], "JSON", entry.get("ctx", {}).get("error", "something else")
+    elif kind == "missing":
+        expected, got = "a value", "nothing"
+    elif kind == "extra_forbidden":
+        expected = "no such field"
+    elif kind in ("too_long", "too_short", "string_too_long", "string_too_short"):
+        size = entry["ctx"].get("actual_length", len(entry["input"] or ""))
+        unit = "characters" if kind.startswith("string") else "entries"
+        bound = entry["ctx"].get("max_length", entry["ctx"].get("min_length"))
+        expected = f"at {'most' if kind.endswith('long') else 'least'} {bound} {unit}"
+        got = f"{size} {unit}"
+    field = ".".join(map(str, where)) or _BODY_ITSELF
+    return Problem(
+        field=field, expected=expected, got=got, message=f"{field}: expected {expected}, got {got}"
+    )
+
+
+def _answer(status: int, problems: list[Problem], headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(Problems(errors=problems).model_dump(), status, headers)

@@ -1,0 +1,53 @@
+"""How much a server takes: sizes of requests, of batches and of queues, and how long things may last."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from speeder.errors import SpeederError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one server. All are at least 1, but for `batch_wait_ms` and `drain_s`, which may be 0.
+
+    Attributes:
+        max_history: items of a posted history; the model reads the newest `config.max_history` of them.
+        max_k: items that are recommended at once.
+        max_explained: items that are explained at once.
+        max_query: characters of a search.
+        max_results: hits of a search.
+        max_body_bytes: of a request's body.
+        max_batch: histories that run through the model together.
+        batch_wait_ms: how long the first request of a batch waits for company while the model is idle.
+        max_queue: requests for recommendations that wait; further ones get 503.
+        max_explain_queue: the same for explanations, which cost as much as a history has items.
+        deadline_s: seconds after which a request is given up with 504; a body must arrive in that time too.
+        max_connections: open connections; further ones get 503.
+        drain_s: seconds between SIGTERM and the end of taking connections, while /readyz says 503.
+        stuck_s: seconds that one batch may take before /healthz says 503.
+    """
+
+    max_history: int = 1000
+    max_k: int = 100
+    max_explained: int = 24
+    max_query: int = 200
+    max_results: int = 50
+    max_body_bytes: int = 64 * 1024
+    max_batch: int = 64
+    batch_wait_ms: float = 2.0
+    max_queue: int = 512
+    max_explain_queue: int = 32
+    deadline_s: float = 10.0
+    max_connections: int = 1000
+    drain_s: float = 0.0
+    stuck_s: float = 120.0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name in ("batch_wait_ms", "drain_s") else 1
+            if field.name in ("deadline_s", "stuck_s"):
+                least = 0.001
+            if not value >= least:
+                raise SpeederError(f"{field.name}: expected at least {least:g}, got {value!r}")

@@ -1,0 +1,83 @@
+"""Items by title: every word of the query begins a word of the title."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from bisect import bisect_left
+from collections import defaultdict
+from heapq import nsmallest
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.data.titles import natural_title, split_year, title_keys
+
+_WORD = re.compile(r"\w+")
+_APOSTROPHE = re.compile(r"['\u2019`]")
+
+
+def words(text: str) -> list[str]:
+    """Words without case, accents and punctuation."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return _WORD.findall(_APOSTROPHE.sub("", letters))
+
+
+class TitleIndex:
+    """An index over a catalogue's titles; items without one are found by their id alone."""
+
+    def __init__(self, catalogue: ItemCatalogue):
+        self._catalogue = catalogue
+        rows: dict[str, list[int]] = defaultdict(list)
+        self._titles: list[tuple[list[str], list[str]]] = []  # words of the title, and without its year
+        for row, title in enumerate(catalogue.titles):
+            natural = natural_title(title)
+            self._titles.append((words(natural), words(split_year(natural)[0])))
+            for word in set(self._titles[-1][0]):
+                rows[word].append(row)
+        self._rows = dict(rows)
+        self._words = sorted(rows)
+
+    def search(self, query: str, limit: int) -> list[int]:
+        """Item indices, the best first: whole titles, then those that begin with the query, then shorter ones."""
+        asked = words(query)
+        by_id = [self._catalogue.index_of(query)] if self._known(query) else []
+        if not asked:
+            return by_id[:limit]
+        found = self._with_prefix(asked[0])
+        for word in asked[1:]:
+            found &= self._with_prefix(word)
+        ranked = nsmallest(limit, found.difference(by_id), key=lambda row: self._rank(row, asked))
+        return (by_id + ranked)[:limit]
+
+    def resolve(self, title: str) -> list[int]:
+        """The items that a title can mean: those that have it, with or without its year, else what a search finds."""
+        name, year = split_year(title)
+        keys = set(title_keys(name)[:1])
+        hits = self.search(title, limit=len(self._catalogue))
+        exact = []
+        for row in hits:
+            other_name, other_year = split_year(self._catalogue.titles[row])
+            if keys & set(title_keys(other_name)[:1]) and (year is None or year == other_year):
+                exact.append(row)
+        return exact or hits
+
+    def _known(self, external: str) -> bool:
+        try:
+            self._catalogue.index_of(external)
+        except KeyError:
+            return False
+        return True
+
+    def _with_prefix(self, prefix: str) -> set[int]:
+        found: set[int] = set()
+        for place in range(bisect_left(self._words, prefix), len(self._words)):
+            if not self._words[place].startswith(prefix):
+                break
+            found.update(self._rows[self._words[place]])
+        return found
+
+    def _rank(self, row: int, asked: list[str]) -> tuple:
+        title, name = self._titles[row]
+        starts = " ".join(title).startswith(" ".join(asked))
+        whole_words = sum(word in title for word in asked)
+        return (asked not in (title, name), not starts, -whole_words, len(title), row)

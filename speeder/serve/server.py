@@ -1,0 +1,80 @@
+"""Running the application: one process, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from speeder.errors import SpeederError
+from speeder.serve.limits import Limits
+
+BACKLOG = 512  # connections that the system holds until they are taken
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, with two differences: SIGTERM first turns /readyz and then, `drain_s` later, stops the server; and a
+    server that stopped as it was told to ends with status 0."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, started: Callable[[], None]):
+        super().__init__(config)
+        self._app, self._on_start = app, started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started:
+            self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._app.state.draining or sig == signal.SIGINT:  # a second signal, or a person who waits
+            self.force_exit = self.should_exit and sig == signal.SIGINT
+            self.should_exit = True
+            return
+        self._app.state.draining = True
+        self._loop.call_soon_threadsafe(
+            self._loop.call_later, self._app.state.limits.drain_s, setattr, self, "should_exit", True
+        )
+
+
+def serve(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, say: Callable[[str], None] = print
+) -> None:
+    """Serve an application until SIGTERM or SIGINT; requests that were taken are answered first.
+
+    Args:
+        port: 0 takes a free one.
+        say: is told the address once requests are taken, and that the server has stopped.
+
+    Raises:
+        SpeederError: the application could not start. OSError: the address cannot be had.
+    """
+    limits: Limits = app.state.limits
+    config = uvicorn.Config(
+        app,
+        limit_concurrency=limits.max_connections,
+        timeout_graceful_shutdown=max(1, round(limits.deadline_s)),
+        timeout_keep_alive=75,  # longer than a reverse proxy's, which then never meets a connection just closed
+        backlog=BACKLOG,
+        server_header=False,
+        access_log=False,
+        log_level="warning",
+        ws="none",
+    )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{sock.getsockname()[1]}"
+    server = Server(config, app, lambda: say(f"{address} takes requests; Ctrl-C or SIGTERM stops it"))
+    try:
+        server.run(sockets=[sock])
+    finally:
+        sock.close()
+    if not server.started:
+        raise SpeederError("serve: the server could not start; see above")
+    say("stopped")
