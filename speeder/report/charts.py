@@ -27,6 +27,8 @@ _COLOURS = {
     "#f1f4f8": "--shade",
     "#ffffff": "--card",
     "#9aa3ad": "--soft",
+    "#fefefe": "--on-deep",
+    "#010101": "--on-light",
     "#0072b2": "--c0",
     "#d55e00": "--c1",
     "#009e73": "--c2",

@@ -35,7 +35,7 @@ class RunContents:
         stages: name -> `log.json` of each finished one, in order.
         evaluations: kind ("test", "test-vhr", ...) -> row's name -> evaluation, all of a kind over one task.
         model: the recommender of the last finished stage, or None.
-        data: what the run was trained on, or None.
+        data, data_folder: what the run was trained on, and where it lies; or None.
         notes: what is missing, in sentences.
     """
 
@@ -49,6 +49,7 @@ class RunContents:
     evaluations: dict[str, dict[str, Evaluation]] = field(default_factory=dict)
     model: Any = None
     data: PreparedData | None = None
+    data_folder: Path | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -110,6 +111,7 @@ def _data(contents: RunContents, folder: Path | None) -> PreparedData | None:
         where = f"are no longer in {place}" if place else "are at a place that the run does not know"
         contents.notes.append(f"The run's data {where}: no items or users are shown (--data DIR says where).")
         return None
+    contents.data_folder = Path(folder or place)
     return run_data(contents.run, folder)
 
 

@@ -12,6 +12,11 @@ from matplotlib.figure import Figure
 from speeder.evaluate import Evaluation
 from speeder.plots import colours, is_narrow
 
+_LIGHT = ("#CC79A7", "#E69F00", "#56B4E9")  # of the palette
+ON_DEEP, ON_LIGHT = (
+    "#FEFEFE",
+    "#010101",
+)  # letters on its other colours and on these; the page has its own for both
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -67,10 +72,9 @@ def draw_gate_groups(figure: Figure, groups: Mapping[str, Mapping[str, float]]) 
         axes.barh(rows, widths, left=left, color=colour, height=0.7, label=name)
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
             if width >= (0.12 if is_narrow(figure) else 0.06):  # else the figure would not fit in
-                # white on every colour of the palette, in dark mode too: a colour that is not mapped
-                axes.text(
-                    start + width / 2, row, f"{100 * width:.0f} %", ha="center", va="center", color="#FEFEFE"
-                )
+                told = f"{100 * width:.0f} %"
+                ink = ON_LIGHT if colour in _LIGHT else ON_DEEP
+                axes.text(start + width / 2, row, told, ha="center", va="center", color=ink, weight="bold")
         left += widths
     narrow = is_narrow(figure)
     axes.set_yticks(rows, [textwrap.fill(label, 14) if narrow else label for label in groups])

@@ -12,7 +12,7 @@ from speeder.evaluation.slices import quantile_slices
 from speeder.model import SpeederForCausalLM
 
 _PARTS = 4
-ALL, NEVER, ADDED = "all items", "never in training", "added after training"
+ALL, NEVER = "all items", "never in training"
 
 
 @dataclass(frozen=True)
@@ -45,36 +45,40 @@ class Gates:
 
 
 def read_gates(
-    model: SpeederForCausalLM, split: LeaveOneOut | None, catalogue: ItemCatalogue | None
+    model: SpeederForCausalLM,
+    split: LeaveOneOut | None,
+    catalogue: ItemCatalogue | None,
+    added: str = "added after training",
 ) -> Gates:
     """The gate weights of a model's items, grouped by the training part of a split.
 
     Args:
-        split, catalogue: of the run's data; without them all items are one group. Items of the model beyond that
-            catalogue were added after training.
+        split, catalogue: of the run's data; without them all items are one group.
+        added: what the model's items beyond that catalogue are called.
     """
     weights = {name: column.numpy() for name, column in model.gates().items()}
     present = {name: mask.numpy() for name, mask in model.mrc.presence().items()}
     count = len(model.catalogue)
     groups = {ALL: np.ones(count, dtype=bool)}
     if split is not None and catalogue is not None:
-        groups |= item_groups(_counts(split, count), len(catalogue))
+        groups |= item_groups(_counts(split, count), len(catalogue), added)
     return Gates(weights, present, groups)
 
 
-def item_groups(counts: np.ndarray, num_known: int) -> dict[str, np.ndarray]:
+def item_groups(counts: np.ndarray, num_known: int, added: str) -> dict[str, np.ndarray]:
     """Groups of items by how often training had them, from the newest to the most frequent.
 
     Args:
         counts: `(I,)` occurrences in training.
         num_known: how many of the items, from the first on, were there when training was.
+        added: the label of the others.
 
     Returns:
         label -> `(I,)` bool; disjoint, and every item is in one.
     """
-    added = np.arange(len(counts)) >= num_known
-    groups = {ADDED: added, NEVER: (counts == 0) & ~added}
-    seen = np.flatnonzero((counts > 0) & ~added)
+    is_new = np.arange(len(counts)) >= num_known
+    groups = {added: is_new, NEVER: (counts == 0) & ~is_new}
+    seen = np.flatnonzero((counts > 0) & ~is_new)
     if len(seen):
         for label, member in quantile_slices(counts[seen], _PARTS, "times").items():
             groups[label] = np.zeros(len(counts), dtype=bool)
