@@ -1,5 +1,5 @@
-"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, serve, items, bench,
-demo."""
+"""The `speeder` command: assets, prepare, describe, train, evaluate, compare, ablate, recommend, serve, report, items,
+bench, demo."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speeder.errors import SpeederError
+from speeder.report.command import EXAMPLE as REPORT_EXAMPLE
+from speeder.report.command import SUMMARY as REPORT_SUMMARY
+from speeder.report.command import add_arguments as add_report_arguments
+from speeder.report.command import run_report
 from speeder.serve.command import EXAMPLE as SERVE_EXAMPLE
 from speeder.serve.command import SUMMARY as SERVE_SUMMARY
 from speeder.serve.command import add_arguments as add_serve_arguments
@@ -259,6 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     recommend.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
 
     add_serve_arguments(command("serve", run_serve, SERVE_SUMMARY, SERVE_EXAMPLE))
+    add_report_arguments(command("report", run_report, REPORT_SUMMARY, REPORT_EXAMPLE))
 
     items = command(
         "items",
