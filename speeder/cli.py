@@ -151,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="an asset, a folder or a Hub id (default: efficientnet-lite0)",
     )
+    ray_arguments(prepare)
 
     describe = command(
         "describe",
@@ -435,15 +436,16 @@ def run_prepare(options: argparse.Namespace) -> None:
     from speeder.recipe import MODALITIES
 
     modalities = [name for name in MODALITIES if name not in options.without]
-    settings: dict = {"modalities": modalities}
+    runner = runner_for(options)
+    settings: dict = {"modalities": modalities, "runner": runner}
     if options.text_encoder and "text" in modalities:
         from speeder.encoders.text import TextEncoder
 
-        settings["text_encoder"] = TextEncoder(options.text_encoder)
+        settings["text_encoder"] = TextEncoder(options.text_encoder, runner=runner)
     if options.image_encoder and "image" in modalities:
         from speeder.encoders.image import ImageEncoder
 
-        settings["image_encoder"] = ImageEncoder(options.image_encoder)
+        settings["image_encoder"] = ImageEncoder(options.image_encoder, runner=runner)
     filters = {
         "core": options.k_core,
         "min_rating": options.min_rating,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from speeder.batch.parts import Parts, Work
+from speeder.batch.ray_address import check_reachable, cluster_address
 from speeder.errors import SpeederError
 
 _RETRIES = 3  # of a part whose worker was killed: one that kills every worker must end some day
@@ -88,11 +89,16 @@ def _ray(address: str | None) -> Iterator:
 
     began = not ray.is_initialized()
     if began:
+        cluster = cluster_address(address)
+        if cluster is not None:
+            check_reachable(cluster)
         try:
             ray.init(address, logging_level="warning", log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
+        except Exception as error:  # also a bare one, where a machine is too busy to start Ray in time
             reason = str(error).partition("\n")[0]
-            raise SpeederError(f"ray: expected a cluster at {address or 'RAY_ADDRESS'}: {reason}") from error
+            raise SpeederError(
+                f"ray: expected a cluster at {cluster or address or 'RAY_ADDRESS'}: {reason}"
+            ) from error
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False  # there is one for the parts
     try:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -18,6 +18,9 @@ from speeder.encoders.collaborative import collaborative_features
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import NO_INTERACTIONS, features_hash
 from speeder.recipe import MODALITIES
+
+if TYPE_CHECKING:
+    from speeder.batch.parts import Runner
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ def add_features(
     modalities: Collection[str] = MODALITIES,
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
+    runner: "Runner | None" = None,
 ) -> PreparedData:
     """The data with features, and the manifest's record of the encoders.
 
@@ -54,6 +58,7 @@ def add_features(
         data: its catalogue's images are paths.
         modalities: which to add, of [`MODALITIES`]; `"image"` only where an item has a picture.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
+        runner: where these defaults encode; None is this process.
 
     Raises `SpeederError` where an encoder cannot be had, or a text modality is asked of items without any text.
     """
@@ -64,7 +69,7 @@ def add_features(
         if text_encoder is None:
             from speeder.encoders.text import TextEncoder
 
-            text_encoder = TextEncoder()
+            text_encoder = TextEncoder(runner=runner)
         features, present = text_encoder.encode(catalogue.texts)
         catalogue = catalogue.with_features("text", features, present)
         encoders["text"] = _encoder_record(text_encoder)
@@ -72,7 +77,7 @@ def add_features(
         if image_encoder is None:
             from speeder.encoders.image import ImageEncoder
 
-            image_encoder = ImageEncoder()
+            image_encoder = ImageEncoder(runner=runner)
         features, present, broken = image_encoder.encode(catalogue.images)
         for path, reason in broken.items():
             log.warning("%s is no picture that can be read: %s", path, reason)

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speeder.data.features import EncodesImages, EncodesTexts, add_features, add_images
 from speeder.data.prepared import PreparedData, check_replaceable
@@ -13,6 +14,9 @@ from speeder.data.readers.plain import plain
 from speeder.data.readers.times import TIME_UNITS
 from speeder.errors import SpeederError
 from speeder.recipe import MODALITIES
+
+if TYPE_CHECKING:
+    from speeder.batch.parts import Runner
 
 
 def prepare(
@@ -29,6 +33,7 @@ def prepare(
     modalities: Collection[str] = MODALITIES,
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
+    runner: "Runner | None" = None,
 ) -> PreparedData:
     """Reads raw files, filters, encodes what items have, and saves all, whole or not at all.
 
@@ -47,6 +52,7 @@ def prepare(
         time_unit: of `"plain"` data's times.
         modalities: which features to add.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
+        runner: where these defaults encode, such as an `OnRay`; None is this process.
 
     Returns:
         The saved data. The manifest holds nothing of the time or the machine: the same input gives the same manifest.
@@ -75,7 +81,7 @@ def prepare(
             repeats=repeats,
         )
     data = add_images(data, images or raw.images, by_name=raw.images_by_name)
-    return _encode_and_save(data, out, modalities, text_encoder, image_encoder)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
 
 
 def prepare_ml100k(
@@ -87,6 +93,7 @@ def prepare_ml100k(
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
     modalities: Collection[str] = MODALITIES,
+    runner: "Runner | None" = None,
 ) -> PreparedData:
     """Prepares MovieLens-100K from the package index, whole: every rating counts, every film is in the catalogue.
 
@@ -95,14 +102,14 @@ def prepare_ml100k(
         source: folder with the raw files (RecBole's atomic ones); None fetches the `ml-100k` asset.
         posters: as `match_posters` takes it; None prepares texts alone.
         include_plot: whether a plot that `posters` knows of is added to the film's text.
-        text_encoder, image_encoder, modalities: as for `prepare`.
+        text_encoder, image_encoder, modalities, runner: as for `prepare`.
 
     Returns:
         The saved data, as `prepare` returns it.
     """
     check_replaceable(out)
     data = add_images(read_ml100k(source), posters, include_plot=include_plot)
-    return _encode_and_save(data, out, modalities, text_encoder, image_encoder)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
 
 
 def _encode_and_save(
@@ -111,8 +118,9 @@ def _encode_and_save(
     modalities: Collection[str],
     text_encoder: EncodesTexts | None,
     image_encoder: EncodesImages | None,
+    runner: "Runner | None",
 ) -> PreparedData:
-    data = add_features(data, modalities, text_encoder, image_encoder)
+    data = add_features(data, modalities, text_encoder, image_encoder, runner)
     data.manifest["versions"] = {
         name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")
     }

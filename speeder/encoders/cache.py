@@ -20,7 +20,7 @@ from speeder.data.files import atomic_path
 log = logging.getLogger(__name__)
 
 _PLACES = 1 << 32  # more than a shard has rows
-_SHARD_ROWS = 256  # rows encoded between two writes: what an interruption may cost
+_SHARD_ROWS = 256  # rows encoded between two writes, about: what an interruption may cost
 
 
 def content_key(content: str | bytes) -> str:
@@ -54,6 +54,10 @@ class FeatureCache:
         """`identity` tells encoders and their settings apart; `folder` None is the user's cache."""
         root = cache_folder() / "features" if folder is None else Path(folder)
         self.folder = root / content_key(identity)[:32]
+        self.read()
+
+    def read(self) -> None:
+        """Takes in what lies on disk now, also what other processes have added."""
         self._shards: list[Tensor] = []
         self._places: dict[str, int] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -71,18 +75,8 @@ class FeatureCache:
 
     def add(self, rows: dict[str, Tensor]) -> None:
         """Keeps `{key: (F,) float32}` on disk."""
-        if not rows:
-            return
-        keys = b"".join(bytes.fromhex(key) for key in rows)
-        tensors = {
-            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), 32),
-            "features": torch.stack(list(rows.values())),
-        }
-        # Named by its content: two processes that encode the same rows write the same file.
-        path = self.folder / f"{hashlib.sha256(keys).hexdigest()[:32]}.safetensors"
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-        self._map(path)
+        if rows:
+            self._map(write_shard(self.folder, rows))
 
     def _map(self, path: Path) -> None:
         shard = load_file(path)
@@ -92,6 +86,20 @@ class FeatureCache:
         first = len(self._shards) * _PLACES
         self._places.update((key.tobytes().hex(), first + row) for row, key in enumerate(keys.numpy()))
         self._shards.append(features)
+
+
+def write_shard(folder: Path, rows: dict[str, Tensor]) -> Path:
+    """Writes `{key: (F,) float32}`, at least one, for the `FeatureCache` of that folder; returns the file."""
+    keys = b"".join(bytes.fromhex(key) for key in rows)
+    tensors = {
+        "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), 32),
+        "features": torch.stack(list(rows.values())),
+    }
+    # Named by its content: two processes that encode the same rows write the same file.
+    path = folder / f"{hashlib.sha256(keys).hexdigest()[:32]}.safetensors"
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+    return path
 
 
 def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
@@ -107,6 +115,28 @@ def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
         path = f"/proc/self/fd/{file.fileno()}"
         flat = torch.from_file(path, shared=True, size=rows * width, dtype=torch.float32)
     return flat.view(rows, width)
+
+
+def shard_rows(batch_size: int) -> int:
+    """Rows encoded between two writes: whole batches."""
+    return -(-_SHARD_ROWS // batch_size) * batch_size
+
+
+def missing_batches(
+    cache: FeatureCache, keys: Sequence[str | None], costs: Sequence[int], batch_size: int
+) -> list[list[int]]:
+    """The positions that are to be encoded, one for each content that the cache lacks, in batches.
+
+    The dearest come first, so that memory runs out at once or never; the key settles ties, so that an interrupted run
+    forms the same batches, and with them the same last bits, when it goes on.
+    """
+    wanted: dict[str, int] = {}
+    for position, key in enumerate(keys):
+        if key is not None and key not in cache:
+            wanted.setdefault(key, position)
+    order = sorted(wanted, key=lambda key: (-costs[wanted[key]], key))
+    places = [wanted[key] for key in order]
+    return [places[start : start + batch_size] for start in range(0, len(places), batch_size)]
 
 
 def encode_cached(
@@ -131,29 +161,24 @@ def encode_cached(
     Returns:
         `(N, width)` float32 with zeros where absent, mapped to a file, and the `(N,)` bool mask of those present.
     """
-    wanted: dict[str, int] = {}
-    for position, key in enumerate(keys):
-        if key is not None and key not in cache:
-            wanted.setdefault(key, position)
-    # The dearest first, so that memory runs out at once or never; the key settles ties, so that an
-    # interrupted run forms the same batches, and with them the same last bits, when it goes on.
-    order = sorted(wanted, key=lambda key: (-costs[wanted[key]], key))
+    batches = missing_batches(cache, keys, costs, batch_size)
+    count = sum(map(len, batches))
     pending: dict[str, Tensor] = {}
-    shard_rows = -(-_SHARD_ROWS // batch_size) * batch_size
     failed = 0
-    bar = tqdm(total=len(order), desc=description, unit="item", disable=None if progress and order else True)
+    bar = tqdm(total=count, desc=description, unit="item", disable=None if progress and count else True)
     with bar:
         try:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                rows = compute([wanted[key] for key in batch])
+            for batch in batches:
+                rows = compute(batch)
                 done = {
-                    key: row.float().cpu() for key, row in zip(batch, rows, strict=True) if row is not None
+                    keys[position]: row.float().cpu()
+                    for position, row in zip(batch, rows, strict=True)
+                    if row is not None
                 }
                 failed += len(batch) - len(done)
                 pending.update(done)
                 bar.update(len(batch))
-                if len(pending) + failed >= shard_rows:
+                if len(pending) + failed >= shard_rows(batch_size):
                     cache.add(pending)
                     pending, failed = {}, 0
         finally:

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from speeder.encoders.pretrained import (
     loading,
     model_identity,
 )
+
+if TYPE_CHECKING:
+    from speeder.batch.parts import Runner
 
 # Vision towers of models that also have a text tower. Each gives its family's usual picture embedding: CLIP's
 # projection into the space shared with texts, SigLIP's attention-pooled output (which is shared as it is).
@@ -78,15 +82,22 @@ class ImageEncoder:
             as the model gives them, not scaled to length 1.
         device: where the model runs.
         batch_size: pictures at a time; None is 4 on a CPU, where small batches stay in its caches, else 64.
+        runner: where pictures are encoded, such as an `OnRay`, whose workers load the model too and find the pictures
+            under the same paths; None is this process.
 
     Raises `SpeederError` where the model cannot be had.
     """
 
     def __init__(
-        self, name: str = "efficientnet-lite0", *, device: str = "cpu", batch_size: int | None = None
+        self,
+        name: str = "efficientnet-lite0",
+        *,
+        device: str = "cpu",
+        batch_size: int | None = None,
+        runner: "Runner | None" = None,
     ):
         folder = resolve(name, "image")
-        self.name = name
+        self.name, self.runner = name, runner
         self._device = torch.device(device)
         self.batch_size = batch_size or (4 if self._device.type == "cpu" else 64)
         config = Path(folder) / "config.json"
@@ -139,25 +150,20 @@ class ImageEncoder:
                 broken[path] = error.strerror or str(error)
                 keys.append(None)
 
-        def compute(positions: list[int]) -> list[Tensor | None]:
-            pictures = []
-            for position in positions:
-                try:
-                    pictures.append(read_picture(Path(images[position]).read_bytes()))
-                except (ValueError, OSError) as error:
-                    broken[images[position]] = str(error)
-                    pictures.append(None)
-            rows = iter(self._compute([picture for picture in pictures if picture is not None]))
-            return [None if picture is None else next(rows) for picture in pictures]
+        store, description = FeatureCache(self.identity, cache), f"pictures ({self.name})"
+        costs = [0] * len(keys)
+        if self.runner is not None:
+            from speeder.batch.encode import encode_in_parts
 
+            encode_in_parts(self, store, images, keys, costs, self.runner, description)
         features, present = encode_cached(
-            FeatureCache(self.identity, cache),
+            store,
             keys,
-            [0] * len(keys),
-            compute,
+            costs,
+            lambda positions: self.compute([images[position] for position in positions], broken),
             width=self.width,
             batch_size=self.batch_size,
-            description=f"pictures ({self.name})",
+            description=description,
             progress=progress,
         )
         reasons = {keys[row]: broken[path] for row, path in enumerate(images) if path in broken and keys[row]}
@@ -165,6 +171,19 @@ class ImageEncoder:
             if keys[row] in reasons:
                 broken[path] = reasons[keys[row]]
         return features, present, broken
+
+    def compute(self, paths: list[str], broken: dict[str, str] | None = None) -> list[Tensor | None]:
+        """One batch: a `(width,)` row for each picture, None for one that cannot be read; `broken` is told why."""
+        pictures = []
+        for path in paths:
+            try:
+                pictures.append(read_picture(Path(path).read_bytes()))
+            except (ValueError, OSError) as error:
+                pictures.append(None)
+                if broken is not None:
+                    broken[path] = str(error)
+        rows = iter(self._compute([picture for picture in pictures if picture is not None]))
+        return [None if picture is None else next(rows) for picture in pictures]
 
     @torch.inference_mode()
     def _compute(self, pictures: list[Image.Image]) -> list[Tensor]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from speeder.encoders.backbone import BackboneWords
 from speeder.encoders.cache import FeatureCache, content_key, encode_cached
 from speeder.encoders.sentence import SentenceModel
+
+if TYPE_CHECKING:
+    from speeder.batch.parts import Runner
 
 BACKBONE = "backbone:"
 
@@ -20,16 +24,24 @@ class TextEncoder:
             `"backbone:"` (`"backbone:smollm2-135m"`), as `BackboneWords` takes it.
         device: where the model runs.
         batch_size: texts at a time.
+        runner: where texts are encoded, such as an `OnRay`, whose workers load the model too; None is this process.
 
     Raises `SpeederError` where the model cannot be had.
     """
 
-    def __init__(self, name: str = "minilm", *, device: str = "cpu", batch_size: int = 32):
+    def __init__(
+        self,
+        name: str = "minilm",
+        *,
+        device: str = "cpu",
+        batch_size: int = 32,
+        runner: "Runner | None" = None,
+    ):
         if name.startswith(BACKBONE):
             self._model = BackboneWords(name.removeprefix(BACKBONE), device)
         else:
             self._model = SentenceModel(name, device)
-        self.name, self.batch_size = name, batch_size
+        self.name, self.batch_size, self.runner = name, batch_size, runner
         self.width = self._model.width
         self.identity = f"text-2:{content_key(self._model.identity)}"
 
@@ -42,13 +54,24 @@ class TextEncoder:
         user's cache.
         """
         texts = [text.strip() for text in texts]
+        keys = [content_key(text) if text else None for text in texts]
+        costs, description = [len(text) for text in texts], f"texts ({self.name})"
+        store = FeatureCache(self.identity, cache)
+        if self.runner is not None:
+            from speeder.batch.encode import encode_in_parts
+
+            encode_in_parts(self, store, texts, keys, costs, self.runner, description)
         return encode_cached(
-            FeatureCache(self.identity, cache),
-            [content_key(text) if text else None for text in texts],
-            [len(text) for text in texts],
-            lambda positions: self._model([texts[position] for position in positions]),
+            store,
+            keys,
+            costs,
+            lambda positions: self.compute([texts[position] for position in positions]),
             width=self.width,
             batch_size=self.batch_size,
-            description=f"texts ({self.name})",
+            description=description,
             progress=progress,
         )
+
+    def compute(self, texts: list[str]) -> list[Tensor | None]:
+        """One batch: a `(width,)` row for each text that is not empty, None where the model reads nothing in it."""
+        return self._model(texts)
