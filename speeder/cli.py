@@ -527,6 +527,7 @@ def run_train(options: argparse.Namespace) -> None:
     if together.is_main_process:
         write_training_plots(options.out, options.out, model)
         print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
+        print(f"Look at the run as a page with: speeder report {options.out}")
     together.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ from speeder.data.prepare import prepare_ml100k
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.recipe import Recipe, bundled_recipe, load_recipe
+from speeder.report.build import write_report
 from speeder.results import (
     Measure,
     baselines,
@@ -101,4 +102,8 @@ def demo(
     say(table)
     say("\nThree users, by title:\n" + example_recommendations(model, data))
     say("\nWhat each modality gives to the item tokens:\n" + gate_table(model))
-    announce(f"Done. {out} holds the model (speeder/model), results.md, results.json and plots/")
+    page = write_report(out, model=model)
+    announce(
+        f"Done. {out} holds the model (speeder/model), results.md, results.json, plots/, and all of it on one page,"
+        f" to be opened in a browser: {page}"
+    )
