@@ -12,6 +12,7 @@ import numpy as np
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec import SASRec
 from speeder.baselines.sasrec_recipe import fit_on_split, settings_for
+from speeder.curves import training_curves
 from speeder.data.files import read_json, write_json, write_text
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -318,22 +319,11 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
 
 def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:
     """Write `training.png` and, where there are gates, `gates.png` and `gate_distribution.png` into `out/plots`."""
-    curves, gates, spans, start = {}, {}, {}, 0
-    for name, log in stage_logs(run).items():
-        losses = [(start + entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-        ranking = [(start + entry["step"], entry["eval_NDCG@10"]) for entry in log if "eval_NDCG@10" in entry]
-        curves[name] = {"loss": losses, **({"NDCG@10": ranking} if ranking else {})}
-        for entry in log:
-            for key, value in entry.items():
-                if key.startswith("gate/"):
-                    gates.setdefault(key.removeprefix("gate/"), []).append((start + entry["step"], value))
-        end = start + max(entry["step"] for entry in log)
-        spans[name] = (start, end)
-        start = end
-    plot_training(curves, out / "plots" / "training.png")
-    if not gates:  # a baseline without item tokens
+    curves = training_curves(stage_logs(run))
+    plot_training(curves.stages, out / "plots" / "training.png")
+    if not curves.gates:  # a baseline without item tokens
         return
-    plot_gates(gates, out / "plots" / "gates.png", spans)
+    plot_gates(curves.gates, out / "plots" / "gates.png", curves.spans)
     present = model.mrc.presence()
     weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}
     plot_gate_distribution(weights, out / "plots" / "gate_distribution.png")
