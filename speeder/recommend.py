@@ -147,10 +147,20 @@ class RecommenderMixin:
         return results
 
     @torch.no_grad()
-    def gates(self) -> dict[str, torch.Tensor]:
-        """The gate's weights: modality -> `(I,)` float32 on the CPU; they sum to 1 over the modalities."""
+    def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
+        """The gate's weights: modality -> `(I,)` float32 on the CPU; they sum to 1 over the modalities.
+
+        Args:
+            sample: of so many items alone, evenly spread over the catalogue.
+        """
         with self.evaluating():
-            weights = self.item_tokens()[1].cpu()
+            if sample is not None and sample < self.config.num_items:
+                rows = torch.arange(sample, device=self.device) * self.config.num_items // sample
+                weights = self.mrc(rows)[1].cpu()
+            elif self.config.negatives == "full":
+                weights = self.item_tokens()[1].cpu()
+            else:  # without ever holding all tokens
+                weights = torch.cat([gates.cpu() for _, gates in self.mrc.pieces()])
         return dict(zip(self.config.gate_names, weights.unbind(dim=1), strict=True))
 
     def add_items(self, new_items: ItemCatalogue) -> range:
@@ -185,7 +195,9 @@ class RecommenderMixin:
             indptr = np.cumsum([0, *map(len, seen)])
             excluded = {
                 "exclude_indptr": torch.as_tensor(indptr, device=states.device),
-                "exclude_items": torch.tensor([i for row in seen for i in row], device=states.device),
+                "exclude_items": torch.tensor(
+                    [i for row in seen for i in row], dtype=torch.long, device=states.device
+                ),
             }
         scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
         return [

@@ -11,6 +11,7 @@ from prometheus_client import (
     Histogram,
     PlatformCollector,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
@@ -22,6 +23,7 @@ class Metrics:
     """The metrics of one server, in a registry of their own; also the batcher's observer."""
 
     def __init__(self):
+        disable_created_metrics()  # a time of birth for each label set doubles the text, and tells nothing here
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

@@ -42,18 +42,8 @@ class Server(uvicorn.Server):
         )
 
 
-def serve(
-    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, say: Callable[[str], None] = print
-) -> None:
-    """Serve an application until SIGTERM or SIGINT; requests that were taken are answered first.
-
-    Args:
-        port: 0 takes a free one.
-        say: is told the address once requests are taken, and that the server has stopped.
-
-    Raises:
-        SpeederError: the application could not start. OSError: the address cannot be had.
-    """
+def build_server(app: FastAPI, started: Callable[[], None]) -> Server:
+    """A server for an application, which calls `started` once it takes requests."""
     limits: Limits = app.state.limits
     config = uvicorn.Config(
         app,
@@ -66,15 +56,26 @@ def serve(
         log_level="warning",
         ws="none",
     )
+    return Server(config, app, started)
+
+
+def serve(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, say: Callable[[str], None] = print
+) -> None:
+    """Serve an application until SIGTERM or SIGINT; requests that were taken are answered first.
+
+    Args:
+        port: 0 takes a free one.
+        say: is told the address once requests are taken, and that the server has stopped.
+
+    Raises:
+        SpeederError: the application could not start. OSError: the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.create_server((host, port), family=family, backlog=BACKLOG)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{sock.getsockname()[1]}"
-    server = Server(config, app, lambda: say(f"{address} takes requests; Ctrl-C or SIGTERM stops it"))
-    try:
+    with socket.create_server((host, port), family=family, backlog=BACKLOG) as sock:
+        address = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+        server = build_server(app, lambda: say(f"{address} takes requests; Ctrl-C or SIGTERM stops it"))
         server.run(sockets=[sock])
-    finally:
-        sock.close()
     if not server.started:
         raise SpeederError("serve: the server could not start; see above")
     say("stopped")

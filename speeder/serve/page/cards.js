@@ -49,7 +49,7 @@ export function fillWhy(made, explained, largest) {
   made.querySelector(".why").replaceChildren(
     element("h4", { textContent: "Made of" }),
     shareBar(explained.gates),
-    element("h4", { textContent: "Because of" }),
+    element("h4", { textContent: "Which picks mattered" }),
     rows.length
       ? element("ul", { class: "effects" }, ...rows.slice(0, SHOWN))
       : element("p", { class: "quiet", textContent: "your only pick: there is nothing to compare it with" }),
