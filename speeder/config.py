@@ -15,6 +15,8 @@ ATTENTION_NAME = "spae"  # the name under which SPAE registers with transformers
 ITEM = "item"  # gate column of the learned per-item embedding
 FITTED = ("collaborative", ITEM)  # modalities that interactions make, so that a new item has none of them
 
+NEGATIVES = ("full", "in-batch", "sampled")
+
 
 class SpeederConfig(PretrainedConfig):
     """Configuration of [`SpeederForCausalLM`].
@@ -44,6 +46,14 @@ class SpeederConfig(PretrainedConfig):
         num_distance_buckets: log-spaced buckets of the relative bias.
         max_distance: distances that are told apart, in items; greater ones share the last bucket.
         position_proxy_weight: weight of SPAE's position proxy loss in training; 0 leaves the task out.
+        negatives: what a target is compared with in training: `"full"`, the whole catalogue; `"sampled"`, items drawn
+            for each batch; `"in-batch"`, the targets of the batch, of all processes. With these two, features stay
+            where the catalogue has them (memory-mapped, on the CPU), and items are compressed as far as a batch needs
+            them. In evaluation the loss is always the full one.
+        num_negatives: draws of a batch with `"sampled"`; an item that is drawn twice counts once.
+        negatives_exponent: `"sampled"` draws an item in proportion to the power of how often it is a target: 0 is
+            uniform, 0.75 word2vec's, 1 by popularity.
+        negatives_seed: of the draws, which follow from it and from the optimizer step.
         lora: arguments of `peft.LoraConfig` for adapters in the backbone; None: no adapters.
         training_hash: hash of the interactions that the model was trained on; evaluation checks it.
         prompt_prefix, prompt_suffix: token ids of the instruction before and after the history (empty: items only).
@@ -78,6 +88,10 @@ class SpeederConfig(PretrainedConfig):
     num_distance_buckets: int = 32
     max_distance: int = 512
     position_proxy_weight: float = 0.0
+    negatives: str = "full"
+    num_negatives: int = 4096
+    negatives_exponent: float = 0.0
+    negatives_seed: int = 0
     lora: dict | None = None
     training_hash: str | None = None
     prompt_prefix: list[int] | None = None
@@ -100,6 +114,8 @@ class SpeederConfig(PretrainedConfig):
             ("max_rank", 1),
             ("max_distance", 1),
             ("num_distance_buckets", 2),
+            ("num_negatives", 1),
+            ("negatives_seed", 0),
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
@@ -110,12 +126,17 @@ class SpeederConfig(PretrainedConfig):
             "dropout",
             "position_proxy_weight",
             "initial_logit_scale",
+            "negatives_exponent",
         ):
             if not isinstance(getattr(self, name), int | float):
                 raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
         for name in ("modality_dropout", "cold_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"negatives: expected one of {', '.join(NEGATIVES)}, got {self.negatives!r}")
+        if self.negatives_exponent < 0:
+            raise ValueError(f"negatives_exponent: expected at least 0, got {self.negatives_exponent}")
         if self.position_proxy_weight < 0 or self.initial_logit_scale <= 0:
             raise ValueError(
                 "position_proxy_weight, initial_logit_scale: expected at least 0 and above 0, "

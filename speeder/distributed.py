@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import distributed
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, set_seed
 
@@ -121,3 +122,20 @@ class OwnDraws(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.process_index or state.global_step:
             set_seed((args.seed + 7919 * args.process_index + 104_729 * state.global_step) % 2**32)
+
+
+def gather_ids(ids: torch.Tensor) -> torch.Tensor:
+    """The ids of all processes, one process's after another's: `(n,)` to `(N,)` int64. All processes call this.
+
+    Where no process group was joined there is one process.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ids
+    ranks = distributed.get_world_size()
+    counts = ids.new_empty(ranks)
+    distributed.all_gather_into_tensor(counts, ids.new_tensor([len(ids)]))
+    padded = ids.new_zeros(ranks, max(int(counts.max()), 1))
+    mine = ids.new_zeros(padded.shape[1])
+    mine[: len(ids)] = ids
+    distributed.all_gather_into_tensor(padded, mine)
+    return torch.cat([row[:count] for row, count in zip(padded, counts.tolist(), strict=True)])

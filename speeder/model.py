@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
+from speeder.item_rows import ItemRows
 from speeder.last_layer import last_layer_computes
 from speeder.layout import (
     SequenceLayout,
@@ -32,6 +33,7 @@ from speeder.layout import (
 from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
 from speeder.lora import add_lora, merge_lora
 from speeder.mrc import MRC
+from speeder.negatives import Candidates, NegativeSampler
 from speeder.recommend import RecommenderMixin
 from speeder.scoring import ScoringMixin, next_labels
 from speeder.spae import SPAE
@@ -67,6 +69,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale)))
         self.dropout = nn.Dropout(config.dropout)
         self.catalogue: ItemCatalogue | None = None
+        self.negatives = NegativeSampler(config)
         self._item_cache: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
         self.post_init()
         # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
@@ -128,7 +131,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         if self.training or torch.is_grad_enabled():
             # weights are about to change, and fused optimizers change them without a new version
             self._item_cache = None
-            return self.mrc()
+            return self.mrc.whole()
         tensors = [  # one walk: `parameters()` and `buffers()` take half a millisecond of one user's answer
             tensor
             for module in self.mrc.modules()
@@ -136,12 +139,12 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             if tensor is not None
         ]
         if any(tensor.is_inference() for tensor in tensors):  # these keep no version
-            return self.mrc()
+            return self.mrc.whole()
         device = self.device.type
         state = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),)
         state += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._item_cache is None or self._item_cache[0] != state:
-            self._item_cache = (state, *self.mrc())
+            self._item_cache = (state, *self.mrc.whole())
         return self._item_cache[1:]
 
     def train(self, mode: bool = True) -> SpeederForCausalLM:
@@ -222,13 +225,18 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             targets = next_labels(labels, cu_seqlens)
             if self.training and cu_seqlens is not None and not output_hidden_states:
                 input_ids, targets, ranks, cu_seqlens = without_last(input_ids, targets, ranks, cu_seqlens)
-        item_table = self.item_tokens()[0] if self._needs_items(input_ids, targets, vocabulary) else None
+        candidates = None
+        if self.training and targets is not None and self.config.negatives != "full":
+            item_table, candidates = self._read_rows(input_ids, targets)
+        else:
+            needed = self._needs_items(input_ids, targets, vocabulary)
+            item_table = self.item_tokens()[0] if needed else None
         hidden, layout, cache = self._decode(
             input_ids, item_table, attention_mask, cache, ranks, cu_seqlens, use_cache, **kwargs
         )
         loss = None
         if targets is not None:
-            loss = self._loss(hidden, targets, layout, item_table, num_items_in_batch)
+            loss = self._loss(hidden, targets, layout, item_table, num_items_in_batch, candidates)
         logits = None
         if labels is None or not self.training:
             kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -255,7 +263,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     def _decode(
         self,
         input_ids: torch.Tensor,
-        item_table: torch.Tensor | None,
+        item_table: torch.Tensor | ItemRows | None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         ranks: torch.Tensor | None = None,
@@ -347,8 +355,22 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             return True
         return vocabulary != "text" and not (targets is not None and self.training)
 
+    def _read_rows(
+        self, input_ids: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[ItemRows | None, Candidates | None]:
+        """Compress the items that a batch reads, is asked for or compares these with; and which the last are."""
+        text = self.config.text_vocab_size
+        if self.config.num_items == 0:
+            return None, None
+        read, asked = input_ids[input_ids >= text] - text, targets[targets >= text] - text
+        candidates = self.negatives.candidates(asked)
+        if not len(asked):  # nothing of this process's share is compared with them
+            candidates = None
+        items = torch.cat([read, asked, *([] if candidates is None else [candidates.items])]).unique()
+        return (ItemRows(items, self.mrc(items)[0]) if len(items) else None), candidates
+
     def _embed(
-        self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | None
+        self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | ItemRows | None
     ) -> torch.Tensor:
         """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
         words = self.backbone.get_input_embeddings()
@@ -370,7 +392,10 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         if prompts is None:
             prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
         items = table.new_zeros(0, table.shape[1])
-        rows = torch.where(item_mask, (ids - text) * k + item_slots(item_mask, layout.rank_q, k), -1)
+        read = (ids - text).clamp(min=0)
+        if isinstance(item_table, ItemRows):
+            read, item_table = item_table.places(read), item_table.tokens
+        rows = torch.where(item_mask, read * k + item_slots(item_mask, layout.rank_q, k), -1)
         if item_table is not None and bool(item_mask.any()):
             tokens = item_table.flatten(0, 1)
             if len(ids) < len(tokens):  # a few histories: only what they read is scaled, not the catalogue

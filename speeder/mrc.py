@@ -7,6 +7,8 @@ modalities that the item has; the weighted sum, RMS-normalised, is the item's to
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ from speeder_kernels import compress_items
 # A closed modality's gate logit is lowered by this much: weight e^-30 beside any open one, yet an item that has
 # nothing but closed modalities still gets a token, since the softmax ignores a common shift.
 CLOSED = -30.0
+PIECE = 1 << 16  # items that are compressed at once where the whole catalogue is, without gradients
 
 
 class Expert(nn.Module):
@@ -38,7 +41,8 @@ class MRC(nn.Module):
     """The mixture of modality experts over a catalogue.
 
     Features are held as buffers that are not part of the state dict: they belong to the catalogue, which is saved
-    beside the weights.
+    beside the weights. Where training takes its negatives from a part of the catalogue (`config.negatives`), they stay
+    in the catalogue, memory-mapped, and rows are normalised as they are read.
     """
 
     def __init__(self, config: SpeederConfig):
@@ -48,6 +52,8 @@ class MRC(nn.Module):
         self.tokens_per_item = config.tokens_per_item
         self.modality_dropout, self.cold_dropout = config.modality_dropout, config.cold_dropout
         self.num_items = 0
+        self.reads_rows = config.negatives != "full"
+        self.catalogue: ItemCatalogue | None = None  # where rows are read from
         self.experts = nn.ModuleDict(
             {
                 name: Expert(width, hidden, config.hidden_size, config.tokens_per_item)
@@ -83,7 +89,8 @@ class MRC(nn.Module):
                     f"catalogue: expected features of width {expert.up.in_features} for {name!r}, "
                     f"got {features.shape[1]}"
                 )
-            buffers[f"features_{name}"] = F.layer_norm(features.float(), features.shape[1:]).to(device, dtype)
+            if not self.reads_rows:
+                buffers[f"features_{name}"] = normalised(features).to(device, dtype)
             columns.append(catalogue.present[name])
         if ITEM in self.names:
             columns.append(torch.arange(len(catalogue)) < self.item_embedding.num_embeddings)
@@ -99,6 +106,16 @@ class MRC(nn.Module):
         for name, buffer in buffers.items():  # nothing is changed before everything was checked
             self.register_buffer(name, buffer, persistent=False)
         self.num_items = len(catalogue)
+        self.catalogue = catalogue if self.reads_rows else None
+
+    def _features(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
+        """A modality's normalised features of items, `(U, F)`."""
+        if self.reads_rows:
+            features = self.catalogue.features[name]
+            features = normalised(features if rows is None else features[rows.to(features.device)])
+            return features.to(self.norm_weight.device, self.norm_weight.dtype)
+        features = getattr(self, f"features_{name}")
+        return features if rows is None else features[rows]
 
     def presence(self) -> dict[str, torch.Tensor]:
         """Which items have each modality: name -> `(I,)` bool on the CPU."""
@@ -120,8 +137,7 @@ class MRC(nn.Module):
             raise SpeederError("this model has no catalogue: load one, or give one to from_backbone")
         outputs, logits = [], []
         for name, expert in self.experts.items():
-            features = getattr(self, f"features_{name}")
-            features = features if rows is None else features[rows]
+            features = self._features(name, rows)
             outputs.append(expert(features))
             logits.append(self.gates[name](features).squeeze(-1).float())
         present = self.present if rows is None else self.present[rows]
@@ -148,6 +164,31 @@ class MRC(nn.Module):
             self.norm_weight.to(expert_outputs.dtype),
         )
         return tokens.unflatten(0, (-1, k)), gates.unflatten(0, (-1, k))[:, 0]
+
+    def pieces(self, items: int = PIECE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Compress the whole catalogue so many items at a time, without gradients, in order."""
+        with torch.no_grad():
+            for rows in torch.arange(self.num_items, device=self.norm_weight.device).split(items):
+                yield self(rows)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the whole catalogue; without gradients piece by piece, so that little but the tokens is held."""
+        if torch.is_grad_enabled() or self.num_items <= PIECE:
+            return self()
+        found: tuple[torch.Tensor, torch.Tensor] | None = None
+        start = 0
+        for piece in self.pieces():
+            if found is None:
+                found = tuple(part.new_empty(self.num_items, *part.shape[1:]) for part in piece)
+            for whole, part in zip(found, piece, strict=True):
+                whole[start : start + len(part)] = part
+            start += len(piece[0])
+        return found
+
+
+def normalised(features: torch.Tensor) -> torch.Tensor:
+    """`(U, F)` features with mean 0 and variance 1 in each row, float32."""
+    return F.layer_norm(features.float(), features.shape[1:])
 
 
 def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Tensor) -> torch.Tensor:

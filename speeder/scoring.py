@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from speeder.item_rows import ItemRows
 from speeder.layout import SequenceLayout, last_positions
+from speeder.negatives import Candidates, candidate_cross_entropy
 from speeder.prompts import IGNORED
 from speeder_kernels import item_cross_entropy
 
@@ -58,14 +60,17 @@ class ScoringMixin:
         hidden: torch.Tensor,
         targets: torch.Tensor,
         layout: SequenceLayout,
-        item_table: torch.Tensor | None,
+        item_table: torch.Tensor | ItemRows | None,
         num_items_in_batch: torch.Tensor | int | None,
+        candidates: Candidates | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task.
 
         Args:
             hidden: `(B, S, H)` states.
             targets: `(B, S)` what each of them is asked for, see `next_labels`.
+            item_table, candidates: where there are candidates, of the items that are needed, and items' targets are
+                compared with the candidates alone.
         """
         states, targets = hidden.flatten(0, 1), targets.flatten()
         text = self.config.text_vocab_size
@@ -78,15 +83,9 @@ class ScoringMixin:
         count = count.clamp(min=1)
         total = states[:0].float().sum()  # 0 with gradients, also where nothing is asked
         if is_item.any():
-            queries, vectors = self.item_queries(states[is_item]), self.item_vectors(item_table)
-            device, dtype = queries.device.type, torch.float32
-            if torch.is_autocast_enabled(device):  # as the backbone's own head would be computed
-                dtype = torch.get_autocast_dtype(device)
             total = (
                 total
-                + item_cross_entropy(
-                    queries.to(dtype), vectors.to(dtype), targets[is_item] - text, scale=1.0
-                ).sum()
+                + self._item_losses(states[is_item], targets[is_item] - text, item_table, candidates).sum()
             )
         if is_text.any():
             total = total + F.cross_entropy(
@@ -97,6 +96,25 @@ class ScoringMixin:
             share = here / count  # 1 but for accumulated gradients
             loss = loss + share * self.config.position_proxy_weight * self._proxy_loss(hidden, layout)
         return loss
+
+    def _item_losses(
+        self,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        item_table: torch.Tensor | ItemRows,
+        candidates: Candidates | None,
+    ) -> torch.Tensor:
+        """`(N, H)` states and the `(N,)` items that they are asked for, to `(N,)` losses."""
+        queries = self.item_queries(states)
+        device, dtype = queries.device.type, torch.float32
+        if torch.is_autocast_enabled(device):  # as the backbone's own head would be computed
+            dtype = torch.get_autocast_dtype(device)
+        queries = queries.to(dtype)
+        if candidates is None:
+            return item_cross_entropy(queries, self.item_vectors(item_table).to(dtype), targets, scale=1.0)
+        vectors = self.item_vectors(item_table.tokens).to(dtype)
+        places = item_table.places(candidates.items)
+        return candidate_cross_entropy(queries, vectors, item_table.places(targets), places, candidates.log_q)
 
     def _proxy_loss(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
         flat = hidden.flatten(0, 1)

@@ -15,6 +15,7 @@ from speeder.distributed import OwnDraws, SharedBatches, processes
 from speeder.model import SpeederForCausalLM
 from speeder.title_prompts import EpochTeller
 
+GATE_SAMPLE = 4096  # items whose gates are logged where the whole catalogue is never compressed
 COMPLETE = "COMPLETE"  # marker file of a checkpoint that was written to its end
 
 
@@ -71,7 +72,7 @@ class SpeederTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Every line about the loss also tells each modality's mean gate weight."""
         if "loss" in logs:
-            gates = self.plain.gates()
+            gates = self.plain.gates(None if self.plain.config.negatives == "full" else GATE_SAMPLE)
             logs |= {f"gate/{name}": float(weights.mean()) for name, weights in gates.items()}
         super().log(logs, start_time)
 

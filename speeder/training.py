@@ -28,6 +28,7 @@ from speeder.evaluation.leaks import check_features, check_split, training_hash
 from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import GateRamp, select_parameters
+from speeder.negatives import NegativesClock
 from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import IGNORED, TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
@@ -216,6 +217,9 @@ def _run_stage(
     if stage.titles:
         sequences = TitleExamples(sequences, stage.titles, prompts, recipe.seed, stage.name)
         callbacks = [EpochTeller(sequences.set_epoch)]
+    if model.config.negatives != "full":
+        model.negatives.set_counts(target_counts(data.split.training(), len(data.catalogue)))
+        callbacks.append(NegativesClock())
     batch_users = stage.batch_users or recipe.batch_users
     batches = math.ceil(len(sequences) / batch_users)
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
@@ -290,6 +294,11 @@ def _run_stage(
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
+
+
+def target_counts(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
+    """How often each item is asked for in an epoch over users' training parts: `(num_items,)` int64."""
+    return np.bincount(np.concatenate([sequence[1:] for sequence in sequences]), minlength=num_items)
 
 
 def _unasked(sequence: TokenSequence) -> TokenSequence:

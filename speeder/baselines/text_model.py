@@ -136,7 +136,7 @@ class TextBaseline(SpeederForCausalLM):
         self.catalogue, self._titles = catalogue, []
         self.config.num_items = 0  # no item is a token: the vocabulary is the backbone's
 
-    def gates(self) -> dict[str, torch.Tensor]:
+    def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
         """None: no modality is weighed."""
         return {}
 

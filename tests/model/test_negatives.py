@@ -1,0 +1,243 @@
+"""Sampled and in-batch negatives: the loss is an estimate of the full softmax's, and reads only what it needs."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from speeder.config import SpeederConfig
+from speeder.negatives import NegativeSampler, candidate_cross_entropy
+from speeder_kernels import item_cross_entropy
+from tests.model.worlds import TEXT, tiny_model
+
+HISTORY = torch.tensor([[TEXT + item for item in (3, 7, 1, 12, 5, 3, 19)]])
+
+
+def sampler(num_items: int, **config) -> NegativeSampler:
+    return NegativeSampler(
+        SpeederConfig(text_config=LlamaConfig(vocab_size=TEXT), num_items=num_items, **config)
+    )
+
+
+def gradients(model, ids=HISTORY) -> torch.Tensor:
+    """All gradients of the training loss in one row, and the loss before them."""
+    model.zero_grad()
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    flat = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat([loss.detach()[None], *flat])
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), rows=st.integers(1, 9), items=st.integers(1, 12), seed=st.integers(0, 99))
+def test_the_loss_is_the_formula(data, rows, items, seed):
+    """Written out pair by pair: weights 1/q, the target once with weight 1, and no accidental hit."""
+    places = sorted(data.draw(st.sets(st.integers(0, items - 1), min_size=1)))
+    generator = torch.Generator().manual_seed(seed)
+    queries, vectors = (torch.randn(count, 6, generator=generator) for count in (rows, items))
+    queries, vectors = (tensor.requires_grad_() for tensor in (2 * queries, vectors))
+    targets = torch.randint(items, (rows,), generator=generator)
+    log_q = -4 * torch.rand(len(places), generator=generator)
+    got = candidate_cross_entropy(queries, vectors, targets, torch.tensor(places), log_q)
+    scores = (queries @ vectors.T).double()
+    expected = []
+    for row, target in enumerate(targets.tolist()):
+        others = [scores[row, c] - log_q[n] for n, c in enumerate(places) if c != target]
+        terms = torch.stack([scores[row, target], *others])
+        expected.append(terms.logsumexp(0) - scores[row, target])
+    expected = torch.stack(expected)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-4)
+    inputs = (queries, vectors)
+    for mine, right in zip(
+        torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(mine, right.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_target_that_alone_was_drawn_costs_nothing_and_gives_finite_gradients():
+    queries, vectors = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    ones = torch.ones(3, dtype=torch.long)
+    loss = candidate_cross_entropy(queries, vectors, ones, torch.tensor([1]), torch.tensor([-9.0]))
+    assert loss.max() < 1e-6
+    loss.sum().backward()
+    assert queries.grad.isfinite().all() and vectors.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.75, 1.0])
+def test_items_are_among_the_candidates_as_often_as_log_q_says(exponent):
+    items, draws, rounds = 12, 10, 4000
+    made = sampler(items, negatives="sampled", num_negatives=draws, negatives_exponent=exponent)
+    made.set_counts(np.arange(items) ** 2)
+    seen, probability = np.zeros(items), np.zeros(items)
+    for step in range(rounds):
+        made.seek(step)
+        candidates = made.candidates(torch.zeros(0, dtype=torch.long))
+        seen[candidates.items.numpy()] += 1
+        probability[candidates.items.numpy()] = candidates.log_q.exp().numpy()
+    deviation = np.sqrt(probability * (1 - probability) / rounds)
+    assert (abs(seen / rounds - probability) < 4 * deviation + 1e-9).all()
+    assert np.ptp(probability) > 0.5 if exponent else np.ptp(probability) < 1e-6
+
+
+def test_in_batch_candidates_are_as_likely_as_log_q_says():
+    """Batches of targets drawn by their counts, as training draws them."""
+    items, batch, rounds = 8, 6, 4000
+    counts = np.array([1, 1, 2, 3, 5, 8, 13, 21])
+    made, random = sampler(items, negatives="in-batch"), np.random.default_rng(0)
+    made.set_counts(counts)
+    seen, probability = np.zeros(items), np.zeros(items)
+    for _ in range(rounds):
+        targets = random.choice(items, size=batch, p=counts / counts.sum())
+        candidates = made.candidates(torch.from_numpy(targets))
+        assert candidates.items.tolist() == sorted(set(targets.tolist()))
+        seen[np.unique(targets[1:])] += 1  # what the first row is compared with
+        probability[candidates.items.numpy()] = candidates.log_q.exp().numpy()
+    deviation = np.sqrt(probability * (1 - probability) / rounds)
+    assert (abs(seen / rounds - probability) < 4 * deviation).all()
+
+
+def test_draws_follow_from_seed_step_and_place_in_the_step():
+    def drawn(seed: int, step: int, number: int) -> list[int]:
+        made = sampler(10_000, negatives="sampled", num_negatives=50, negatives_seed=seed)
+        made.seek(3)
+        made.candidates(torch.zeros(0, dtype=torch.long))
+        made.seek(step)
+        for _ in range(number):
+            made.candidates(torch.zeros(0, dtype=torch.long))
+        return made.candidates(torch.zeros(0, dtype=torch.long)).items.tolist()
+
+    places = list(itertools.product((0, 1), (0, 1, 7), (0, 1)))
+    draws = [drawn(*place) for place in places]
+    assert draws == [drawn(*place) for place in places]
+    assert len({tuple(draw) for draw in draws}) == len(places)
+
+
+def test_with_every_item_drawn_loss_and_gradients_are_the_full_ones():
+    full = gradients(tiny_model().train())
+    sampled = gradients(tiny_model(negatives="sampled", num_negatives=4000).train())
+    torch.testing.assert_close(sampled, full, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_the_mean_gradient_approaches_the_full_one(exponent):
+    """Its error falls with the number of draws, and leaves of the gradient itself little."""
+    full = gradients(tiny_model().train())
+    errors = []
+    for draws in (4, 40):
+        model = tiny_model(negatives="sampled", num_negatives=draws, negatives_exponent=exponent).train()
+        model.negatives.set_counts(np.arange(20))
+        mean = torch.zeros_like(full)
+        for step in range(100):
+            model.negatives.seek(step)
+            mean += gradients(model) / 100
+        errors.append(float((mean - full).norm() / full.norm()))
+    assert errors[1] < errors[0] / 2 and errors[1] < 0.1
+
+
+def test_without_log_q_the_gradient_would_stay_wrong():
+    """What the correction is for: items drawn by popularity, and no trace of that in the mean of the softmax's sum."""
+    items, counts = 30, np.arange(1, 31)
+    vectors, query = torch.randn(items, 5), torch.randn(1, 5)
+    target = torch.tensor([0])
+    full = item_cross_entropy(query, vectors, target, scale=1.0).exp()
+    made = sampler(items, negatives="sampled", num_negatives=20, negatives_exponent=1.0)
+    made.set_counts(counts)
+    sums = {"corrected": [], "not": []}
+    for step in range(3000):
+        made.seek(step)
+        drawn = made.candidates(target)
+        for name, log_q in (("corrected", drawn.log_q), ("not", drawn.log_q * 0)):
+            sums[name].append(candidate_cross_entropy(query, vectors, target, drawn.items, log_q).exp())
+    error = {name: float((torch.cat(values).mean() / full - 1).abs()) for name, values in sums.items()}
+    assert error["corrected"] < 0.06 and error["not"] > 0.2
+
+
+@pytest.mark.parametrize("kind", ["sampled", "in-batch"])
+@pytest.mark.parametrize("tokens_per_item", [1, 2])
+def test_only_items_that_are_read_or_scored_are_compressed(kind, tokens_per_item, monkeypatch):
+    model = tiny_model(negatives=kind, num_negatives=3, tokens_per_item=tokens_per_item, item_embedding=True)
+    model.negatives.set_counts(np.ones(20))
+    calls, forward = [], model.mrc.forward
+    monkeypatch.setattr(model.mrc, "forward", lambda rows=None: calls.append(rows) or forward(rows))
+    ids = HISTORY.repeat_interleave(tokens_per_item, dim=1)
+    labels = torch.where(torch.arange(ids.shape[1]) % tokens_per_item == 0, ids, -100)
+    drawn = model.negatives.candidates(HISTORY.flatten()[1:] - TEXT).items
+    model.negatives.seek(0)
+    model.train()(ids, labels=labels).loss.backward()
+    assert [rows.tolist() for rows in calls] == [
+        sorted({*(HISTORY - TEXT).flatten().tolist(), *drawn.tolist()})
+    ]
+    assert not [name for name, _ in model.named_buffers() if "features" in name], "features stay on disk"
+
+
+def test_a_rows_token_is_the_catalogues():
+    full, rows = tiny_model(item_embedding=True), tiny_model(item_embedding=True, negatives="sampled")
+    with torch.no_grad():
+        torch.testing.assert_close(rows.mrc()[0], full.mrc()[0])
+        torch.testing.assert_close(rows.mrc(torch.tensor([4, 2]))[0], full.mrc()[0][[4, 2]])
+    assert [item.item for item in rows.recommend([[1, 2]], k=5)[0]] == [
+        item.item for item in full.recommend([[1, 2]], k=5)[0]
+    ]
+
+
+def test_in_evaluation_the_loss_is_the_full_one():
+    with torch.no_grad():
+        losses = [tiny_model(negatives=kind)(HISTORY, labels=HISTORY).loss for kind in ("full", "sampled")]
+    torch.testing.assert_close(*losses)
+
+
+def test_text_labels_and_batches_without_items_train_too():
+    model = tiny_model(negatives="sampled", num_negatives=5).train()
+    text = torch.tensor([[1, 2, 3, 4]])
+    full = tiny_model().train()
+    torch.testing.assert_close(model(text, labels=text).loss, full(text, labels=text).loss)
+    unasked = model(HISTORY, labels=torch.full_like(HISTORY, -100)).loss
+    unasked.backward()
+    assert unasked == 0
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"negatives": "some"}, {"num_negatives": 0}, {"negatives_exponent": -1.0}, {"negatives_seed": -1}],
+)
+def test_settings_out_of_range_are_named(config):
+    with pytest.raises(ValueError, match=next(iter(config))):
+        SpeederConfig(text_config=LlamaConfig(vocab_size=TEXT), **config)
+
+
+def test_counts_that_are_missing_or_do_not_fit_are_named():
+    model = tiny_model(negatives="in-batch").train()
+    with pytest.raises(ValueError, match="set_counts"):
+        model(HISTORY, labels=HISTORY)
+    model.negatives.set_counts(np.ones(19))
+    with pytest.raises(ValueError, match="20 items is a target, got counts of 19"):
+        model(HISTORY, labels=HISTORY)
+    with pytest.raises(ValueError, match="counts: expected"):
+        model.negatives.set_counts(np.array([1, -1]))
+
+
+WORKER = """
+import torch, torch.distributed as dist
+from speeder.distributed import gather_ids
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for counts in ((3, 0), (1, 4), (0, 0)):
+    mine = torch.arange(counts[rank]) + 10 * rank
+    expected = [torch.arange(count) + 10 * other for other, count in enumerate(counts)]
+    assert gather_ids(mine).tolist() == torch.cat(expected).tolist()
+dist.destroy_process_group()
+"""
+
+
+def test_targets_of_all_processes_are_gathered(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    subprocess.run([*command, str(tmp_path / "worker.py")], check=True, env=environment, timeout=300)
