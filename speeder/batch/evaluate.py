@@ -77,6 +77,7 @@ class RunAsked:
         data_folder: of the prepared data.
         runner: such as an `OnRay`.
         cold: whether cold items are ranked.
+        part_users: as `AskedInParts` has it.
     """
 
     run: Path
@@ -84,6 +85,7 @@ class RunAsked:
     data_folder: Path
     runner: Runner
     cold: bool = False
+    part_users: int = PART_USERS
 
     def __call__(self, file: Path, model: object) -> UserMap:
         """The map for a model whose evaluation goes to a file; unfinished parts lie beside it."""
@@ -102,7 +104,8 @@ class RunAsked:
         identity = {"data": folder_identity(data), "cold": self.cold, "kind": type(model).__name__}
         if folder in load.args:
             identity["model"] = folder_identity(folder)
-        return AskedInParts(load, file.with_name(f".{file.name}.parts"), identity, self.runner)
+        parts = file.with_name(f".{file.name}.parts")
+        return AskedInParts(load, parts, identity, self.runner, self.part_users)
 
 
 def users_table(users: Users) -> pa.Table:

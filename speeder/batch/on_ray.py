@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from speeder.batch.parts import Parts, Work
-from speeder.batch.ray_address import check_reachable, cluster_address
+from speeder.batch.ray_address import check_reachable
 from speeder.errors import SpeederError
 
 _RETRIES = 3  # of a part whose worker was killed: one that kills every worker must end some day
@@ -35,11 +36,17 @@ class OnRay:
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises `SpeederError` where Ray is not installed, `ValueError` for a wrong number of workers."""
+        """Checked before there is any work.
+
+        Raises `SpeederError` where Ray is not installed, or the cluster does not answer within seconds, `ValueError`
+        for a wrong number of workers.
+        """
         if find_spec("ray") is None:
             raise SpeederError('ray: expected Ray Data, which is not installed: pip install "speeder[ray]"')
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
+        if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+            check_reachable(self.address)
 
     def __call__(self, make: Callable[[], Work], parts: Parts, missing: list[int]) -> Iterator[int]:
         """See `Runner`; raises `SpeederError` where no Ray can be reached, or a worker failed."""
@@ -89,16 +96,12 @@ def _ray(address: str | None) -> Iterator:
 
     began = not ray.is_initialized()
     if began:
-        cluster = cluster_address(address)
-        if cluster is not None:
-            check_reachable(cluster)
+        check_reachable(address)
         try:
             ray.init(address, logging_level="warning", log_to_driver=False)
         except Exception as error:  # also a bare one, where a machine is too busy to start Ray in time
             reason = str(error).partition("\n")[0]
-            raise SpeederError(
-                f"ray: expected a cluster at {cluster or address or 'RAY_ADDRESS'}: {reason}"
-            ) from error
+            raise SpeederError(f"ray: cannot be started or joined: {reason}") from error
     context = ray.data.DataContext.get_current()
     shown, context.enable_progress_bars = context.enable_progress_bars, False  # there is one for the parts
     try:
