@@ -13,7 +13,18 @@ from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.synthetic import synthetic_world
 from tests.model.worlds import save_tiny_backbone
 
-COMMANDS = ("assets", "prepare", "train", "evaluate", "compare", "ablate", "recommend", "bench", "demo")
+COMMANDS = (
+    "assets",
+    "prepare",
+    "train",
+    "evaluate",
+    "compare",
+    "ablate",
+    "recommend",
+    "serve",
+    "bench",
+    "demo",
+)
 
 
 @pytest.fixture(scope="module")

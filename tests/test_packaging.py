@@ -14,7 +14,9 @@ def test_every_data_file_is_packaged():
     patterns = read_configuration(ROOT / "pyproject.toml")["tool"]["setuptools"]["package-data"]
     for package in ("speeder", "speeder_kernels"):
         found = {
-            path for path in (ROOT / package).rglob("*") if path.suffix in (".yaml", ".yml", ".json", ".txt")
+            path
+            for path in (ROOT / package).rglob("*")
+            if path.suffix in (".yaml", ".yml", ".json", ".txt", ".html", ".css", ".js", ".svg")
         }
         named = {path for pattern in patterns.get(package, []) for path in (ROOT / package).glob(pattern)}
         assert found == named

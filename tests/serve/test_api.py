@@ -1,0 +1,327 @@
+"""The HTTP API over loopback: what it answers, what it refuses and how, and what it does when it has too much to do."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from speeder.explain import explain
+from speeder.serve.engine import Engine
+from speeder.serve.limits import Limits
+from tests.serve.worlds import MARKUP, TITLES, listening, served_model
+
+LIMITS = Limits(max_history=20, max_k=15, max_explained=3, max_query=40, max_results=6, max_body_bytes=2000)
+SOON = 120  # seconds; the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return served_model(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def client(model):
+    with (
+        listening(model, LIMITS, name="films") as address,
+        httpx.Client(base_url=address, timeout=SOON) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """The real engine, which works only while the event is set."""
+    free, recommend = threading.Event(), Engine.recommend
+
+    def wait_and_recommend(self, jobs):
+        assert free.wait(SOON)
+        return recommend(self, jobs)
+
+    monkeypatch.setattr(Engine, "recommend", wait_and_recommend)
+    return free
+
+
+def problems(response, status):
+    assert response.status_code == status, response.text
+    return {error["field"]: (error["expected"], error["got"]) for error in response.json()["errors"]}
+
+
+def metric(client, name):
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(name + " "):
+            return float(line.rsplit(" ", 1)[1])
+    return 0.0
+
+
+# ---- answers ----------------------------------------------------------------------------------------------
+
+
+def test_recommendations_are_the_models(client, model):
+    history = ["i1", "i2", "a/b?c=1 d"]
+    body = client.post("/v1/recommend", json={"history": history, "k": 5}).json()
+    expected = model.recommend([history], 5)[0]
+    assert [item["id"] for item in body["items"]] == [item.id for item in expected]
+    assert [item["score"] for item in body["items"]] == pytest.approx([e.score for e in expected], abs=1e-4)
+    assert [item["id"] for item in body["history"]] == history and body["read"] == 3
+    seen = client.post("/v1/recommend", json={"history": history, "k": 15, "exclude_seen": False}).json()[
+        "items"
+    ]
+    assert [item["id"] for item in seen] == [
+        r.id for r in model.recommend([history], 15, exclude_seen=False)[0]
+    ]
+
+
+def test_a_history_may_be_titles_and_longer_than_what_is_read(client):
+    by_title = client.post("/v1/recommend", json={"titles": ["star wars", "Usual Suspects"], "k": 3}).json()
+    by_id = client.post("/v1/recommend", json={"history": ["i1", "i3"], "k": 3}).json()
+    assert [item["id"] for item in by_title["items"]] == [item["id"] for item in by_id["items"]]
+    long = client.post("/v1/recommend", json={"history": ["i1", "i2"] * 10, "k": 3}).json()
+    assert len(long["history"]) == 20 and long["read"] == 8
+
+
+def test_explanations_are_the_librarys(client, model):
+    history, items = ["i1", "i2", "i9"], ["i5", "i7"]
+    found = client.post("/v1/explain", json={"history": history, "items": items}).json()["items"]
+    for got, expected in zip(found, explain(model, history, items), strict=True):
+        assert (got["id"], got["title"]) == (expected.id, expected.title)
+        assert got["score"] == pytest.approx(expected.score, abs=1e-4)
+        assert got["gates"] == pytest.approx(expected.gates, abs=1e-5)
+        assert [effect["id"] for effect in got["history"]] == history
+        changes = [effect.change for effect in expected.history]
+        assert [effect["change"] for effect in got["history"]] == pytest.approx(changes, abs=1e-4)
+
+
+def test_search_and_pictures(client):
+    found = client.get("/v1/items", params={"q": "star"}).json()["items"]
+    assert [item["title"] for item in found] == ["Star Wars (1977)", "Star Trek: First Contact (1996)"]
+    assert client.get("/v1/items", params={"q": "bold"}).json()["items"][0]["title"] == MARKUP
+    pictures = client.get("/v1/items", params={"q": "toy"}).json()["items"][0]["picture"]
+    answer = client.get("/" + pictures)
+    assert answer.headers["content-type"] == "image/jpeg" and answer.content[:3] == b"\xff\xd8\xff"
+    assert found[0]["picture"] is None and "item" in problems(client.get("/v1/pictures/i1"), 404)
+
+
+def test_the_server_tells_of_itself(client):
+    about = client.get("/v1/model").json()
+    assert (about["name"], about["items"], about["reads"]) == ("films", len(TITLES), 8)
+    assert about["modalities"] == ["collaborative", "image", "text", "item"] and about["pictures"]
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_nothing_on_the_pages_comes_from_elsewhere(client):
+    """The page, the API's description and Swagger UI: every file is this server's."""
+    for page in ("/", "/docs"):
+        answer = client.get(page)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff" and "server" not in answer.headers
+        assert "//" not in answer.text.replace("<!doctype", "")
+    for path in ("static/app.js", "static/style.css", "static/swagger/swagger-ui-bundle.js", "openapi.json"):
+        assert client.get("/" + path).status_code == 200
+    assert client.get("/static/../app.py").status_code == 404
+    assert client.get("/static/%2e%2e/app.py").status_code == 404
+
+
+def test_openapi_states_the_bounds(client):
+    schema = client.get("/openapi.json").json()
+    assert {"/v1/recommend", "/v1/explain", "/v1/items", "/healthz", "/readyz", "/metrics"} <= set(
+        schema["paths"]
+    )
+    fields = schema["components"]["schemas"]["RecommendRequest"]["properties"]
+    assert fields["k"]["maximum"] == 15
+    assert {"maxItems": 20, "minItems": 1}.items() <= fields["history"]["anyOf"][0].items()
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "field", "expected", "got"),
+    [
+        ({"history": ["i1"], "k": 16}, "k", "less than or equal to 15", "16"),
+        ({"history": ["i1"], "k": 0}, "k", "greater than or equal to 1", "0"),
+        ({"history": ["i1"], "k": "many"}, "k", "a valid integer", "many"),
+        ({"history": ["i1"] * 21}, "history", "at most 20 entries", "21 entries"),
+        ({"history": []}, "history", "at least 1 entries", "0 entries"),
+        ({"history": ["i1", "zz"]}, "history.1", "the id of an item", "zz"),
+        ({"history": ["x" * 600]}, "history.0", "at most 512 characters", "600 characters"),
+        ({"history": [1]}, "history.0", "a valid string", "1"),
+        ({"history": "i1"}, "history", "a valid list", "i1"),
+        ({"history": ["i1"], "titles": ["Heat"]}, "body", "exactly one of history and titles", "{"),
+        ({"k": 3}, "body", "exactly one of history and titles", "{"),
+        ({"history": ["i1"], "kk": 3}, "kk", "no such field", "3"),
+        ({"titles": ["Heat", "Gone"]}, "titles.1", "the title of an item", "Gone"),
+        ({"titles": ["Star"]}, "titles.0", "one item, not 2: Star Wars (1977) (i1); Star Trek", "Star"),
+        ({"history": [f"i{n}" for n in (0, 1, 2, 3, *range(5, 20))], "k": 15}, "k", "at most 5", "15"),
+    ],
+)  # fmt: skip
+def test_mistakes_name_the_field_what_was_expected_and_what_came(client, body, field, expected, got):
+    found = problems(client.post("/v1/recommend", json=body), 422)
+    assert list(found) == [field] and expected in found[field][0] and found[field][1].startswith(got)
+
+
+def test_other_mistakes(client):
+    post = client.post
+    assert "body" in problems(
+        post("/v1/recommend", content=b"{", headers={"content-type": "application/json"}), 422
+    )
+    assert (
+        problems(post("/v1/explain", json={"history": ["i1"], "items": ["i2"] * 4}), 422)["items"][1]
+        == "4 entries"
+    )
+    assert problems(post("/v1/explain", json={"history": ["i1"], "items": ["zz"]}), 422)["items.0"][1] == "zz"
+    assert problems(post("/v1/explain", json={"history": ["i1"]}), 422)["items"] == ("a value", "nothing")
+    assert "q" in problems(client.get("/v1/items"), 422)
+    assert problems(client.get("/v1/items", params={"q": "x" * 41}), 422)["q"][1] == "41 characters"
+    assert "limit" in problems(client.get("/v1/items", params={"q": "x", "limit": 7}), 422)
+    assert problems(client.get("/v1/pictures/zz"), 404)["item"][1] == "zz"
+    assert "path" in problems(client.get("/nowhere"), 404)
+    assert "path" in problems(client.get("/v1/recommend"), 405)
+
+
+def test_bodies_have_a_bound_whether_their_length_is_told_or_not(client):
+    large = json.dumps({"history": ["i1"], "k": 1, "x": "y" * 3000}).encode()
+    headers = {"content-type": "application/json"}
+    told = client.post("/v1/recommend", content=large, headers=headers)
+    assert problems(told, 413)["body"] == ("at most 2000 bytes", f"{len(large)} bytes")
+    untold = client.post("/v1/recommend", content=iter([large[:1000], large[1000:]]), headers=headers)
+    assert "more than 2000 bytes" in problems(untold, 413)["body"][1]
+    assert client.post("/v1/recommend", json={"history": ["i1"], "k": 1}).status_code == 200
+
+
+# ---- under strain -----------------------------------------------------------------------------------------
+
+
+def test_many_at_once_are_batched_and_each_gets_its_own(client, model):
+    async def all_at_once():
+        async with httpx.AsyncClient(base_url=client.base_url, timeout=SOON) as many:
+            histories = [[f"i{n % 4}", f"i{5 + n % 18}"] for n in range(60)]
+            posts = [
+                many.post("/v1/recommend", json={"history": h, "k": 1 + n % 7})
+                for n, h in enumerate(histories)
+            ]
+            return histories, await asyncio.gather(*posts)
+
+    batches = metric(client, 'speeder_batch_size_count{lane="recommend"}')
+    histories, answers = asyncio.run(all_at_once())
+    assert metric(client, 'speeder_batch_size_count{lane="recommend"}') - batches < 60  # some ran together
+    for n, (history, answer) in enumerate(zip(histories, answers, strict=True)):
+        expected = model.recommend([history], 1 + n % 7)[0]
+        got = answer.json()["items"]
+        assert [item["score"] for item in got] == pytest.approx([e.score for e in expected], abs=1e-4)
+
+
+def test_a_full_queue_says_when_to_come_again(held):
+    limits = Limits(max_queue=2, max_batch=1, batch_wait_ms=0)
+    with listening(served_model(), limits) as address:
+
+        async def six():
+            async with httpx.AsyncClient(base_url=address, timeout=SOON) as many:
+                posts = [
+                    asyncio.ensure_future(many.post("/v1/recommend", json={"history": ["i1"], "k": 2}))
+                    for _ in range(6)
+                ]
+                refused, _ = await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED, timeout=SOON)
+                while len(refused) < 3:
+                    await asyncio.sleep(0.05)
+                    refused = {post for post in posts if post.done()}
+                waiting = (await many.get("/metrics")).text
+                held.set()
+                return refused, waiting, await asyncio.gather(*posts)
+
+        refused, waiting, answers = asyncio.run(six())
+        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [503] * 3
+        for post in refused:
+            assert int(post.result().headers["retry-after"]) >= 1
+            assert problems(post.result(), 503) == {"server": ("room in the queue", "a full queue")}
+        assert 'speeder_queue_depth{lane="recommend"} 2.0' in waiting
+        assert 'speeder_refused_total{lane="recommend",reason="queue"} 3.0' in waiting
+
+
+def test_a_deadline_ends_the_waiting_and_a_stuck_model_shows_itself(held):
+    with (
+        listening(served_model(), Limits(deadline_s=0.5, stuck_s=0.2, batch_wait_ms=0)) as address,
+        httpx.Client(base_url=address, timeout=SOON) as client,
+    ):
+        late = client.post("/v1/recommend", json={"history": ["i1"], "k": 2})
+        assert problems(late, 504)["server"][0] == "an answer within 0.5 s"
+        time.sleep(0.3)
+        assert client.get("/healthz").status_code == client.get("/readyz").status_code == 503
+        assert metric(client, "speeder_ready") == 0
+        held.set()
+        until = time.monotonic() + SOON
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < until
+        assert metric(client, 'speeder_refused_total{lane="recommend",reason="deadline"}') == 1
+
+
+def test_a_client_that_goes_away_is_dropped(held):
+    limits = Limits(max_batch=1, max_queue=5, batch_wait_ms=0)
+    with listening(served_model(), limits) as address, httpx.Client(base_url=address, timeout=SOON) as client:
+        host, port = address.removeprefix("http://").split(":")
+        body = b'{"history": ["i1"], "k": 2}'
+        head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        sockets = [socket.create_connection((host, int(port))) for _ in range(4)]
+        for connection in sockets:
+            connection.sendall(head % len(body) + body)
+
+        def until(wanted):
+            deadline = time.monotonic() + SOON
+            while metric(client, 'speeder_queue_depth{lane="recommend"}') != wanted:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+
+        until(3)  # one runs
+        for connection in sockets[1:]:
+            connection.close()
+        until(0)
+        held.set()
+        assert sockets[0].recv(9) == b"HTTP/1.1 "
+        sockets[0].close()
+        assert metric(client, 'speeder_refused_total{lane="recommend",reason="client"}') == 3
+        lost = 'speeder_requests_total{method="POST",route="/v1/recommend",status="499"}'
+        assert metric(client, lost) == 3
+
+
+def test_a_body_that_does_not_come_is_not_waited_for():
+    with listening(served_model(), Limits(deadline_s=0.3)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=SOON) as connection:
+            head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+            connection.sendall(head + b'Content-Type: application/json\r\n\r\n{"history"')
+            answer = b""
+            while part := connection.recv(4096):  # ends: the server closes
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"a whole body within 0.3 s" in answer
+
+
+def test_a_fault_has_a_number_that_the_log_knows_and_the_server_goes_on(monkeypatch, caplog):
+    recommend = Engine.recommend
+
+    def break_on_three(self, jobs):
+        if any(job.k == 3 for job in jobs):
+            raise RuntimeError("out of something")
+        return recommend(self, jobs)
+
+    monkeypatch.setattr(Engine, "recommend", break_on_three)
+    with listening(served_model()) as address, httpx.Client(base_url=address, timeout=SOON) as client:
+        answer = client.post("/v1/recommend", json={"history": ["i1"], "k": 3})
+        number = answer.json()["errors"][0]["message"].split()[-1]
+        assert answer.status_code == 500 and "out of something" not in answer.text
+        assert any(number in record.message and record.exc_info for record in caplog.records)
+        assert client.post("/v1/recommend", json={"history": ["i1"], "k": 2}).status_code == 200
+        assert client.get("/healthz").status_code == 200
+        failed = 'speeder_requests_total{method="POST",route="/v1/recommend",status="500"}'
+        assert metric(client, failed) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"max_k": 0}, {"batch_wait_ms": -1}, {"deadline_s": 0}, {"max_queue": -5}])
+def test_bounds_that_cannot_be_are_refused(wrong):
+    from speeder.errors import SpeederError
+
+    with pytest.raises(SpeederError, match=f"{next(iter(wrong))}: expected at least"):
+        Limits(**wrong)
