@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from speeder.errors import SpeederError
+from speeder.precision import AUTO, DTYPES
 
 if TYPE_CHECKING:
     from speeder.baselines.sasrec_recipe import SASRecRecipe
@@ -110,7 +111,7 @@ class Recipe:
         supervision: `"all"` or `"last"`, see `build_sequence`.
         batch_users: training sequences per batch, which all devices share.
         gradient_accumulation_steps: batches per optimizer step.
-        precision: `"bf16"` (autocast), `"fp16"` or `"fp32"`.
+        precision: `"bf16"` (autocast), `"fp16"`, `"fp32"`, or x
         weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
         ema_decay: of the moving average of the weights, which is evaluated and kept in their place; 0 leaves it out.
         checkpoint_steps: steps between checkpoints, each with a validation ranking.
@@ -132,7 +133,7 @@ class Recipe:
     supervision: str = "all"
     batch_users: int = 64
     gradient_accumulation_steps: int = 1
-    precision: str = "bf16"
+    precision: str = AUTO
     weight_decay: float = 0.01
     warmup_ratio: float = 0.05
     max_grad_norm: float = 1.0
@@ -148,7 +149,7 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise SpeederError(f"recipe: expected stages with different names, got {', '.join(names)}")
-        for name, allowed in (("precision", ("bf16", "fp16", "fp32")), ("supervision", ("all", "last"))):
+        for name, allowed in (("precision", (AUTO, *DTYPES)), ("supervision", ("all", "last"))):
             if getattr(self, name) not in allowed:
                 raise SpeederError(
                     f"recipe: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"

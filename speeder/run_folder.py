@@ -54,17 +54,34 @@ def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -
         return {"finished": [], "model": None}
     if not path.exists():
         raise SpeederError(f"{run}: expected a run to resume, found none")
-    began = {key: value for key, value in read_json(path).items() if key != "data"}
+    began = {key: value for key, value in read_json(path).items() if key not in ("data", "precision")}
     if began != run_identity(recipe, data):
         raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
     return read_json(run / "state.json") if (run / "state.json").exists() else {"finished": [], "model": None}
 
 
-def begin_run(run: Path, recipe: AnyRecipe, data: PreparedData, data_folder: str | Path | None) -> None:
-    """Make the folder a run, once nothing is left that a mistake could stop; a resumed run keeps its data's place."""
+def begun_precision(run: Path) -> str | None:
+    """The precision that a run began in and goes on in, wherever it is resumed; None before it began."""
+    path = run / "recipe.json"
+    return read_json(path).get("precision") if path.exists() else None
+
+
+def begin_run(
+    run: Path,
+    recipe: AnyRecipe,
+    data: PreparedData,
+    data_folder: str | Path | None,
+    precision: str | None = None,
+) -> None:
+    """Make the folder a run, once nothing is left that a mistake could stop; a resumed run keeps its data's place.
+
+    Args:
+        precision: that the run computes in, where its recipe leaves it open.
+    """
     if data_folder is None and (run / "recipe.json").exists():
         data_folder = read_json(run / "recipe.json").get("data")
     place = {"data": str(Path(data_folder).resolve()) if data_folder else None}
+    place |= {"precision": precision} if precision else {}
     write_json(run / "recipe.json", run_identity(recipe, data) | place)
 
 

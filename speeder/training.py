@@ -10,6 +10,7 @@ import gc
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +30,18 @@ from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import GateRamp, select_parameters
 from speeder.negatives import NegativesClock
+from speeder.precision import resolve_precision
 from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import IGNORED, TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
-from speeder.run_folder import begin_run, finish_stage, read_state, stage_folder, write_stage_log
+from speeder.run_folder import (
+    begin_run,
+    begun_precision,
+    finish_stage,
+    read_state,
+    stage_folder,
+    write_stage_log,
+)
 from speeder.sharded_trainer import ShardedTrainer, sharding_is_asked
 from speeder.sharding import copy_for_sharding
 from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
@@ -133,10 +142,11 @@ def train(
     if any(stage.titles for stage in recipe.stages):
         prompts = TitlePrompts(tokenizer, model.config, data.catalogue, recipe.title_template)
     main = processes().is_main_process
+    precision = from_main((begun_precision(run) or resolve_precision(recipe.precision)) if main else None)
     on_stage = on_stage if main else None
     processes().wait_for_everyone()  # until all have looked at the folder as it was
     if main:
-        begin_run(run, recipe, data, data_folder)
+        begin_run(run, recipe, data, data_folder, precision)
     check_shared(run / "recipe.json")
     if on_stage is not None and state["finished"]:
         # the stop may have come between the stage's end and this call
@@ -144,7 +154,7 @@ def train(
     opened: set[str] = set()
     for number, stage in enumerate(recipe.stages):
         if number >= len(state["finished"]):
-            _run_stage(number, stage, opened, model, recipe, data, run, prompts)
+            _run_stage(number, stage, opened, model, replace(recipe, precision=precision), data, run, prompts)
             last = stage is recipe.stages[-1]
             _finish_stage(number, stage, model, processor, run, state, last)
             if on_stage is not None:

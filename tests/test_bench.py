@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from speeder.bench import machine, run
 from speeder.bench.figures import row
-from speeder.bench.flops import attention_flops, training_flops
+from speeder.bench.flops import attention_flops, pair_flops, training_flops
 from speeder.bench.profile import group_of
 from speeder.bench.report import verdicts
 from speeder.bench.run import MAIN, Plan, _rounds
@@ -43,7 +43,7 @@ def data(place) -> PreparedData:
 
 
 def system(name, place, data, workload=MAIN) -> System:
-    made = System(name, data, workload, str(place / "backbone"), layers=2)
+    made = System(name, data, workload, str(place / "backbone"), layers=2, precision="bf16")
     made.prepare()
     return made
 
@@ -94,10 +94,15 @@ def test_flops_of_an_answer(name, place, data):
     with FlopCounterMode(display=False) as counter:
         measured.rank([0, 1])
     model, lengths = measured.model, [length for user in (0, 1) for length in measured.prompt_lengths(user)]
-    unseen = attention_flops(model, lengths)
+    layers = model.config.text_config.num_hidden_layers
+    attention = attention_flops(model, lengths) * (layers - 1) // layers + pair_flops(model) * sum(lengths)
+    unseen = attention
     if name == "speeder":
         unseen += 2 * len(lengths) * model.config.hidden_size * len(data.catalogue)  # in `topk_items`
-    assert counter.get_total_flops() + unseen == measured.rank_flops([0, 1])
+    # the last layer's queries of tokens that are not read, and the keys and values once more of those that are
+    last = model.backbone.get_decoder().layers[-1].self_attn
+    again = 2 * (last.q_proj.weight.numel() * sum(lengths) + 2 * last.k_proj.weight.numel() * len(lengths))
+    assert counter.get_total_flops() + unseen == measured.rank_flops([0, 1]) + again
 
 
 @pytest.mark.parametrize("workload", [MAIN, Workload(history=4), Workload(history=None), Workload(history=3, text=40)],
@@ -179,7 +184,7 @@ def test_real_titles_cost_ten_times_the_tokens_and_flops(smollm2_folder, ml100k_
     data = PreparedData(catalogue, films.interactions, films.manifest)
     tokens, flops = {}, {}
     for name in ("speeder", "text-prompt", "title-generation"):
-        measured = System(name, data, MAIN, str(tmp_path), layers=1)
+        measured = System(name, data, MAIN, str(tmp_path), layers=1, precision="bf16")
         measured.prepare()
         batch = measured.batches[0]
         tokens[name] = batch.tokens / batch.targets
@@ -241,7 +246,9 @@ def test_the_command_measures_writes_and_goes_on(place, tmp_path, capsys, monkey
     own = first["points"].pop(Workload(history=None).name)
     (out / "results.json").write_text(json.dumps(first))
     asked = []
-    monkeypatch.setattr(run, "measure_point", lambda plan, folder, point, seconds: asked.append(point) or own)
+    monkeypatch.setattr(
+        run, "measure_point", lambda plan, folder, point, seconds, precision: asked.append(point) or own
+    )
     assert command(place, out, "--systems", "speeder", "text-prompt") == 0
     assert asked == [Workload(history=None)]
     second = json.loads((out / "results.json").read_text())

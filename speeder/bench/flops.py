@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from speeder.model import SpeederForCausalLM
 from speeder.prompts import TokenSequence
 
@@ -42,29 +44,50 @@ def training_flops(model: SpeederForCausalLM, sequences: Sequence[TokenSequence]
 
 def ranking_flops(model: SpeederForCausalLM, lengths: Sequence[int], whole_catalogue: bool) -> int:
     """Flops of reading sequences of the given lengths and answering at the end of each: with the scores of the whole
-    catalogue, or with those of one text token. Item tokens, made once, are not counted."""
-    hidden, answers = model.config.hidden_size, len(lengths)
+    catalogue, or with those of one text token. Item tokens, made once, are not counted, and of the last layer only the
+    states that are read."""
+    hidden, answers, total = model.config.hidden_size, len(lengths), sum(lengths)
     if whole_catalogue:
         answer = 2 * hidden * (hidden + len(model.catalogue))
     else:
         answer = 2 * hidden * model.config.text_vocab_size
-    read = 2 * linear_weights(model) * sum(lengths) + attention_flops(model, lengths)
-    return read + answers * answer
+    *whole, last = model.backbone.get_decoder().layers
+    keys_and_values = 2 * hidden * model.config.text_config.num_key_value_heads * head_width(model)
+    products = sum(map(matrix_weights, whole)) * total
+    products += keys_and_values * total + (matrix_weights(last) - keys_and_values) * answers
+    pairs = len(whole) * causal_pairs(lengths) + total
+    return 2 * products + pairs * pair_flops(model) + answers * answer
 
 
 def linear_weights(model: SpeederForCausalLM) -> int:
     """Weights of the decoder layers' matrices."""
-    return sum(
-        weight.numel() for weight in model.backbone.get_decoder().layers.parameters() if weight.ndim == 2
-    )
+    return sum(map(matrix_weights, model.backbone.get_decoder().layers))
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Weights of a module's matrices."""
+    return sum(weight.numel() for weight in module.parameters() if weight.ndim == 2)
 
 
 def attention_flops(model: SpeederForCausalLM, lengths: Sequence[int]) -> int:
     """Flops of causal attention's forward pass in all layers: queries with keys, weights with values."""
+    return model.config.text_config.num_hidden_layers * causal_pairs(lengths) * pair_flops(model)
+
+
+def causal_pairs(lengths: Sequence[int]) -> int:
+    """Pairs of a token and one that it sees, itself too."""
+    return sum(length * (length + 1) // 2 for length in lengths)
+
+
+def pair_flops(model: SpeederForCausalLM) -> int:
+    """Flops of such a pair in a layer."""
+    return 4 * model.config.text_config.num_attention_heads * head_width(model)
+
+
+def head_width(model: SpeederForCausalLM) -> int:
+    """Width of an attention head."""
     text = model.config.text_config
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return text.num_hidden_layers * 4 * text.num_attention_heads * width * pairs
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def catalogue_flops(model: SpeederForCausalLM, training: bool) -> int:

@@ -44,15 +44,15 @@ def processor() -> str:
 
 
 @torch.no_grad()
-def gemm_peak() -> float:
-    """Flops a second of the fastest bfloat16 product that is at hand: torch's, in several sizes and both layouts, or
+def gemm_peak(dtype: torch.dtype) -> float:
+    """Flops a second of the fastest product in `dtype` that is at hand: torch's, in several sizes and both layouts, or
     the one inside the item cross-entropy. The best of some tries, since what disturbs only slows down."""
     best = 0.0
     for m, n, k in _SIZES:
-        left, right = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16()
+        left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
         for other in (right, right.T.contiguous().T):
             best = max(best, 2 * m * n * k / _shortest(lambda a=left, b=other: a @ b))
-    states, table = torch.randn(1024, 576).bfloat16(), torch.randn(8192, 576).bfloat16()
+    states, table = torch.randn(1024, 576).to(dtype), torch.randn(8192, 576).to(dtype)
     targets = torch.zeros(1024, dtype=torch.long)
     seconds = _shortest(lambda: item_cross_entropy(states, table, targets, scale=1.0))
     return max(best, 2 * states.numel() * len(table) / seconds)

@@ -63,14 +63,15 @@ def conditions(results: dict) -> str:
         if point["workload"]["history"]
     }
     shares = ", ".join(f"{share:.0%} of {length}" for length, share in sorted(filled.items()))
+    bf16 = results["conditions"]["precision"] == "bf16"
+    how = "training in bfloat16 autocast, inference with weights in bfloat16" if bf16 else "all in float32"
     lines = [
-        f"{settings['backbone']}, {settings['layers']} layers, recipes as bundled: training in bfloat16"
-        " autocast, inference with weights in bfloat16;"
+        f"{settings['backbone']}, {settings['layers']} layers, recipes as bundled: {how};"
         f" data: {data['name']} ({settings['dataset'] or 'of unknown origin'}),"
         f" {data['items']:,} items, {data['users']:,} users.",
         f"{machine['processor']}, {machine['threads']} of {machine['cores']} cores, {machine['instruction set']},"
         f" torch {machine['torch']}, transformers {machine['transformers']}, Python {machine['python']}.",
-        f"Fastest matrix product: {best_peak(results) / 1e9:.0f} GFLOP/s in bfloat16."
+        f"Fastest matrix product: {best_peak(results) / 1e9:.0f} GFLOP/s in {'bfloat16' if bf16 else 'float32'}."
         + (f" Other programs used up to {max(disturbed):.2f} cores meanwhile." if disturbed else ""),
         f"Histories of N items are users' own, filled at the old end with items drawn as often as they occur: {shares}."
         if shares

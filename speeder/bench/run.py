@@ -19,6 +19,7 @@ from speeder.data.files import read_json, write_json, write_text
 from speeder.data.prepare import prepare_ml100k
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
+from speeder.precision import AUTO, DTYPES, resolve_precision
 
 FORMAT = "speeder-bench-1"
 RESULTS, REPORT, PICTURE = "results.json", "report.md", "bench.png"
@@ -104,7 +105,7 @@ def bench(plan: Plan, folder: Path, out: Path, say: Callable[[str], None] = prin
             continue
         seconds = plan.budget * weights[point] / sum(weights.values())
         say(f"[{number}/{len(points)}] {point.name}: about {seconds:.0f} s")
-        measured = measure_point(plan, folder, point, seconds)
+        measured = measure_point(plan, folder, point, seconds, results["conditions"]["precision"])
         results["points"][point.name] = {"workload": asdict(point)} | measured
         write_json(out / RESULTS, results)
         write_text(out / REPORT, report(results, MAIN.name))
@@ -139,13 +140,17 @@ def _begin(out: Path, settings: dict, plan: Plan, data: PreparedData, name: str)
             "title_tokens": TITLE_TOKENS,
             "longest": LONGEST,
             "users": USERS,
+            "precision": resolve_precision(AUTO),
         },
         "points": {},
     }
 
 
-def measure_point(plan: Plan, folder: Path, workload: Workload, seconds: float) -> dict:
+def measure_point(plan: Plan, folder: Path, workload: Workload, seconds: float, precision: str) -> dict:
     """One point: every system in its own process, all alive at once but only one at work.
+
+    Args:
+        precision: that all systems compute in, the faster of `"bf16"` and `"fp32"` on the machine.
 
     Returns:
         `systems`: name -> what was measured; `peak`: flops a second of the fastest product; `busy_elsewhere`: cores
@@ -153,7 +158,8 @@ def measure_point(plan: Plan, folder: Path, workload: Workload, seconds: float) 
     """
     began, busy, own = time.perf_counter(), busy_seconds(), cpu_seconds()
     workers = [
-        Worker(name, folder, workload, plan.backbone, plan.layers, plan.threads) for name in plan.systems
+        Worker(name, folder, workload, plan.backbone, plan.layers, plan.threads, precision)
+        for name in plan.systems
     ]
     try:
         measured: dict[str, dict] = {}
@@ -161,7 +167,7 @@ def measure_point(plan: Plan, folder: Path, workload: Workload, seconds: float) 
             worker.send("load")
         for worker in workers:
             worker.answer()
-        peak = gemm_peak()
+        peak = gemm_peak(DTYPES[precision])
         for worker in workers:
             first = worker.ask("first")
             measured[worker.name] = worker.ask("facts") | {"first": first, "samples": {}, "left_out": {}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,16 +50,19 @@ class System:
         name: one of [`SYSTEMS`].
         backbone: asset, folder or Hub id.
         layers: how many of the backbone's are kept.
+        precision: `"bf16"` or `"fp32"`.
 
     Raises:
         SpeederError: the backbone or the data do not serve.
     """
 
-    def __init__(self, name: str, data: PreparedData, workload: Workload, backbone: str, layers: int):
+    def __init__(
+        self, name: str, data: PreparedData, workload: Workload, backbone: str, layers: int, precision: str
+    ):
         recipe, _ = load_recipe(bundled_recipe(SYSTEMS[name][1])).for_modalities(
             list(data.catalogue.modalities)
         )
-        self.name, self.recipe, self.workload = name, recipe, workload
+        self.name, self.recipe, self.workload = name, replace(recipe, precision=precision), workload
         self.users: Users = choose_users(data, workload)
         longest = max(len(set(history.tolist())) for history in self.users.histories)
         self._k = min(K, len(data.catalogue) - longest)
@@ -67,8 +70,8 @@ class System:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def for_ranking(self) -> None:
-        """Weights in bfloat16, as a server would hold them: autocast casts them anew at every call without gradients.
-        Once trained, a system cannot go back."""
+        """Weights in the bench's precision, as a server would hold them: autocast casts them anew at every call
+        without gradients. Once trained, a system cannot go back."""
         if self.recipe.precision == "bf16":
             self.model.to(torch.bfloat16)
         self.model.eval()

@@ -28,14 +28,14 @@ class Worker:
     Raises `SpeederError`, from every method, with what went wrong in the process.
     """
 
-    def __init__(self, name: str, folder: Path, workload: Workload, backbone: str, layers: int, threads: int):
+    def __init__(self, name: str, *settings):
+        """Start the process of `_Bench(name, *settings)`."""
         self.name = name
         # a server that has imported all and done nothing: each process is forked from it, clean and at once
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, name, folder, workload, backbone, layers, threads)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, name, *settings), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -75,9 +75,9 @@ class Worker:
         return SpeederError(f"bench: {self.name}: its process ended with status {code}{killed}")
 
 
-def _serve(connection: Connection, name: str, folder: Path, *settings) -> None:
+def _serve(connection: Connection, name: str, *settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the bench's: it ends this process
-    bench = _Bench(name, folder, *settings)
+    bench = _Bench(name, *settings)
     try:
         while True:
             question, arguments = connection.recv()
@@ -96,17 +96,25 @@ def _serve(connection: Connection, name: str, folder: Path, *settings) -> None:
 class _Bench:
     """The other end: builds the system and times it."""
 
-    def __init__(self, name: str, folder: Path, workload: Workload, backbone: str, layers: int, threads: int):
-        self._arguments = (name, folder, workload, backbone, layers)
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        workload: Workload,
+        backbone: str,
+        layers: int,
+        threads: int,
+        precision: str,
+    ):
+        self._arguments = (name, folder, workload, backbone, layers, precision)
         self._threads = threads
         self._counts = dict.fromkeys(TASKS, 0)
 
     def load(self) -> None:
         """Weights, catalogue and users."""
         torch.set_num_threads(self._threads)
-        name, folder, workload, backbone, layers = self._arguments
-        data = PreparedData.load(folder, verify=False)
-        self._system = System(name, data, workload, backbone, layers)
+        name, folder, *settings = self._arguments
+        self._system = System(name, PreparedData.load(folder, verify=False), *settings)
         self._system.for_ranking()
 
     def first(self) -> float:

@@ -141,7 +141,7 @@ def test_recipes_are_read_from_yaml(tmp_path):
         ({"stages": [{"name": "a", "open": ["text"]}] * 2}, "different names"),
         ({"colour": "red"}, "unknown key 'colour'"),
         ({"layers": "two"}, "layers: expected int | None, got 'two'"),
-        ({"precision": "int4"}, "precision: expected one of bf16, fp16, fp32"),
+        ({"precision": "int4"}, "precision: expected one of auto, bf16, fp16, fp32"),
         ({"batch_users": 0}, "batch_users: expected at least 1"),
     ],
 )
