@@ -67,6 +67,8 @@ def render(page: Page) -> str:
     }
     return environment.get_template("report.html.j2").render(
         page=page,
+        backbone=_short(str(page.contents.recipe.get("backbone", ""))),
+        pictured=any(item.picture for user in page.users for item in user.items),
         name=page.contents.folder.resolve().name,
         css=Markup((_TEMPLATES / "style.css").read_text(encoding="utf-8")),
         tiles=_tiles(page),
@@ -105,6 +107,11 @@ def _tiles(page: Page) -> list[Tile]:
         told = f"{len(data.interactions.user_ids):,} users, {len(data.catalogue):,} items"
         tiles.append(Tile("Interactions", f"{len(data.interactions):,}", told))
     return tiles
+
+
+def _short(backbone: str) -> str:
+    """A backbone's name: of a folder its last part."""
+    return Path(backbone).name if Path(backbone).is_absolute() else backbone
 
 
 def _own(contents: RunContents, rows: dict) -> str | None:

@@ -19,7 +19,7 @@ from speeder.report.drawings import draw_gate_groups, draw_slices
 from speeder.report.items import Gates
 
 _PROTOCOLS = {
-    "full": ("Full ranking", "every item of the catalogue is ranked"),
+    "full": ("Full ranking", "how far up the item that a user took next comes among all items"),
     "vhr": ("VHR@1", "the target among 20 candidates"),
     "sampled": ("Sampled ranking", "the target among a few drawn candidates"),
     COLD_ITEMS: ("New items, among all", "targets that no model was trained on, among all items"),

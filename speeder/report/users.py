@@ -39,7 +39,7 @@ class ShownUser:
     Attributes:
         name: the user's external id.
         length: items in the whole history.
-        history: the newest ones, oldest first.
+        history: the last ones, the newest first.
         recommended: best first, none of the history.
         target: what the user took next.
         rank: of the target among `num_ranked` items that are not in the history; None where it is in it, so that it
@@ -53,6 +53,11 @@ class ShownUser:
     target: ShownItem
     rank: int | None
     num_ranked: int
+
+    @property
+    def items(self) -> list[ShownItem]:
+        """All that the card shows."""
+        return [*self.history, *self.recommended, self.target]
 
     @property
     def is_hit(self) -> bool:
@@ -112,7 +117,7 @@ def show_users(
             ShownUser(
                 name=data.interactions.user_ids[users[row]],
                 length=len(items),
-                history=[shown(item) for item in items[-history:]],
+                history=[shown(item) for item in items[: -history - 1 : -1]],
                 recommended=[shown(item, target) for item in best],
                 target=shown(target, target),
                 rank=None if target in items else rank,
