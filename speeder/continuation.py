@@ -15,6 +15,7 @@ import torch
 from transformers import Cache
 
 from speeder.config import CACHE_NAME
+from speeder.item_rows import ItemStore
 from speeder.layout import SequenceLayout
 from speeder.prompts import TokenSequence
 
@@ -70,7 +71,7 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
 @torch.no_grad()
 def continued_states(
     model: SpeederForCausalLM,
-    item_table: torch.Tensor,
+    item_table: torch.Tensor | ItemStore,
     sequences: Sequence[np.ndarray],
     kept: Sequence[int],
     cache: PackedCache,
@@ -78,7 +79,7 @@ def continued_states(
     """Run the tokens of whole sequences that are not kept, and return each sequence's last final state.
 
     Args:
-        item_table: `(I, K, H)` item tokens.
+        item_table: `(I, K, H)` item tokens, or where they are read from.
         sequences: `(2, S)` ids and ranks of each whole sequence.
         kept: how many of each sequence's first tokens have their keys and values in `cache`; fewer than all.
 
@@ -123,7 +124,7 @@ class ModelState:
     """
 
     def __init__(self, model: SpeederForCausalLM):
-        self.item_table = model.item_tokens()[0]
+        self.item_table = model.item_table()
         device, config = model.device.type, model.config
         tensors = [*model.parameters(), *model.buffers()]
         self._facts = (

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
-from speeder.item_rows import ItemRows
+from speeder.item_rows import ItemRows, ItemStore
 from speeder.last_layer import last_layer_computes
 from speeder.layout import (
     SequenceLayout,
@@ -70,6 +70,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self.dropout = nn.Dropout(config.dropout)
         self.catalogue: ItemCatalogue | None = None
         self.negatives = NegativeSampler(config)
+        self.item_store: ItemStore | None = None
         self._item_cache: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
         self.post_init()
         # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
@@ -118,7 +119,23 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self.mrc.set_catalogue(catalogue)
         self.catalogue = catalogue
         self.config.num_items = len(catalogue)
-        self._item_cache = None
+        self._item_cache = self.item_store = None
+
+    def use_item_store(self, store: ItemStore | None) -> None:
+        """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, in place of compressing the catalogue.
+
+        It serves evaluation mode; training mode, another catalogue or None ends it.
+
+        Raises:
+            SpeederError: it is of other weights or another catalogue.
+        """
+        if store is not None:
+            store.check(self)
+        self._item_cache, self.item_store = None, None if self.training else store
+
+    def item_table(self) -> torch.Tensor | ItemStore:
+        """Where items are read from: the store, if one is in use, else the whole catalogue's `(I, K, H)` tokens."""
+        return self.item_tokens()[0] if self.item_store is None else self.item_store
 
     def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compress the whole catalogue.
@@ -151,6 +168,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """As every module's; item tokens kept from the other mode are forgotten."""
         if mode != self.training:
             self._item_cache = None
+        if mode:
+            self.item_store = None
         return super().train(mode)
 
     # ---- forward ------------------------------------------------------------------------------------------
@@ -230,7 +249,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             item_table, candidates = self._read_rows(input_ids, targets)
         else:
             needed = self._needs_items(input_ids, targets, vocabulary)
-            item_table = self.item_tokens()[0] if needed else None
+            item_table = self.item_table() if needed else None
         hidden, layout, cache = self._decode(
             input_ids, item_table, attention_mask, cache, ranks, cu_seqlens, use_cache, **kwargs
         )
@@ -255,7 +274,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     ) -> torch.Tensor:
         """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
         self._check_arguments(input_ids, cu_seqlens, None, None)
-        item_table = self.item_tokens()[0] if self._needs_items(input_ids, None, "items") else None
+        item_table = self.item_table() if self._needs_items(input_ids, None, "items") else None
         last = cu_seqlens[1:].long() - 1
         with last_layer_computes(self.backbone.get_decoder(), last):
             return self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)[0][0]
@@ -263,7 +282,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     def _decode(
         self,
         input_ids: torch.Tensor,
-        item_table: torch.Tensor | ItemRows | None,
+        item_table: torch.Tensor | ItemRows | ItemStore | None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         ranks: torch.Tensor | None = None,
@@ -370,7 +389,10 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return (ItemRows(items, self.mrc(items)[0]) if len(items) else None), candidates
 
     def _embed(
-        self, ids: torch.Tensor, layout: SequenceLayout, item_table: torch.Tensor | ItemRows | None
+        self,
+        ids: torch.Tensor,
+        layout: SequenceLayout,
+        item_table: torch.Tensor | ItemRows | ItemStore | None,
     ) -> torch.Tensor:
         """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
         words = self.backbone.get_input_embeddings()
@@ -393,7 +415,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
         items = table.new_zeros(0, table.shape[1])
         read = (ids - text).clamp(min=0)
-        if isinstance(item_table, ItemRows):
+        if item_table is not None and not isinstance(item_table, torch.Tensor):
+            if not isinstance(item_table, ItemRows):
+                item_table = item_table.rows(read[item_mask])
             read, item_table = item_table.places(read), item_table.tokens
         rows = torch.where(item_mask, read * k + item_slots(item_mask, layout.rank_q, k), -1)
         if item_table is not None and bool(item_mask.any()):

@@ -14,6 +14,7 @@ from speeder.continuation import ModelState, SharedPrefix
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
 from speeder.evaluate import evaluate
+from speeder.item_rows import ItemStore
 from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
 
@@ -113,9 +114,9 @@ class RecommenderMixin:
             ValueError: no history, an empty one, or an index out of range.
         """
         self._check_histories(histories)
-        states = list(self.user_states(histories, batch_size))
-        vectors = self._vectors().float()
-        return torch.cat([(state @ vectors.T).cpu() for state in states])
+        states = torch.cat(list(self.user_states(histories, batch_size)))
+        with self.evaluating():
+            return self.item_logits(states, self.item_table()).cpu()
 
     @torch.no_grad()
     def recommend(
@@ -179,17 +180,27 @@ class RecommenderMixin:
         self.set_catalogue(self.catalogue.concat(new_items))
         return range(before, len(self.catalogue))
 
-    def _vectors(self) -> torch.Tensor:
+    def _vectors(self) -> torch.Tensor | ItemStore:
+        """What `_best` searches."""
+        if self.item_store is not None:
+            return self.item_store
         with self.evaluating():
             return self.item_vectors(self.item_tokens()[0])
 
     def _best(
-        self, states: torch.Tensor, vectors: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None
+        self,
+        states: torch.Tensor,
+        vectors: torch.Tensor | ItemStore,
+        k: int,
+        seen: Sequence[Sequence[int]] | None,
     ) -> list[list[Recommendation]]:
         """The `k` best items of each of `(n, H)` queries, without the items that each user has seen.
 
         The catalogue is read in the item tokens' own dtype, sums are float32: a bfloat16 model reads half the bytes.
         """
+        if not isinstance(vectors, torch.Tensor):
+            scores, items = vectors.topk(states, k, seen)
+            return self._recommendations(scores, items)
         excluded: dict[str, torch.Tensor] = {}
         if seen is not None:
             indptr = np.cumsum([0, *map(len, seen)])
@@ -200,6 +211,9 @@ class RecommenderMixin:
                 ),
             }
         scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
+        return self._recommendations(scores, items)
+
+    def _recommendations(self, scores: torch.Tensor, items: torch.Tensor) -> list[list[Recommendation]]:
         return [
             [self._recommendation(i, s) for i, s in zip(row, row_scores, strict=True)]
             for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)

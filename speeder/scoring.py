@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from speeder.item_rows import ItemRows
+from speeder.item_rows import ItemRows, ItemStore, scoring_vectors
 from speeder.layout import SequenceLayout, last_positions
+from speeder.mrc import PIECE
 from speeder.negatives import Candidates, candidate_cross_entropy
 from speeder.prompts import IGNORED
 from speeder_kernels import item_cross_entropy
@@ -31,16 +32,29 @@ class ScoringMixin:
     def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
         """`(I, K, H)` tokens to the `(I, H)` vectors, in their dtype, that items are scored by: the token itself, or
         the RMS-normalised mean of several."""
-        if item_table.shape[1] == 1:
-            return item_table[:, 0]
-        return F.rms_norm(item_table.mean(dim=1), item_table.shape[-1:], eps=1e-6)
+        return scoring_vectors(item_table)
+
+    def item_logits(self, queries: torch.Tensor, item_table: torch.Tensor | ItemStore) -> torch.Tensor:
+        """`(N, H)` queries to `(N, I)` float32 logits of all items, a part of the items at a time."""
+        if isinstance(item_table, torch.Tensor):
+            parts = self.item_vectors(item_table).split(PIECE)
+        else:
+            parts = (vectors.to(queries.device) for _, vectors in item_table.vectors())
+        logits = queries.new_empty(*queries.shape[:-1], self.config.num_items, dtype=torch.float32)
+        start = 0
+        for vectors in parts:
+            logits[..., start : start + len(vectors)] = queries @ vectors.float().T
+            start += len(vectors)
+        return logits
 
     def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.backbone.get_output_embeddings()(hidden).float()
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
-    def _logits(self, hidden: torch.Tensor, item_table: torch.Tensor | None, vocabulary: str) -> torch.Tensor:
+    def _logits(
+        self, hidden: torch.Tensor, item_table: torch.Tensor | ItemStore | None, vocabulary: str
+    ) -> torch.Tensor:
         """`(B, S, H)` to `(B, S, V + I)` float32."""
         shape = hidden.shape[:-1]
         if vocabulary == "items":
@@ -52,7 +66,7 @@ class ScoringMixin:
         if vocabulary == "text":
             items = text.new_full((*shape, self.config.num_items), -torch.inf)
         else:
-            items = self.item_queries(hidden) @ self.item_vectors(item_table).float().T
+            items = self.item_logits(self.item_queries(hidden), item_table)
         return torch.cat([text, items], dim=-1)
 
     def _loss(
@@ -60,7 +74,7 @@ class ScoringMixin:
         hidden: torch.Tensor,
         targets: torch.Tensor,
         layout: SequenceLayout,
-        item_table: torch.Tensor | ItemRows | None,
+        item_table: torch.Tensor | ItemRows | ItemStore | None,
         num_items_in_batch: torch.Tensor | int | None,
         candidates: Candidates | None = None,
     ) -> torch.Tensor:
@@ -101,7 +115,7 @@ class ScoringMixin:
         self,
         states: torch.Tensor,
         targets: torch.Tensor,
-        item_table: torch.Tensor | ItemRows,
+        item_table: torch.Tensor | ItemRows | ItemStore,
         candidates: Candidates | None,
     ) -> torch.Tensor:
         """`(N, H)` states and the `(N,)` items that they are asked for, to `(N,)` losses."""
@@ -111,6 +125,10 @@ class ScoringMixin:
             dtype = torch.get_autocast_dtype(device)
         queries = queries.to(dtype)
         if candidates is None:
+            if not isinstance(item_table, torch.Tensor):
+                raise ValueError(
+                    "labels: expected none while items are read from a store, see use_item_store"
+                )
             return item_cross_entropy(queries, self.item_vectors(item_table).to(dtype), targets, scale=1.0)
         vectors = self.item_vectors(item_table.tokens).to(dtype)
         places = item_table.places(candidates.items)

@@ -131,7 +131,7 @@ class UserSessions:
             ValueError, KeyError: as `recommend`.
         """
         histories = self._extended(events)
-        scores = (self._queries(histories) @ self.model._vectors().float().T).cpu()
+        scores = self.model.item_logits(self._queries(histories), self.model.item_table()).cpu()
         self._take_in(histories)
         return scores
 
