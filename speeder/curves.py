@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class TrainingCurves:
     stages: dict[str, dict[str, list[tuple[int, float]]]]
     gates: dict[str, list[tuple[int, float]]]
     spans: dict[str, tuple[int, int]]
+
+    def in_order(self, modalities: Sequence[str]) -> TrainingCurves:
+        """The same, with the gates of these modalities first, in this order: logs keep none."""
+        names = dict.fromkeys([name for name in modalities if name in self.gates] + list(self.gates))
+        return replace(self, gates={name: self.gates[name] for name in names})
 
 
 def training_curves(logs: Mapping[str, list[dict]]) -> TrainingCurves:

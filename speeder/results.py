@@ -323,9 +323,10 @@ def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> Non
     plot_training(curves.stages, out / "plots" / "training.png")
     if not curves.gates:  # a baseline without item tokens
         return
-    plot_gates(curves.gates, out / "plots" / "gates.png", curves.spans)
     present = model.mrc.presence()
     weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}
+    gates = curves.in_order(list(weights)).gates  # so that a modality has one colour in all pictures
+    plot_gates(gates, out / "plots" / "gates.png", curves.spans)
     plot_gate_distribution(weights, out / "plots" / "gate_distribution.png")
 
 

@@ -117,8 +117,7 @@ def training_charts(contents: RunContents, modalities: Sequence[str] = ()) -> li
             )
         )
     if curves.gates:
-        names = [*(name for name in modalities if name in curves.gates), *curves.gates]
-        gates = {name: curves.gates[name] for name in dict.fromkeys(names)}
+        gates = curves.in_order(modalities).gates
         last = ", ".join(f"{name} {points[-1][1]:.2f}" for name, points in gates.items())
         charts.append(
             Chart(

@@ -24,6 +24,7 @@ _RECIPE = (
     "lora",
     "seed",
 )
+_MACHINE = ("processor", "cores", "threads", "devices", "device", "instruction set", "torch")  # first
 _LONG = 12  # entries of a list of the manifest that are printed
 
 
@@ -134,7 +135,8 @@ def machine_facts(contents: RunContents) -> Facts:
     if not known:
         return []
     *_, last = known.values()
-    facts = [(name, _words(value)) for name, value in last.items() if value is not None]
+    names = [*(name for name in _MACHINE if name in last), *(name for name in last if name not in _MACHINE)]
+    facts = [(name, _words(last[name])) for name in names if last[name] is not None]
     others = [name for name, machine in known.items() if machine != last]
     return facts + ([("other machines", f"stages {', '.join(others)}")] if others else [])
 
