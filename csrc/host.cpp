@@ -40,6 +40,9 @@ PYBIND11_MODULE(_host, module) {
   module.def(
       "instruction_set", [] { return speeder::isa_name(speeder::instruction_set()); },
       "The instruction set that the CPU kernels use: portable, avx2, avx512 or avx512_bf16.");
+  module.def(
+      "best_instruction_set", [] { return speeder::isa_name(speeder::best_instruction_set()); },
+      "The last of them that this processor has, which need not be its fastest.");
   module.def("plan_packing", &plan_packing, py::arg("lengths"), py::arg("max_tokens"),
              "First-fit decreasing; see speeder_kernels.plan_packing, which checks arguments.");
 }

@@ -23,10 +23,19 @@ Isa detect() {
   return Isa::kPortable;
 }
 
+// Intel's processors that have bfloat16 dot products do them at half the rate of float32's
+// (measured: 56 to 120 GFLOP/s a core on a fifth-generation Xeon), AMD's at twice that rate.
+Isa fastest(Isa best) {
+#if defined(__x86_64__)
+  if (best == Isa::kAvx512Bf16 && __builtin_cpu_is("intel")) return Isa::kAvx512;
+#endif
+  return best;
+}
+
 Isa choose() {
   const Isa best = detect();
   const char* wanted = std::getenv("SPEEDER_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best;
+  if (wanted == nullptr || *wanted == '\0') return fastest(best);
   for (int isa = 0; isa <= static_cast<int>(Isa::kAvx512Bf16); ++isa) {
     if (std::string(wanted) != isa_name(static_cast<Isa>(isa))) continue;
     if (isa <= static_cast<int>(best)) return static_cast<Isa>(isa);
@@ -39,6 +48,8 @@ Isa choose() {
 }
 
 }  // namespace
+
+Isa best_instruction_set() { return detect(); }
 
 Isa instruction_set() {
   static const Isa isa = choose();
