@@ -18,7 +18,8 @@ from speeder.errors import SpeederError
 from tests.encoders.tiny import save_bert, save_clip
 
 TEXTS = [" ".join(words) for words in product(["dogs", "cats", "bank", "robbery", "Heat", "title"], repeat=4)]
-TEXTS = [text + " dogs" * (place % 7) for place, text in enumerate(TEXTS[:600])] + ["", TEXTS[3], "  "]
+TEXTS = [text + " dogs" * (place % 7) for place, text in enumerate(TEXTS[:600])]
+TEXTS += ["", TEXTS[3], "  "]
 
 
 @pytest.fixture(scope="module")
