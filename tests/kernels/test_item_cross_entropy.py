@@ -264,7 +264,7 @@ def test_bad_arguments(changes, error, message):
 
 
 def test_gradients_are_never_denormal():
-    """Items that are all but impossible get nothing: on denormal numbers Intel's processors take twenty times as long."""
+    """Items that are all but impossible get nothing: on denormals Intel's processors take twenty times as long."""
     table = torch.linspace(-130.0, 0.0, 131)[:, None].requires_grad_()
     losses = item_cross_entropy(torch.ones(1, 1), table, torch.tensor([130]), scale=1.0, backend="cpu")
     (grad,) = torch.autograd.grad(losses.sum(), table)
