@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_report(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Do the command's work."""
     from speeder.report.build import write_report
 

@@ -116,7 +116,7 @@ def _data(contents: RunContents, folder: Path | None) -> PreparedData | None:
 
 
 def _model(contents: RunContents) -> Any:
-    from speeder.cli import load_model
+    from speeder.commands.shared import load_model
 
     name = read_json(contents.run / "state.json").get("model") if contents.stages else None
     if name is None or not (contents.run / name / "config.json").exists():

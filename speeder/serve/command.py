@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bounds.add_argument(option, type=kind, default=field.default, metavar="N", help=text)
 
 
-def run_serve(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Load the recommender and serve it until told to stop.
 
     Raises:
@@ -66,7 +66,7 @@ def run_serve(options: argparse.Namespace) -> None:
         raise SpeederError(f"--threads: expected at least 1, got {options.threads}")
     if not 0 <= options.port <= 65535:
         raise SpeederError(f"--port: expected 0..65535, got {options.port}")
-    from speeder.cli import find_model, load_model
+    from speeder.commands.shared import find_model, load_model
     from speeder.model import SpeederForCausalLM
     from speeder.serve.app import create_app
     from speeder.serve.server import serve

