@@ -27,7 +27,7 @@ import httpx
 import numpy as np
 
 EXPLAINED = 0.05  # share of requests that ask for an explanation
-LONGEST = 30  # items of a history
+LONGEST = 30  # items of a history, at most
 STARTS_WITHIN = 600  # seconds
 
 
@@ -108,9 +108,10 @@ async def _client(
     http: httpx.AsyncClient, items: list[str], seed: float, seconds: float, pause: float, load: Load
 ) -> None:
     draw, until = random.Random(seed), time.monotonic() + seconds
+    longest = max(1, min(LONGEST, len(items) - 12))  # of a small catalogue enough must be left to recommend
     await asyncio.sleep(draw.random() * pause)
     while time.monotonic() < until:
-        body: dict = {"history": draw.choices(items, k=draw.randint(1, LONGEST))}
+        body: dict = {"history": draw.choices(items, k=draw.randint(1, longest))}
         explain = draw.random() < EXPLAINED
         body |= {"items": draw.sample(items, 5)} if explain else {"k": draw.choice((5, 10, 12))}
         began = time.monotonic()
@@ -132,8 +133,8 @@ async def _ids(http: httpx.AsyncClient) -> list[str]:
     for letter in string.ascii_lowercase + string.digits:
         answer = await http.get("/v1/items", params={"q": letter})
         found |= dict.fromkeys(item["id"] for item in answer.raise_for_status().json()["items"])
-    if len(found) < 10:
-        raise SystemExit(f"serve_load: expected at least 10 items to ask about, found {len(found)}")
+    if len(found) < 13:
+        raise SystemExit(f"serve_load: expected at least 13 items to ask about, found {len(found)}")
     return list(found)
 
 

@@ -16,7 +16,7 @@ def test_every_data_file_is_packaged():
         found = {
             path
             for path in (ROOT / package).rglob("*")
-            if path.suffix in (".yaml", ".yml", ".json", ".txt", ".html", ".css", ".js", ".svg")
+            if path.suffix in (".yaml", ".yml", ".json", ".txt", ".html", ".css", ".js", ".svg", ".j2")
         }
         named = {path for pattern in patterns.get(package, []) for path in (ROOT / package).glob(pattern)}
         assert found == named
