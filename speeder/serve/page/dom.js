@@ -21,8 +21,8 @@ export function cover(item, small = false) {
   const draw = () => {
     const title = name(item);
     let hash = 0;
-    for (const letter of title) hash = (hash * 31 + letter.codePointAt(0)) % 360;
-    frame.style.setProperty("--hue", hash);
+    for (const letter of title) hash = Math.imul(hash, 31) + letter.codePointAt(0);
+    frame.style.setProperty("--hue", (hash >>> 0) % 360);
     frame.classList.add("drawn");
     frame.replaceChildren(element("span", { textContent: small ? title.slice(0, 1) : title }));
   };
