@@ -21,7 +21,6 @@ _WHERE = {
     "SpeederForCausalLM": "speeder.model",
     "SpeederProcessor": "speeder.processor",
     "UserSessions": "speeder.sessions",
-    "explain": "speeder.explain",
     "load_recipe": "speeder.recipe",
 }
 __all__ = sorted(_WHERE)

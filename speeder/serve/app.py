@@ -102,6 +102,13 @@ def create_app(
     def ready() -> bool:
         return not app.state.draining and batcher.healthy(limits.stuck_s)
 
+    async def understood(body: Any) -> list[int]:
+        if body.titles is None:
+            return lookup.history(body.history, None)
+        return await asyncio.to_thread(
+            lookup.history, None, body.titles
+        )  # searches take a large catalogue long
+
     async def run(request: Request, lane: str, job: object) -> Any:
         """A job's result; where the deadline passes or the client goes away, nobody waits for it any more."""
         try:
@@ -132,7 +139,7 @@ def create_app(
     @app.post("/v1/recommend", tags=["recommend"], responses=_REFUSALS)
     async def recommend(body: Requests.recommend, request: Request) -> schemas.Recommendations:
         """The best next items after a history, of ids or of titles."""
-        history = lookup.history(body.history, body.titles)
+        history = await understood(body)
         seen = len(set(history)) if body.exclude_seen else 0
         left = len(model.catalogue) - seen
         if body.k > left:
@@ -148,7 +155,7 @@ def create_app(
     @app.post("/v1/explain", tags=["recommend"], responses=_REFUSALS)
     async def explain(body: Requests.explain, request: Request) -> schemas.Explanations:
         """Why items have their scores: shares of the modalities, and what each history item does to the score."""
-        history = lookup.history(body.history, body.titles)
+        history = await understood(body)
         items = [lookup.row(entry, f"items.{i}") for i, entry in enumerate(body.items)]
         found = await run(request, EXPLAIN, ExplainJob(tuple(history), tuple(items)))
         return schemas.Explanations(

@@ -75,6 +75,8 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(folder)
     if not isinstance(model, SpeederForCausalLM):
         raise SpeederError(f"serve: expected a Speeder recommender, got {type(model).__name__}")
+    if not model.config.num_items:
+        raise SpeederError(f"serve: expected a recommender with items, found none in {folder}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     name = options.name or options.run.resolve().name
     app = create_app(model, limits, name=name, threads=options.threads, pictures=not options.no_pictures)

@@ -8,7 +8,7 @@ from urllib.parse import quote
 from speeder.data.catalogue import ItemCatalogue
 from speeder.serve.errors import ApiError, shown
 from speeder.serve.pictures import Pictures
-from speeder.serve.search import TitleIndex
+from speeder.serve.search import MEANT, TitleIndex
 
 _CHOICES = 5  # items that an ambiguous title's refusal names
 
@@ -57,5 +57,6 @@ class Lookup:
         named = "; ".join(
             f"{shown(self._catalogue.titles[row])} ({self._catalogue.ids[row]})" for row in rows[:_CHOICES]
         )
-        more = f" and {len(rows) - _CHOICES} more" if len(rows) > _CHOICES else ""
-        raise ApiError(422, field, f"a title that means one item, not {len(rows)}: {named}{more}", title)
+        count = f"{len(rows)} or more" if len(rows) == MEANT else str(len(rows))
+        more = "; ..." if len(rows) > _CHOICES else ""
+        raise ApiError(422, field, f"a title that means one item, not {count}: {named}{more}", title)

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from speeder.serve.limits import Limits
 
+MAX_TITLES = 50  # each is a search; longer histories come as ids
 _MAX_ID = 512  # characters of an id or a title in a request
 
 
@@ -103,7 +104,7 @@ def request_models(limits: Limits) -> RequestModels:
             Field(
                 description="in place of `history`: titles, oldest first, each of which must mean one item",
                 min_length=1,
-                max_length=limits.max_history,
+                max_length=min(MAX_TITLES, limits.max_history),
             ),
         ] = None
 

@@ -11,6 +11,7 @@ from heapq import nsmallest
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.titles import natural_title, split_year, title_keys
 
+MEANT = 50  # hits of which a title may mean one
 _WORD = re.compile(r"\w+")
 _APOSTROPHE = re.compile(r"['\u2019`]")
 
@@ -50,10 +51,13 @@ class TitleIndex:
         return (by_id + ranked)[:limit]
 
     def resolve(self, title: str) -> list[int]:
-        """The items that a title can mean: those that have it, with or without its year, else what a search finds."""
+        """The items that a title can mean: those that have it, with or without its year, else what a search finds.
+
+        No more than `MEANT` are looked at: an item that has the title is among the first hits.
+        """
         name, year = split_year(title)
         keys = set(title_keys(name)[:1])
-        hits = self.search(title, limit=len(self._catalogue))
+        hits = self.search(title, MEANT)
         exact = []
         for row in hits:
             other_name, other_year = split_year(self._catalogue.titles[row])

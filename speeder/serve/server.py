@@ -24,6 +24,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, started: Callable[[], None]):
         super().__init__(config)
         self._app, self._on_start = app, started
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -32,11 +33,13 @@ class Server(uvicorn.Server):
             self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._app.state.draining or sig == signal.SIGINT:  # a second signal, or a person who waits
+        again, self._app.state.draining = self._app.state.draining, True
+        if (
+            again or sig == signal.SIGINT or self._loop is None
+        ):  # or a person who waits, or nothing to drain yet
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
             return
-        self._app.state.draining = True
         self._loop.call_soon_threadsafe(
             self._loop.call_later, self._app.state.limits.drain_s, setattr, self, "should_exit", True
         )

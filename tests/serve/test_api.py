@@ -155,6 +155,7 @@ def test_openapi_states_the_bounds(client):
         ({"k": 3}, "body", "exactly one of history and titles", "{"),
         ({"history": ["i1"], "kk": 3}, "kk", "no such field", "3"),
         ({"titles": ["Heat", "Gone"]}, "titles.1", "the title of an item", "Gone"),
+        ({"titles": ["Heat"] * 21}, "titles", "at most 20 entries", "21 entries"),
         ({"titles": ["Star"]}, "titles.0", "one item, not 2: Star Wars (1977) (i1); Star Trek", "Star"),
         ({"history": [f"i{n}" for n in (0, 1, 2, 3, *range(5, 20))], "k": 15}, "k", "at most 5", "15"),
     ],
