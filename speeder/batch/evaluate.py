@@ -123,7 +123,7 @@ def table_users(table: pa.Table) -> Users:
     if "listed" in table.column_names:
         listed = np.stack([row.values.to_numpy() for row in table["listed"]])
     targets = table["target"].to_numpy().copy()  # torch wants to be able to write
-    return Users([row.values.to_numpy() for row in table["history"]], targets, listed)
+    return Users([row.values.to_numpy().copy() for row in table["history"]], targets, listed)
 
 
 def users_hash(users: Users) -> str:

@@ -47,11 +47,14 @@ def asked(run: Path, data_folder: Path, runner, cold: bool = False) -> RunAsked:
     return RunAsked(run, run / "model", data_folder, runner, cold, part_users=256)
 
 
-def evaluated(run: Path, model: object, data: PreparedData, protocol: str, **who) -> dict[str, str]:
+def evaluated(
+    run: Path, model: object, data: PreparedData, protocol: str, *, with_baselines: bool = True, **who
+) -> dict[str, str]:
     """The files of the run's evaluations by a protocol."""
     measure = measure_for(run, data, "test", protocol, **who)
     evaluate_run(run, model, measure)
-    baselines(run, measure)
+    if with_baselines:
+        baselines(run, measure)
     return {file.name: file.read_text() for file in sorted((run / "evaluations" / measure.folder).iterdir())}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from speeder.batch.evaluate import AskedInParts, table_users, users_hash, users_table
 from speeder.batch.parts import here
+from speeder.cli import main
 from speeder.data.cold import hold_out
 from speeder.evaluate import Candidates, evaluate, evaluate_titles
 from speeder.evaluation.cold import evaluate_cold, with_cold_items
@@ -49,6 +50,24 @@ def test_every_protocol_gives_the_same_files(place, tmp_path, protocol):
         "sasrec__cross-entropy_.json",
     }
     assert computed == 3 * [0, 1, 2]
+
+
+def test_the_command(place, tmp_path, monkeypatch, capsys):
+    folder, _, _ = place
+    asked_for, computed = [], []
+
+    def on_ray(address, workers):
+        asked_for.append((address, workers))
+        return counted(computed)
+
+    monkeypatch.setattr("speeder.batch.on_ray.OnRay", on_ray)
+    for run in ("one", "parts"):
+        shutil.copytree(folder / "run", tmp_path / run)
+    assert main(["evaluate", str(tmp_path / "one")]) == 0
+    table = capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "parts"), "--ray", "--ray-workers", "2"]) == 0
+    assert capsys.readouterr().out == table and "| Speeder |" in table and "| popularity |" in table
+    assert asked_for == [(None, 2)] and computed == [0, 0, 0]  # 560 users are one part of 1,024
 
 
 def test_cold_items(place, tmp_path):
