@@ -34,9 +34,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         again, self._app.state.draining = self._app.state.draining, True
-        if (
-            again or sig == signal.SIGINT or self._loop is None
-        ):  # or a person who waits, or nothing to drain yet
+        # a second signal, a person who waits, or nothing to drain yet
+        if again or sig == signal.SIGINT or self._loop is None:
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
             return

@@ -36,8 +36,10 @@ def client(model):
 def held(monkeypatch):
     """The real engine, which works only while the event is set."""
     free, recommend = threading.Event(), Engine.recommend
+    free.entered = threading.Event()
 
     def wait_and_recommend(self, jobs):
+        free.entered.set()
         assert free.wait(SOON)
         return recommend(self, jobs)
 
@@ -222,10 +224,13 @@ def test_a_full_queue_says_when_to_come_again(held):
 
         async def six():
             async with httpx.AsyncClient(base_url=address, timeout=SOON) as many:
-                posts = [
-                    asyncio.ensure_future(many.post("/v1/recommend", json={"history": ["i1"], "k": 2}))
-                    for _ in range(6)
-                ]
+
+                def post():
+                    return asyncio.ensure_future(many.post("/v1/recommend", json={"history": ["i1"], "k": 2}))
+
+                posts = [post()]
+                assert await asyncio.to_thread(held.entered.wait, SOON)
+                posts += [post() for _ in range(5)]
                 refused, _ = await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED, timeout=SOON)
                 while len(refused) < 3:
                     await asyncio.sleep(0.05)
