@@ -26,10 +26,14 @@ class WeightAverage(TrainerCallback):
     Args:
         decay: share of the average that a step keeps. Early steps keep less, `(1 + t) / (10 + t)` after `t` steps, so
             that the average does not hang on to where training began.
+
+    Attributes:
+        skipped_steps: steps that moved no weight, and move no average (`BadBatches`).
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = model, decay
+        self.skipped_steps: set[int] = set()
         self.average = {
             name: parameter.detach().clone()
             for name, parameter in model.named_parameters()
@@ -48,6 +52,8 @@ class WeightAverage(TrainerCallback):
         return [local(average) for average in self.average.values()]
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.skipped_steps:
+            return
         keep = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         parameters = self._parameters()
         torch._foreach_lerp_(self._averages(), parameters, 1.0 - keep)

@@ -115,6 +115,8 @@ class Recipe:
         weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
         ema_decay: of the moving average of the weights, which is evaluated and kept in their place; 0 leaves it out.
         checkpoint_steps: steps between checkpoints, each with a validation ranking.
+        skip_bad_batches: how many steps of a stage may be skipped, their loss or gradient not being finite; one more is
+            an error. A run may be resumed with another number.
         keep_best: end a stage with its checkpoint of the best validation NDCG@10.
         log_steps: steps between log lines.
         seed: of everything drawn at random.
@@ -141,6 +143,7 @@ class Recipe:
     checkpoint_steps: int = 100
     keep_best: bool = True
     log_steps: int = 5
+    skip_bad_batches: int = 0
     seed: int = 0
 
     def __post_init__(self):
@@ -157,6 +160,8 @@ class Recipe:
         for name in ("batch_users", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
             if getattr(self, name) < 1:
                 raise SpeederError(f"recipe: {name}: expected at least 1, got {getattr(self, name)}")
+        if self.skip_bad_batches < 0:
+            raise SpeederError(f"recipe: skip_bad_batches: expected at least 0, got {self.skip_bad_batches}")
         if not 0.0 <= self.ema_decay < 1.0:
             raise SpeederError(f"recipe: ema_decay: expected a number in [0, 1), got {self.ema_decay}")
         if self.baseline is not None:
@@ -235,6 +240,8 @@ class Recipe:
         plain = dataclasses.asdict(self)
         if not any(stage.titles for stage in self.stages):
             del plain["title_template"]
+        if not self.skip_bad_batches:
+            del plain["skip_bad_batches"]
         for stage in plain["stages"]:
             for key in ("titles", "batch_users", "item_learning_rate"):
                 if not stage[key]:

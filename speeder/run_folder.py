@@ -55,9 +55,17 @@ def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -
     if not path.exists():
         raise SpeederError(f"{run}: expected a run to resume, found none")
     began = {key: value for key, value in read_json(path).items() if key not in ("data", "precision")}
-    if began != run_identity(recipe, data):
+    if _compared(began) != _compared(run_identity(recipe, data)):
         raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
     return read_json(run / "state.json") if (run / "state.json").exists() else {"finished": [], "model": None}
+
+
+def _compared(identity: dict) -> dict:
+    """What must agree: all but how many bad batches are skipped, which is what one learns on the way."""
+    recipe = identity.get("recipe")
+    if not isinstance(recipe, dict):
+        return identity
+    return identity | {"recipe": {key: value for key, value in recipe.items() if key != "skip_bad_batches"}}
 
 
 def begun_precision(run: Path) -> str | None:
@@ -97,6 +105,7 @@ def write_stage_log(
     seconds: float,
     resumed_from: str | None = None,
     num_processes: int = 1,
+    skipped_batches: int = 0,
 ) -> None:
     """Write a stage's `log.json`: what was measured on the way, and the machine that the stage ended on.
 
@@ -104,13 +113,15 @@ def write_stage_log(
         log: entries with `step`, and of `loss`, `eval_NDCG@10`, `gate/<modality>` some.
         seconds: what the stage took, since its last resume if it was stopped.
         resumed_from: the checkpoint that it went on from.
+        skipped_batches: how many steps were left out, as `BadBatches` does.
     """
     machine = describe(torch.get_num_threads())
     devices = {"devices": num_processes}
     if torch.cuda.is_available():
         devices["device"] = torch.cuda.get_device_name()
     record = {"stage": name, "log": log, "seconds": round(seconds, 1), "resumed_from": resumed_from}
-    write_json(folder / "log.json", record | {"machine": machine | devices})
+    record |= {"skipped_batches": skipped_batches, "machine": machine | devices}
+    write_json(folder / "log.json", record)
 
 
 def stage_records(run: str | Path) -> dict[str, dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from speeder.averaging import WeightAverage
+from speeder.bad_batches import BadBatches, check_weights
 from speeder.data.interactions import LeaveOneOut
 from speeder.distributed import OwnDraws, SharedBatches, processes
 from speeder.model import SpeederForCausalLM
@@ -29,6 +31,7 @@ class SpeederTrainer(Trainer):
         parameter_groups: AdamW's.
         average: the moving average of the weights, which is what is evaluated and chosen by; None: the weights are.
         plain: the model to evaluate and to save; None: the one that is trained.
+        bad_batches: what becomes of batches whose loss or gradient is not finite; None: they are errors.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class SpeederTrainer(Trainer):
         parameter_groups: list[dict],
         average: WeightAverage | None = None,
         plain: SpeederForCausalLM | None = None,
+        bad_batches: BadBatches | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
@@ -52,8 +56,14 @@ class SpeederTrainer(Trainer):
         )
         self.add_callback(EpochTeller(self.batches.set_epoch))
         self.add_callback(OwnDraws())
+        self.bad_batches = bad_batches or BadBatches(self.args.run_name)
+        self.add_callback(self.bad_batches)
         if average is not None:
+            average.skipped_steps = self.bad_batches.skipped_steps
             self.add_callback(average)
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        return self.bad_batches.see_loss(super().training_step(*args, **kwargs))
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches as `SharedBatches` shares them; Accelerate would repeat examples to make shares come out even."""
@@ -101,6 +111,8 @@ class SpeederTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
+        trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
+        check_weights(trained, f"stage {self.bad_batches.stage!r}, step {self.state.global_step}")
         if self.args.should_save:  # on the main process
             self.plain.save_pretrained(output_dir, state_dict=state_dict, save_catalogue=False)
         if self.average is not None:
@@ -121,9 +133,26 @@ class SpeederTrainer(Trainer):
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint as whole after every process wrote its last file of it."""
+    """Marks a checkpoint as whole after every process wrote its last file of it; only then older ones go.
+
+    The best one so far and the newest stay, and never fewer than two. The `Trainer` itself would remove them before the
+    new one is marked, so that a kill could leave none whole.
+    """
 
     def on_save(self, args, state, control, **kwargs):
         processes().wait_for_everyone()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        if not state.is_world_process_zero:
+            return
+        newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        (newest / COMPLETE).touch()
+        best = Path(state.best_model_checkpoint or newest).name
+        others = [path for path in newest.parent.glob("checkpoint-*") if path.name not in (newest.name, best)]
+        others.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))
+        for path in others[: len(others) - (best == newest.name)]:
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove a checkpoint, which no longer counts as whole from the first file on that goes."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments, set_seed
 
 from speeder.averaging import WeightAverage
+from speeder.bad_batches import BadBatches
 from speeder.baselines.registry import baseline_class
 from speeder.config import SpeederConfig
 from speeder.data.prepared import PreparedData
@@ -45,7 +46,7 @@ from speeder.run_folder import (
 from speeder.sharded_trainer import ShardedTrainer, sharding_is_asked
 from speeder.sharding import copy_for_sharding
 from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
-from speeder.trainer import COMPLETE, CheckpointMarker, SpeederTrainer
+from speeder.trainer import COMPLETE, CheckpointMarker, SpeederTrainer, remove_checkpoint
 
 
 class TrainingSequences(Dataset):
@@ -249,13 +250,14 @@ def _run_stage(
         fp16=recipe.precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
         logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,  # see BadBatches
         logging_first_step=True,  # so that even the shortest stage has a loss to show
         eval_strategy="steps",
         eval_steps=recipe.checkpoint_steps,
         eval_delay=ramp.steps,  # the best checkpoint is sought among those with the gates wholly open
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # see CheckpointMarker
         # which checkpoint ranks best does not tell which one writes titles best: such a stage keeps its last
         load_best_model_at_end=recipe.keep_best and not stage.titles,
         metric_for_best_model="NDCG@10",
@@ -287,6 +289,7 @@ def _run_stage(
         split=data.split,
         parameter_groups=groups,
         average=average,
+        bad_batches=BadBatches(stage.name, recipe.skip_bad_batches),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     processes().wait_for_everyone()  # until all have read the best checkpoint, which is now removed
@@ -298,7 +301,8 @@ def _run_stage(
         resumed_from = checkpoint.name if checkpoint else None
         log = trainer.state.log_history
         seconds = log[-1]["train_runtime"]
-        write_stage_log(folder, stage.name, log, seconds, resumed_from, arguments.world_size)
+        skipped = trainer.bad_batches.tell(trainer.state)
+        write_stage_log(folder, stage.name, log, seconds, resumed_from, arguments.world_size, skipped)
     if processes().use_distributed:
         # the stage's wrapper must let go of the gradients before the next one takes them
         trainer.accelerator.free_memory()
@@ -344,5 +348,5 @@ def _finish_stage(
     if processes().is_main_process:
         finish_stage(run, state, stage.name, save, "model" if last else f"model-{number + 1:02d}")
         for checkpoint in stage_folder(run, number, stage.name).glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+            remove_checkpoint(checkpoint)
     state.update(from_main(state))
