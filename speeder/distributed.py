@@ -131,11 +131,11 @@ def gather_ids(ids: torch.Tensor) -> torch.Tensor:
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return ids
-    ranks = distributed.get_world_size()
-    counts = ids.new_empty(ranks)
-    distributed.all_gather_into_tensor(counts, ids.new_tensor([len(ids)]))
-    padded = ids.new_zeros(ranks, max(int(counts.max()), 1))
-    mine = ids.new_zeros(padded.shape[1])
+    counts = [ids.new_empty(1) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, ids.new_tensor([len(ids)]))
+    lengths = [int(count) for count in counts]
+    mine = ids.new_zeros(max(*lengths, 1))  # collectives take tensors of one length
     mine[: len(ids)] = ids
-    distributed.all_gather_into_tensor(padded, mine)
-    return torch.cat([row[:count] for row, count in zip(padded, counts.tolist(), strict=True)])
+    everyone = [torch.empty_like(mine) for _ in lengths]
+    distributed.all_gather(everyone, mine)
+    return torch.cat([part[:length] for part, length in zip(everyone, lengths, strict=True)])

@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --histories: the file to write (user, items, scores)",
     )
     ray_arguments(parser)
+    parser.add_argument(
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="find items by an index, or by token shards, that `speeder index` wrote",
+    )
     parser.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
     parser.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
 
@@ -50,6 +56,8 @@ def run(options: argparse.Namespace) -> None:
     runner = runner_for(options)
     if runner is not None and options.histories is None:
         raise SpeederError("--ray: expected --histories, whose users are parted among workers")
+    if options.index is not None and options.histories is not None:
+        raise SpeederError("--index: expected --history or --user, got --histories")
     model_folder = find_model(options.run)
     if options.histories is not None:
         from speeder.batch.recommend import recommend_file
@@ -67,6 +75,10 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(model_folder)
     if not hasattr(model, "recommend"):
         raise SpeederError(f"recommend: expected a run of a language model, got {type(model).__name__}")
+    if options.index is not None:
+        from speeder.ann import open_store
+
+        model.use_item_store(open_store(options.index))
     try:
         recommended = model.recommend([history], options.k, exclude_seen=not options.include_seen)[0]
     except (KeyError, ValueError) as error:

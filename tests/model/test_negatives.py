@@ -224,20 +224,45 @@ def test_counts_that_are_missing_or_do_not_fit_are_named():
 
 
 WORKER = """
-import torch, torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from speeder.distributed import gather_ids
+from speeder.prompts import build_sequence, pack_batch
+from tests.model.worlds import tiny_model
+
+histories = [[1, 2, 3], [4, 9, 5, 6, 7], [8, 1], [3, 3, 11, 12, 13, 2]]
+
+
+def gradients(model, chosen):
+    batch = pack_batch([build_sequence(histories[n], model.config, 14 + n) for n in chosen], with_labels=True)
+    model.zero_grad()
+    model.negatives.seek(5)
+    loss = model(**batch, num_items_in_batch=sum(map(len, histories))).loss
+    loss.backward()
+    return torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters() if p.grad is not None)])
+
+
+alone = {}
+for kind in ("in-batch", "sampled"):
+    model = tiny_model(negatives=kind, num_negatives=6).train()
+    model.negatives.set_counts(np.arange(20))
+    alone[kind] = model, gradients(model, range(4))
 dist.init_process_group("gloo")
 rank = dist.get_rank()
 for counts in ((3, 0), (1, 4), (0, 0)):
     mine = torch.arange(counts[rank]) + 10 * rank
     expected = [torch.arange(count) + 10 * other for other, count in enumerate(counts)]
     assert gather_ids(mine).tolist() == torch.cat(expected).tolist()
+for kind, (model, expected) in alone.items():
+    shared = gradients(model, ([0, 1, 2], [3])[rank])
+    dist.all_reduce(shared)
+    torch.testing.assert_close(shared, expected, atol=1e-5, rtol=1e-4)
 dist.destroy_process_group()
 """
 
 
-def test_targets_of_all_processes_are_gathered(tmp_path):
+def test_two_processes_losses_and_gradients_add_up_to_ones(tmp_path):
+    """Whatever is drawn or gathered, a batch is compared with the same items, however it is shared."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    subprocess.run([*command, str(tmp_path / "worker.py")], check=True, env=environment, timeout=300)
+    subprocess.run([*command, str(tmp_path / "worker.py")], check=True, env=environment, timeout=500)
