@@ -41,6 +41,7 @@ class Load:
         latencies: of recommendations, in seconds, sorted.
         memory_before, memory_after: the server's resident bytes, after a warm-up and at the end.
         batch: mean number of requests that ran together.
+        cpu: seconds of processor time that the server took.
     """
 
     clients: int
@@ -51,6 +52,7 @@ class Load:
     memory_before: float = 0.0
     memory_after: float = 0.0
     batch: float = 0.0
+    cpu: float = 0.0
 
     @property
     def errors(self) -> int:
@@ -71,6 +73,7 @@ class Load:
             "requests/s": round(sum(self.statuses.values()) / max(self.seconds, 1e-9), 1),
             **{f"{name} ms": round(1000 * value, 1) for name, value in at.items()},
             "mean batch": round(self.batch, 1),
+            "server's CPU ms a request": round(1000 * self.cpu / max(sum(self.statuses.values()), 1), 2),
             "RSS before MiB": round(self.memory_before / 2**20, 1),
             "RSS after MiB": round(self.memory_after / 2**20, 1),
         }
@@ -95,6 +98,7 @@ async def run_load(
         after = await _metrics(http)
     load.latencies.sort()
     load.memory_before, load.memory_after = (m["process_resident_memory_bytes"] for m in (before, after))
+    load.cpu = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
     ran, batches = (
         after[f'speeder_batch_size_{part}{{lane="recommend"}}']
         - before.get(f'speeder_batch_size_{part}{{lane="recommend"}}', 0)
@@ -176,7 +180,7 @@ def main() -> None:
     with served(options.run, *server_options) as address:
         load = asyncio.run(run_load(address, options.clients, options.seconds, options.pause))
     for name, value in (load.summary() | {"statuses": dict(load.statuses)}).items():
-        print(f"{name:16} {value}")
+        print(f"{name:26} {value}")
     if options.json:
         figures = load.summary() | {"statuses": dict(load.statuses)}
         options.json.write_text(json.dumps(figures | {"latencies": len(asdict(load)["latencies"])}, indent=2))
