@@ -20,7 +20,7 @@ from speeder.report.sections import EvaluationSection, best_row
 from speeder.report.thumbnails import Thumbnails
 from speeder.report.users import ShownUser
 
-_TEMPLATES = Path(__file__).parent / "page"
+_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
