@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from speeder.config import SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.features import EncodesImages, EncodesTexts
+from speeder.data.features import EncodesImages, EncodesTexts, naming_item
 from speeder.data.files import atomic_folder, check_owned, read_json, recover_folder, write_json
 from speeder.data.readers.lines import BLANK, BadLine, LineCount
 from speeder.data.readers.plain import describe, item_rows
@@ -146,7 +146,8 @@ def encode_items(
 
             text_encoder = TextEncoder(*([text_encoder] if text_encoder else []))
         _check_encoder("text", text_encoder, modalities["text"], known)
-        features, present = text_encoder.encode(items.texts)
+        with naming_item("text", items.ids):
+            features, present = text_encoder.encode(items.texts)
         _check_width("text", text_encoder, features, modalities["text"])
         encoded = encoded.with_features("text", features, present)
     if "image" in read and any(items.images):
@@ -155,7 +156,8 @@ def encode_items(
 
             image_encoder = ImageEncoder(*([image_encoder] if image_encoder else []))
         _check_encoder("image", image_encoder, modalities["image"], known)
-        features, present, broken = image_encoder.encode(items.images)
+        with naming_item("image", items.ids):
+            features, present, broken = image_encoder.encode(items.images)
         _check_width("image", image_encoder, features, modalities["image"])
         for where, path in zip(rows, items.images, strict=True):
             if path in broken:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import torch
@@ -207,6 +208,17 @@ def check_saved_model(name_or_path: str | Path, model_type: str, **kwargs) -> No
         raise SpeederError(
             f"{path.parent}: expected a {wanted} model, got one of type {kind!r}; see from_backbone"
         )
+
+
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+
+def remove_other_weights(folder: Path, new: Path) -> None:
+    """Remove weights' files that `new` replaces by others, such as shards of a larger model that was saved there."""
+    names = {path.name for path in new.iterdir() if _WEIGHTS.fullmatch(path.name)}
+    for path in folder.iterdir() if names else ():
+        if _WEIGHTS.fullmatch(path.name) and path.name not in names:
+            path.unlink()
 
 
 def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:

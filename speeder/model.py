@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.files import replaced_files
 from speeder.item_rows import ItemRows, ItemStore
 from speeder.last_layer import last_layer_computes
 from speeder.layout import (
@@ -30,7 +31,13 @@ from speeder.layout import (
     packed_layout,
     padded_layout,
 )
-from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
+from speeder.loading import (
+    CATALOGUE_FOLDER,
+    catalogue_folder,
+    check_saved_model,
+    from_backbone,
+    remove_other_weights,
+)
 from speeder.lora import add_lora, merge_lora
 from speeder.mrc import MRC
 from speeder.negatives import Candidates, NegativeSampler
@@ -470,11 +477,25 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     # ---- saving and loading -------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, *, save_catalogue: bool = True, **kwargs) -> None:
-        """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender."""
-        # first the catalogue: with push_to_hub the folder is uploaded at the end of super's
-        if save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True):
-            self.catalogue.save(Path(save_directory) / CATALOGUE_FOLDER)
-        super().save_pretrained(save_directory, **kwargs)
+        """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender.
+
+        What the folder held before stays whole until all is written.
+
+        Raises:
+            SpeederError: the disk is full; or `catalogue/` holds anything else.
+        """
+        whole = save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True)
+        catalogue = Path(save_directory) / CATALOGUE_FOLDER
+        if kwargs.get("push_to_hub"):  # which uploads the very folder, at the end of super's
+            if whole:
+                self.catalogue.save(catalogue)
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with replaced_files(save_directory) as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            if whole:  # the last thing that needs room
+                self.catalogue.save(catalogue)
+            remove_other_weights(Path(save_directory), temporary)
 
     @classmethod
     def from_pretrained(

@@ -18,6 +18,7 @@ import torch
 from speeder.bench.machine import describe
 from speeder.data.files import read_json, safe_name, write_json
 from speeder.data.prepared import PreparedData
+from speeder.data.writing import WriteError, writing
 from speeder.errors import SpeederError
 
 
@@ -165,7 +166,12 @@ def finish_stage(
     """Save the stage's model by `save(folder)`, then say so in `state.json`, then remove the model that it replaces."""
     temporary = run / f".{model_folder}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    save(temporary)
+    try:
+        with writing(run / model_folder):
+            save(temporary)
+    except WriteError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     shutil.rmtree(run / model_folder, ignore_errors=True)
     temporary.rename(run / model_folder)
     before, state["model"] = state["model"], model_folder

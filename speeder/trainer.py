@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from speeder.averaging import WeightAverage
 from speeder.bad_batches import BadBatches, check_weights
 from speeder.data.interactions import LeaveOneOut
+from speeder.data.writing import WriteError, writing
 from speeder.distributed import OwnDraws, SharedBatches, processes
 from speeder.model import SpeederForCausalLM
 from speeder.title_prompts import EpochTeller
@@ -109,6 +110,16 @@ class SpeederTrainer(Trainer):
         means = self.accelerator.reduce(sums.to(self.args.device), "sum") / users
         return dict(zip(found, means.tolist(), strict=True))
 
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+        except WriteError:  # what there is of it only takes room; it would not be resumed from
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
         trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
@@ -144,7 +155,8 @@ class CheckpointMarker(TrainerCallback):
         if not state.is_world_process_zero:
             return
         newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (newest / COMPLETE).touch()
+        with writing(newest):
+            (newest / COMPLETE).touch()
         best = Path(state.best_model_checkpoint or newest).name
         others = [path for path in newest.parent.glob("checkpoint-*") if path.name not in (newest.name, best)]
         others.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))

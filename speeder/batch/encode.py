@@ -13,7 +13,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from speeder.batch.parts import Runner, Work, computed
-from speeder.encoders.cache import FeatureCache, missing_batches, shard_rows, write_shard
+from speeder.encoders.cache import FeatureCache, check_finite, missing_batches, shard_rows, write_shard
 from speeder.errors import SpeederError
 
 
@@ -106,6 +106,7 @@ def _encoding(make: Callable[[], Encodes], identity: str, folder: Path) -> Work:
             rows = encoder.compute([row["content"] for row in batch])
             pairs = zip(batch, rows, strict=True)
             done.update({entry["key"]: row.float().cpu() for entry, row in pairs if row is not None})
+        check_finite(done, {key: place for place, key in enumerate(table["key"].to_pylist())})
         if done:
             write_shard(folder, done)
         keys = table["key"]

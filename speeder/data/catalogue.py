@@ -61,7 +61,9 @@ class ItemCatalogue:
         self.features: dict[str, torch.Tensor] = {}
         self.present: dict[str, torch.Tensor] = {}
         for name, matrix in (features or {}).items():
-            self.features[name], self.present[name] = _checked(name, matrix, present.pop(name, None), count)
+            self.features[name], self.present[name] = _checked(
+                name, matrix, present.pop(name, None), self.ids
+            )
         if present:
             raise ValueError(f"present names modalities that have no features: {sorted(present)}")
 
@@ -105,7 +107,7 @@ class ItemCatalogue:
             features: `(I, F)`, any floating dtype; kept as float32. Rows of absent items are zeroed.
             present: `(I,)` bool; None means that every item has it.
         """
-        checked, mask = _checked(name, features, present, len(self))
+        checked, mask = _checked(name, features, present, self.ids)
         other = object.__new__(ItemCatalogue)
         other.__dict__.update(self.__dict__)
         other.features = {**self.features, name: checked}
@@ -256,9 +258,10 @@ def _check_shapes(name: str, features: torch.Tensor, present: torch.Tensor, coun
 
 
 def _checked(
-    name: str, features: torch.Tensor, present: torch.Tensor | None, count: int
+    name: str, features: torch.Tensor, present: torch.Tensor | None, ids: Sequence[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(I, F)` float32 with zeros where absent and `(I,)` bool, both on the CPU and outside autograd."""
+    count = len(ids)
     present = torch.ones(count, dtype=torch.bool) if present is None else present
     _check_shapes(name, features, present, count)
     features, present = features.detach().to("cpu", torch.float32), present.cpu()
@@ -266,7 +269,9 @@ def _checked(
     # closely.
     if not torch.isfinite(features.sum()) and not torch.isfinite(features).all():
         row = int((~torch.isfinite(features).all(dim=1)).nonzero()[0])
-        raise ValueError(f"features of {name!r} must be finite, but row {row} is not")
+        raise ValueError(
+            f"features of {name!r} must be finite, but those of item {ids[row]!r} (row {row}) hold NaN or infinity"
+        )
     if bool(present.all()) or not bool(features.any(dim=1)[~present].any()):
         return features, present
     return features.masked_fill(~present[:, None], 0.0), present

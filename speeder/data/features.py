@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +15,7 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.data.files import sha256_file
 from speeder.data.posters import Poster, match_posters
 from speeder.data.prepared import PreparedData
+from speeder.encoders.cache import NotFinite
 from speeder.encoders.collaborative import collaborative_features
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import NO_INTERACTIONS, features_hash
@@ -70,15 +72,17 @@ def add_features(
             from speeder.encoders.text import TextEncoder
 
             text_encoder = TextEncoder(runner=runner)
-        features, present = text_encoder.encode(catalogue.texts)
-        catalogue = catalogue.with_features("text", features, present)
+        with naming_item("text", catalogue.ids):
+            features, present = text_encoder.encode(catalogue.texts)
+            catalogue = catalogue.with_features("text", features, present)
         encoders["text"] = _encoder_record(text_encoder)
     if "image" in modalities and any(catalogue.images):
         if image_encoder is None:
             from speeder.encoders.image import ImageEncoder
 
             image_encoder = ImageEncoder(runner=runner)
-        features, present, broken = image_encoder.encode(catalogue.images)
+        with naming_item("image", catalogue.ids):
+            features, present, broken = image_encoder.encode(catalogue.images)
         for path, reason in broken.items():
             log.warning("%s is no picture that can be read: %s", path, reason)
         catalogue = catalogue.with_features("image", features, present)
@@ -90,9 +94,9 @@ def add_features(
             training = data.split.training()
             config = settings_for(training)
             fitted = collaborative_features(training, len(catalogue), config=config)
+            catalogue = catalogue.with_features("collaborative", fitted.features, fitted.present)
         except ValueError as error:  # such as no training sequence of two items
             raise SpeederError(f"collaborative features cannot be fitted: {error}") from error
-        catalogue = catalogue.with_features("collaborative", fitted.features, fitted.present)
         # what they were fitted on: evaluation refuses them beside another training part
         encoders["collaborative"] = {
             "name": "sasrec",
@@ -103,6 +107,19 @@ def add_features(
         record["features_hash"] = features_hash(catalogue.features[name], catalogue.present[name])
     manifest["encoders"] = {**manifest.get("encoders", {}), **encoders}
     return PreparedData(catalogue, data.interactions, manifest)
+
+
+@contextmanager
+def naming_item(modality: str, ids: Sequence[str]) -> Iterator[None]:
+    """Makes a `SpeederError` that names item and modality of features that are not finite."""
+    try:
+        yield
+    except NotFinite as error:
+        raise SpeederError(
+            f"{modality} features of item {ids[error.position]!r} are not finite: the encoder gives NaN or infinity"
+        ) from error
+    except ValueError as error:
+        raise SpeederError(f"{modality} features cannot be used: {error}") from error
 
 
 def add_images(

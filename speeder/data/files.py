@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from speeder.data.writing import writing
 from speeder.errors import SpeederError
 
 
@@ -36,14 +37,19 @@ def sha256_file(path: str | Path) -> str:
 
 
 @contextmanager
-def _place_beside(target: Path) -> Iterator[Path]:
-    """A path that is free for what shall replace `target`; what is there in the end, or when killed, is removed."""
+def _place_beside(target: Path, told: Path | None = None) -> Iterator[Path]:
+    """A path that is free for what shall replace `target`; what is there in the end, or when killed, is removed.
+
+    Raises `WriteError`, naming the target (or `told`), where the disk takes no more.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    lock, handle = _new_lock(target)
+    with writing(told or target):
+        lock, handle = _new_lock(target)
     place = lock.with_suffix(".partial")
     try:
-        yield place
+        with writing(told or target):
+            yield place
     finally:  # The lock goes last: what lies beside no lock would never be found.
         with suppress(OSError):
             _remove(place)
@@ -211,6 +217,23 @@ def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
         usual_permissions(temporary)
         with _swap_lock(folder):
             _swap(temporary, folder)
+
+
+@contextmanager
+def replaced_files(folder: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder, whose files then take the place of those of their names in `folder`; others stay.
+
+    Each is replaced whole, and none before all are written, so that a full disk changes nothing.
+    """
+    folder = Path(folder)
+    with _place_beside(folder / "files", told=folder) as temporary:
+        temporary.mkdir(mode=0o700)
+        yield temporary
+        usual_permissions(temporary)
+        for file in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -12,6 +12,7 @@ from speeder.data.readers import READERS
 from speeder.data.readers.ml100k import read_ml100k
 from speeder.data.readers.plain import plain
 from speeder.data.readers.times import TIME_UNITS
+from speeder.data.writing import writing
 from speeder.errors import SpeederError
 from speeder.recipe import MODALITIES
 
@@ -72,7 +73,7 @@ def prepare(
     if not path.exists():
         raise SpeederError(f"{path} is missing")
     raw = plain(path, items, time_unit) if name == "plain" else READERS[name].open(path, items)
-    with scratch_folder(Path(out)) as scratch:
+    with writing(out), scratch_folder(Path(out)) as scratch:
         data = read_raw(
             raw,
             scratch,

@@ -16,8 +16,25 @@ from tqdm import tqdm
 
 from speeder.assets import cache_folder
 from speeder.data.files import atomic_path
+from speeder.data.writing import writing
+from speeder.errors import SpeederError
 
 log = logging.getLogger(__name__)
+
+
+class NotFinite(SpeederError):
+    """An encoder gave NaN or infinity for the content at a position.
+
+    Attributes:
+        position: its place among the contents.
+    """
+
+    def __init__(self, position: int):
+        super().__init__(
+            f"the content at position {position} is encoded to numbers that are not finite (NaN or infinity)"
+        )
+        self.position = position
+
 
 _PLACES = 1 << 32  # more than a shard has rows
 _SHARD_ROWS = 256  # rows encoded between two writes, about: what an interruption may cost
@@ -117,6 +134,12 @@ def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
     return flat.view(rows, width)
 
 
+def check_finite(rows: dict[str, Tensor], positions: dict[str, int]) -> None:
+    """Raises `NotFinite` where a `{key: (F,)}` row holds NaN or infinity: it must get into no cache."""
+    if rows and not torch.isfinite(torch.stack(list(rows.values()))).all():
+        raise NotFinite(next(positions[key] for key, row in rows.items() if not torch.isfinite(row).all()))
+
+
 def shard_rows(batch_size: int) -> int:
     """Rows encoded between two writes: whole batches."""
     return -(-_SHARD_ROWS // batch_size) * batch_size
@@ -156,7 +179,7 @@ def encode_cached(
         keys: content keys; None where there is nothing to encode.
         costs: similar costs are put in one batch (such as a text's length).
         compute: positions -> one `(width,)` row each, or None for one that cannot be encoded (which is not
-            cached).
+            cached). NaN or infinity in one raises `NotFinite`.
 
     Returns:
         `(N, width)` float32 with zeros where absent, mapped to a file, and the `(N,)` bool mask of those present.
@@ -175,6 +198,7 @@ def encode_cached(
                     for position, row in zip(batch, rows, strict=True)
                     if row is not None
                 }
+                check_finite(done, dict(zip((keys[place] for place in batch), batch, strict=True)))
                 failed += len(batch) - len(done)
                 pending.update(done)
                 bar.update(len(batch))
@@ -183,7 +207,8 @@ def encode_cached(
                     pending, failed = {}, 0
         finally:
             cache.add(pending)  # also on Ctrl-C: what is done stays done
-    features = zeros_on_disk(len(keys), width, cache.folder)
+    with writing(cache.folder):
+        features = zeros_on_disk(len(keys), width, cache.folder)
     present = torch.zeros(len(keys), dtype=torch.bool)
     for position, key in enumerate(keys):
         if key is not None and key in cache:

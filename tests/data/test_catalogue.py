@@ -131,8 +131,20 @@ def test_bad_columns_are_named(arguments: dict, error: type[Exception], message:
         ("text", torch.zeros(3, 0), None, ValueError, "F > 0"),
         ("text", torch.zeros(3, 4, dtype=torch.long), None, TypeError, "floating point"),
         ("text", [[0.0]] * 3, None, TypeError, "must be a tensor"),
-        ("text", torch.tensor([[0.0], [float("nan")], [0.0]]), None, ValueError, "row 1 is not"),
-        ("text", torch.tensor([[0.0], [0.0], [float("inf")]]), None, ValueError, "row 2 is not"),
+        (
+            "text",
+            torch.tensor([[0.0], [float("nan")], [0.0]]),
+            None,
+            ValueError,
+            r"'text' .* item '[^']+' \(row 1\) hold NaN",
+        ),
+        (
+            "text",
+            torch.tensor([[0.0], [0.0], [float("inf")]]),
+            None,
+            ValueError,
+            r"item '[^']+' \(row 2\) hold NaN",
+        ),
         ("text", torch.zeros(3, 4), torch.ones(2).bool(), ValueError, r"\(3,\) bool"),
         ("text", torch.zeros(3, 4), torch.ones(3), ValueError, "torch.float32"),
         ("../text", torch.zeros(3, 4), None, ValueError, "modality's name"),
@@ -222,7 +234,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("speeder.data.catalogue.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SpeederError, match="No space"):
         example().concat(ItemCatalogue(["d"])).save(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["catalogue"]
     assert_same(ItemCatalogue.load(folder), example())
