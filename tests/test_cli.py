@@ -22,6 +22,7 @@ COMMANDS = (
     "ablate",
     "recommend",
     "serve",
+    "report",
     "bench",
     "demo",
 )
