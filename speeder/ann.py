@@ -56,7 +56,7 @@ def build_index(
         m: hnsw: neighbours of an item in the graph (twice as many in its lowest layer).
         ef_construction: hnsw: candidates that are looked at to find them.
         nlist: ivf-pq: lists that items are shared out to; None takes about twice the root of their number.
-        pq_bytes: ivf-pq: bytes of an item's code, a divisor of the hidden size; None takes about an eighth of that.
+        pq_bytes: ivf-pq: bytes of an item's code, a divisor of the hidden size; None takes about a quarter of that.
         seed: of the items that an ivf-pq is trained on.
 
     Raises:
@@ -83,7 +83,7 @@ def build_index(
         settings = {"m": m, "ef_construction": ef_construction}
     else:
         nlist = nlist or 1 << max(round(math.log2(2 * math.sqrt(count))), 0)
-        pq_bytes = pq_bytes or max(part for part in range(1, max(width // 8, 1) + 1) if width % part == 0)
+        pq_bytes = pq_bytes or max(part for part in range(1, max(width // 4, 1) + 1) if width % part == 0)
         if width % pq_bytes:
             raise SpeederError(f"pq_bytes: expected a divisor of the hidden size {width}, got {pq_bytes}")
         if count < max(nlist, 256):
@@ -136,7 +136,7 @@ class ItemIndex:
         *,
         ef_search: int = 128,
         nprobe: int = 32,
-        refine: int = 4,
+        refine: int = 8,
     ):
         faiss = load_faiss()
         self.folder, self.refine = Path(folder), refine

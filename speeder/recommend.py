@@ -14,6 +14,7 @@ from speeder.continuation import ModelState, SharedPrefix
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
 from speeder.evaluate import evaluate
+from speeder.evaluation.metrics import metric_values
 from speeder.item_rows import ItemStore
 from speeder.prompts import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
@@ -70,6 +71,11 @@ class RecommenderMixin:
 
     def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
         """NDCG@10 and HR@10, by which checkpoints are chosen: the validation items among all items."""
+        if self.config.negatives != "full":  # the tokens of all items may be too many
+            from speeder.streamed_ranking import streamed_ranks
+
+            ranks = streamed_ranks(self, split.histories("validation"), split.targets("validation"))
+            return {name: float(metric_values(ranks, name).mean()) for name in ("NDCG@10", "HR@10")}
         ranking = evaluate(self, split, "validation", resamples=1)
         return {name: ranking.mean(name) for name in ("NDCG@10", "HR@10")}
 

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ef-construction", type=int, default=40, help="hnsw: default 40")
     parser.add_argument("--nlist", type=int, help="ivf-pq: lists (default: about 2 sqrt(items))")
     parser.add_argument(
-        "--pq-bytes", type=int, help="ivf-pq: bytes of a code (default: about hidden size / 8)"
+        "--pq-bytes", type=int, help="ivf-pq: bytes of a code (default: about hidden size / 4)"
     )
 
 

@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from speeder.config import SpeederConfig
+from speeder.data.synthetic import synthetic_world
+from speeder.evaluation.metrics import target_ranks
 from speeder.negatives import NegativeSampler, candidate_cross_entropy
+from speeder.recipe import recipe_from_dict
+from speeder.run_folder import stage_logs
+from speeder.streamed_ranking import streamed_ranks
+from speeder.training import train
 from speeder_kernels import item_cross_entropy
-from tests.model.worlds import TEXT, tiny_model
+from tests.model.worlds import TEXT, save_tiny_backbone, tiny_model
 
 HISTORY = torch.tensor([[TEXT + item for item in (3, 7, 1, 12, 5, 3, 19)]])
 
@@ -193,6 +199,28 @@ def test_in_evaluation_the_loss_is_the_full_one():
     torch.testing.assert_close(*losses)
 
 
+@pytest.mark.parametrize("kind", ["sampled", "in-batch"])
+def test_a_recipe_trains_with_them_and_learns(kind, tmp_path):
+    """Through `train`: counts, steps and validation; items of the next group come before others."""
+    world = synthetic_world(num_users=60, history=8)
+    recipe = recipe_from_dict(
+        {
+            "backbone": str(save_tiny_backbone(tmp_path / "backbone")),
+            "precision": "fp32",
+            "batch_users": 10,
+            "checkpoint_steps": 20,
+            "log_steps": 5,
+            "model": {"negatives": kind, "num_negatives": 8, "negatives_exponent": 0.5},
+            "stages": [{"name": "text", "open": ["text"], "steps": 40, "learning_rate": 5.0e-3}],
+        }
+    )
+    model = train(recipe, world, tmp_path / "run")
+    scores = model.score(world.split.histories("test"))
+    assert world.group_accuracy(scores, "test") > 0.5, "chance is 1/6"
+    log = stage_logs(tmp_path / "run")["text"]
+    assert any("eval_NDCG@10" in line for line in log) and any("gate/text" in line for line in log)
+
+
 def test_text_labels_and_batches_without_items_train_too():
     model = tiny_model(negatives="sampled", num_negatives=5).train()
     text = torch.tensor([[1, 2, 3, 4]])
@@ -221,6 +249,21 @@ def test_counts_that_are_missing_or_do_not_fit_are_named():
         model(HISTORY, labels=HISTORY)
     with pytest.raises(ValueError, match="counts: expected"):
         model.negatives.set_counts(np.array([1, -1]))
+
+
+@pytest.mark.parametrize("tokens_per_item", [1, 2])
+def test_validation_ranks_by_pieces_as_evaluation_does_by_all_scores(tokens_per_item, monkeypatch):
+    model = tiny_model(negatives="sampled", tokens_per_item=tokens_per_item)
+    random = np.random.default_rng(0)
+    histories = [random.choice(20, size=size, replace=False) for size in (1, 3, 7, 12)]
+    targets = np.array([4, 19, int(histories[2][1]), 0])
+    scores = model.score(histories)
+    expected = target_ranks(scores, torch.from_numpy(targets), histories)
+    pieces = model.mrc.pieces
+    monkeypatch.setattr(model.mrc, "pieces", lambda: pieces(6))
+    monkeypatch.setattr(model, "item_tokens", None)
+    assert streamed_ranks(model, histories, targets).tolist() == expected.tolist()
+    assert expected[2] == 20, "a target that was seen"
 
 
 WORKER = """
