@@ -56,6 +56,7 @@ class SpeederConfig(PretrainedConfig):
         negatives_seed: of the draws, which follow from it and from the optimizer step.
         lora: arguments of `peft.LoraConfig` for adapters in the backbone; None: no adapters.
         training_hash: hash of the interactions that the model was trained on; evaluation checks it.
+        catalogue_hash: hash of the catalogue that the model was saved with (`saved_hash`); loading checks it.
         prompt_prefix, prompt_suffix: token ids of the instruction before and after the history (empty: items only).
 
     Raises:
@@ -94,6 +95,7 @@ class SpeederConfig(PretrainedConfig):
     negatives_seed: int = 0
     lora: dict | None = None
     training_hash: str | None = None
+    catalogue_hash: str | None = None
     prompt_prefix: list[int] | None = None
     prompt_suffix: list[int] | None = None
     use_cache: bool = True

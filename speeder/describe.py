@@ -117,7 +117,7 @@ def _load_tokenizer(name: str):
     from speeder.assets import resolve
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(name, "backbone"))
+        return AutoTokenizer.from_pretrained(resolve(name, "backbone"), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SpeederError(
             f"the tokenizer {name!r} cannot be loaded: {str(error).splitlines()[0]}"

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from speeder.config import SpeederConfig
-from speeder.data.catalogue import ItemCatalogue
+from speeder.data.catalogue import ItemCatalogue, saved_hash
 from speeder.data.features import EncodesImages, EncodesTexts, naming_item
 from speeder.data.files import atomic_folder, check_owned, read_json, recover_folder, write_json
 from speeder.data.readers.lines import BLANK, BadLine, LineCount
@@ -149,7 +149,8 @@ def encode_items(
         with naming_item("text", items.ids):
             features, present = text_encoder.encode(items.texts)
         _check_width("text", text_encoder, features, modalities["text"])
-        encoded = encoded.with_features("text", features, present)
+        with naming_item("text", items.ids):
+            encoded = encoded.with_features("text", features, present)
     if "image" in read and any(items.images):
         if image_encoder is None or isinstance(image_encoder, str):
             from speeder.encoders.image import ImageEncoder
@@ -162,7 +163,8 @@ def encode_items(
         for where, path in zip(rows, items.images, strict=True):
             if path in broken:
                 raise SpeederError(f"{where}: {path} is no picture that can be read: {broken[path]}")
-        encoded = encoded.with_features("image", features, present)
+        with naming_item("image", items.ids):
+            encoded = encoded.with_features("image", features, present)
     usable = torch.zeros(len(items), dtype=torch.bool)
     for present in encoded.present.values():
         usable |= present
@@ -265,16 +267,23 @@ def _add_items(folder, file, out, images, text_encoder, image_encoder) -> ItemCa
     items = encode_items(items, config["modalities"], **encoders, known=known, rows=rows)
     whole = known.concat(items)
     if out is None:
+        # killed between the two, the catalogue shall load beside either configuration
+        write_json(folder / "config.json", config | {"catalogue_hash": None})
         whole.save(folder / CATALOGUE_FOLDER)
-        write_json(folder / "config.json", config | {"num_items": len(whole)})
+        write_json(folder / "config.json", config | _described(folder / CATALOGUE_FOLDER, whole))
         return items
     with atomic_folder(out, set()) as temporary:
         shutil.copytree(
             folder, temporary, ignore=shutil.ignore_patterns(CATALOGUE_FOLDER, ".*"), dirs_exist_ok=True
         )
         whole.save(temporary / CATALOGUE_FOLDER)
-        write_json(temporary / "config.json", config | {"num_items": len(whole)})
+        write_json(temporary / "config.json", config | _described(temporary / CATALOGUE_FOLDER, whole))
     return items
+
+
+def _described(folder: Path, catalogue: ItemCatalogue) -> dict:
+    """What a configuration tells of the catalogue that was saved in a folder."""
+    return {"num_items": len(catalogue), "catalogue_hash": saved_hash(folder)}
 
 
 def without_added(model: object, catalogue: ItemCatalogue) -> int:

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
-from speeder.data.catalogue import ItemCatalogue
+from speeder.data.catalogue import ItemCatalogue, move_catalogue, saved_hash
 from speeder.data.files import replaced_files
 from speeder.item_rows import ItemRows, ItemStore
 from speeder.last_layer import last_layer_computes
@@ -34,6 +34,8 @@ from speeder.layout import (
 from speeder.loading import (
     CATALOGUE_FOLDER,
     catalogue_folder,
+    check_catalogue_hash,
+    check_loaded,
     check_saved_model,
     from_backbone,
     remove_other_weights,
@@ -489,12 +491,16 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         if kwargs.get("push_to_hub"):  # which uploads the very folder, at the end of super's
             if whole:
                 self.catalogue.save(catalogue)
+                self.config.catalogue_hash = saved_hash(catalogue)
             super().save_pretrained(save_directory, **kwargs)
             return
         with replaced_files(save_directory) as temporary:
+            if whole:
+                self.catalogue.save(temporary / CATALOGUE_FOLDER)
+                self.config.catalogue_hash = saved_hash(temporary / CATALOGUE_FOLDER)
             super().save_pretrained(temporary, **kwargs)
-            if whole:  # the last thing that needs room
-                self.catalogue.save(catalogue)
+            if whole:
+                move_catalogue(temporary / CATALOGUE_FOLDER, catalogue)
             remove_other_weights(Path(save_directory), temporary)
 
     @classmethod
@@ -507,17 +513,23 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             catalogue: in place of the saved one, and for checkpoints, which hold none.
 
         Raises:
-            SpeederError: it is no Speeder model, or the catalogue is missing, changed or damaged.
+            SpeederError: it is no Speeder model, a file of it is missing, cut or damaged, or the catalogue is not the
+                one that it was saved with.
         """
         check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
-        kwargs["use_safetensors"] = True
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loaded(pretrained_model_name_or_path, cls.config_class, info, **kwargs)
         if model.config.num_items:
             if catalogue is None:
-                catalogue = ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs))
+                folder = catalogue_folder(pretrained_model_name_or_path, **kwargs)
+                check_catalogue_hash(folder, model.config.catalogue_hash)
+                catalogue = ItemCatalogue.load(folder)
             model.set_catalogue(catalogue)
-        return loaded
+        return (model, info) if with_info else model
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
         """As in transformers, without the reentrant variant: SPAE's tables reach every layer from outside it."""

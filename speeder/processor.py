@@ -10,7 +10,7 @@ from transformers import AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedT
 from transformers.processing_utils import ProcessorMixin
 
 from speeder.config import SpeederConfig
-from speeder.data.catalogue import ItemCatalogue
+from speeder.data.catalogue import ItemCatalogue, saved_hash
 from speeder.loading import CATALOGUE_FOLDER, catalogue_folder
 from speeder.prompts import build_sequence, pack_batch, pad_batch
 
@@ -119,13 +119,15 @@ class SpeederProcessor(ProcessorMixin):
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
         """Save the tokenizer, the configuration and the catalogue."""
-        self.config.save_pretrained(save_directory)
         self.catalogue.save(Path(save_directory) / CATALOGUE_FOLDER)
+        self.config.catalogue_hash = saved_hash(Path(save_directory) / CATALOGUE_FOLDER)
+        self.config.save_pretrained(save_directory)
         super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SpeederProcessor:
         """Load the processor of a saved recommender, from a folder or the Hub."""
+        kwargs["trust_remote_code"] = False  # None would ask on the terminal
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         config = SpeederConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(

@@ -66,7 +66,7 @@ class TitleWriter:
                 f"{run}: expected a recipe with 'titles' above 0 in a stage, got none: the model never learned to "
                 "write one (see the recipe ml-100k-titles)"
             )
-        tokenizer = AutoTokenizer.from_pretrained(run / "model")
+        tokenizer = AutoTokenizer.from_pretrained(run / "model", trust_remote_code=False)
         return cls(model, TitlePrompts(tokenizer, model.config, model.catalogue, recipe.title_template))
 
     @property

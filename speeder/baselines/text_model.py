@@ -157,7 +157,9 @@ class TextBaseline(SpeederForCausalLM):
         if model.catalogue is None:
             folder = catalogue_folder(pretrained_model_name_or_path)
             model.set_catalogue(ItemCatalogue.load(folder) if catalogue is None else catalogue)
-        model.set_tokenizer(AutoTokenizer.from_pretrained(pretrained_model_name_or_path))
+        model.set_tokenizer(
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False)
+        )
         return loaded
 
 

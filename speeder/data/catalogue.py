@@ -1,5 +1,6 @@
 """The item catalogue: ids, titles, texts, pictures, and frozen features per modality."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from speeder.data.files import (
     describe_files,
     read_json,
     recover_folder,
+    sha256_file,
     write_json,
 )
 from speeder.errors import SpeederError
@@ -214,6 +216,28 @@ class ItemCatalogue:
         if len(catalogue) != manifest.get("items") or catalogue.modalities != expected:
             raise SpeederError(f"{folder} holds {catalogue}, which is not what its manifest says")
         return catalogue
+
+
+def saved_hash(folder: str | Path) -> str:
+    """SHA-256 of a saved catalogue's manifest, which holds the hashes of its files: of all of it, without reading it.
+
+    Raises `SpeederError` where there is none.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.is_file():
+        raise SpeederError(f"{path} is missing")
+    return sha256_file(path)
+
+
+def move_catalogue(source: Path, folder: Path) -> None:
+    """Puts a saved catalogue in the place of another's folder, or where there is none; needs no room on the disk.
+
+    Raises `SpeederError` where the folder holds anything else.
+    """
+    with atomic_folder(folder, _owned_names(recover_folder(folder))) as temporary:
+        for file in source.iterdir():
+            os.replace(file, temporary / file.name)
+    source.rmdir()
 
 
 def _owned_names(folder: Path) -> set[str]:

@@ -85,7 +85,8 @@ def add_features(
             features, present, broken = image_encoder.encode(catalogue.images)
         for path, reason in broken.items():
             log.warning("%s is no picture that can be read: %s", path, reason)
-        catalogue = catalogue.with_features("image", features, present)
+        with naming_item("image", catalogue.ids):
+            catalogue = catalogue.with_features("image", features, present)
         encoders["image"] = _encoder_record(image_encoder)
         broken = {Path(path).name: reason for path, reason in sorted(broken.items())}
         manifest["images"] = {**manifest.get("images", {}), "broken": broken}

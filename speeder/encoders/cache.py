@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,6 +36,7 @@ class NotFinite(SpeederError):
         self.position = position
 
 
+_HASH = "sha256"  # in a shard's metadata
 _PLACES = 1 << 32  # more than a shard has rows
 _SHARD_ROWS = 256  # rows encoded between two writes, about: what an interruption may cost
 
@@ -96,8 +97,11 @@ class FeatureCache:
             self._map(write_shard(self.folder, rows))
 
     def _map(self, path: Path) -> None:
-        shard = load_file(path)
-        keys, features = shard["keys"], shard["features"]
+        with safe_open(path, framework="pt") as file:
+            keys, features = file.get_tensor("keys"), file.get_tensor("features")
+            recorded = (file.metadata() or {}).get(_HASH)
+        if recorded not in (None, _rows_hash(keys, features)):  # None: written by an earlier version
+            raise ValueError("its numbers are not those that were written")
         if features.shape[0] != keys.shape[0] or not torch.isfinite(features).all():
             raise ValueError("its rows do not fit its keys, or are not finite")
         first = len(self._shards) * _PLACES
@@ -110,13 +114,20 @@ def write_shard(folder: Path, rows: dict[str, Tensor]) -> Path:
     keys = b"".join(bytes.fromhex(key) for key in rows)
     tensors = {
         "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(len(rows), 32),
-        "features": torch.stack(list(rows.values())),
+        "features": torch.stack(list(rows.values())).contiguous(),
     }
     # Named by its content: two processes that encode the same rows write the same file.
     path = folder / f"{hashlib.sha256(keys).hexdigest()[:32]}.safetensors"
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, metadata={_HASH: _rows_hash(**tensors)})
     return path
+
+
+def _rows_hash(keys: Tensor, features: Tensor) -> str:
+    """SHA-256 over the bytes of a shard's tensors, wherever they lie."""
+    digest = hashlib.sha256(keys.numpy())
+    digest.update(features.numpy())
+    return digest.hexdigest()
 
 
 def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
