@@ -38,6 +38,7 @@ _COLOURS = {
 }
 _HEAD = re.compile(r"^.*?(?=<svg)", re.DOTALL)
 _METADATA = re.compile(r"<metadata>.*?</metadata>|<style type=\"text/css\">.*?</style>", re.DOTALL)
+_PAINT = re.compile(r"((?:fill|stroke): )(#[0-9a-f]{6})")
 _REFERENCE = re.compile(r'(\bid="|url\(#|href="#)')
 
 
@@ -88,9 +89,13 @@ def _element(svg: str, prefix: str, told: str) -> Markup:
     """An SVG document as an element that shares a page with others: ids of its own, the page's colours, no style."""
     text = _METADATA.sub("", _HEAD.sub("", svg, count=1))
     text = _REFERENCE.sub(rf"\g<1>{prefix}", text)
-    for colour, variable in _COLOURS.items():
-        text = text.replace(colour, f"var({variable})")
+    text = _PAINT.sub(_page_colour, text)
     text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
     label = f'<svg role="img" aria-label="{escape(told)}" '
     return Markup(text.replace("<svg ", label, 1).strip())
+
+
+def _page_colour(found: re.Match) -> str:
+    variable = _COLOURS.get(found[2])
+    return f"{found[1]}var({variable})" if variable else found[0]

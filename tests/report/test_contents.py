@@ -15,6 +15,7 @@ from speeder.evaluate import Evaluation
 from speeder.evaluation.result import evaluation_file
 from speeder.report.build import write_report
 from speeder.report.contents import read_run
+from tests.baselines.text_worlds import NAMES, cycle_world, save_text_backbone
 from tests.report.worlds import evaluate_run, make_run
 
 
@@ -152,3 +153,16 @@ def test_a_baseline_without_gates_has_a_page_too(finished, tmp_path):
     assert "What the gate weighs" not in text and 'class="shares"' not in text
     evaluation = Evaluation.load(tmp_path / "run" / "evaluations" / "test" / "model.json")
     assert f"{evaluation.mean('NDCG@10'):.4f}" in text and "hidden_size" in text
+
+
+def test_a_model_that_ranks_no_catalogue_recommends_nothing(tmp_path):
+    cycle_world(num_users=12).save(tmp_path / "data")
+    save_text_backbone(tmp_path / "backbone", [f"The {name} Path" for name in NAMES])
+    recipe = f"backbone: {tmp_path / 'backbone'}\nbaseline: yes-no\nsupervision: last\nprecision: fp32\n"
+    stage = "stages: [{name: asked, train: [backbone], steps: 2}]\n"
+    (tmp_path / "recipe.yaml").write_text(recipe + stage)
+    arguments = ["--data", tmp_path / "data", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run"]
+    assert main(["train", *map(str, arguments)]) == 0
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "yes/no ranks no whole catalogue, so that it recommends nothing." in text
+    assert "What users are recommended" not in text and "Training loss" in text

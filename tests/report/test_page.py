@@ -105,12 +105,15 @@ def test_ids_are_unique_and_links_lead_somewhere(page):
     assert {each["aria-labelledby"] for each in page.all("section")} <= set(ids)
 
 
-def test_every_chart_is_told_in_words_and_keeps_its_letters(page):
+def test_every_chart_is_told_in_words_and_keeps_its_letters(page, path):
     charts = page.all("svg")
     assert len(charts) == 16 and all(
         each["role"] == "img" and len(each["aria-label"]) > 30 for each in charts
     )
     assert all("width" not in each and each["viewbox"] for each in charts)  # as wide as there is room
+    body = path.read_text(encoding="utf-8").partition("</style>")[2]
+    assert "stroke: var(--c0)" in body and "fill: var(--shade)" in body  # the page's colours, dark or light
+    assert not re.findall(r"(?:fill|stroke): #", body)
     for words in ("Training loss (nats)", "Validation NDCG@10", "Optimizer step", "Mean gate weight"):
         assert words in page.text
 
