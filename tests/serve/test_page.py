@@ -196,6 +196,12 @@ def test_what_the_server_refuses_is_said(opened):
     expect(page.get_by_role("alert")).to_have_text(
         re.compile("history.1: expected the id of an item, got nobody")
     )
+    page.get_by_role("button", name="Remove Item nobody").click()
+    expect(page.locator(".card .shares")).to_have_count(12)
+    expect(page.get_by_role("alert")).to_have_count(0)
+    page.evaluate("location.hash = 'i1,nobody'")
+    expect(page.get_by_role("alert")).to_be_visible()
+    expect(page.locator(".card")).to_have_count(0)
 
 
 def test_a_busy_server_is_asked_again(opened):

@@ -63,9 +63,13 @@ function drawPicks() {
   at("clear").hidden = picks.length < 2;
 }
 
-function drawNothing() {
+function clearCards() {
   at("cards").replaceChildren();
   for (const id of ["legend", "footnote", "problem"]) at(id).hidden = true;
+}
+
+function drawNothing() {
+  clearCards();
   at("empty").hidden = false;
   at("status").textContent = "";
 }
@@ -77,6 +81,7 @@ async function recommend() {
   if (!picks.length) return drawNothing();
   at("results").setAttribute("aria-busy", "true");
   at("empty").hidden = true;
+  let drawn = false;
   try {
     const ids = picks.map((item) => item.id);
     const k = Math.min(COUNT, about.max_k, about.max_explained, about.items - picks.length);
@@ -87,10 +92,12 @@ async function recommend() {
       drawPicks();
     }
     drawCards(found);
+    drawn = true;
     const why = await post("v1/explain", { history: ids, items: found.items.map((item) => item.id) }, signal);
     drawReasons(why.items);
   } catch (error) {
     if (error.name === "AbortError") return;
+    if (!drawn) clearCards(); // what is there belongs to other picks
     at("problem").textContent = error.message;
     at("problem").hidden = false;
     at("status").textContent = "";
