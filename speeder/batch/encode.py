@@ -73,8 +73,9 @@ def encode_in_parts(
 
 
 def _name(encoder: Encodes) -> str:
-    """The encoder's name as other processes understand it, wherever they run."""
-    return str(Path(encoder.name).resolve()) if Path(encoder.name).is_dir() else encoder.name
+    """The encoder's name as other processes understand it, wherever they run: folders from the root on."""
+    kind, colon, folder = encoder.name.rpartition(":")  # such as backbone:FOLDER
+    return f"{kind}{colon}{Path(folder).resolve()}" if Path(folder).is_dir() else encoder.name
 
 
 def _tables(

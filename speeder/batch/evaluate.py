@@ -18,6 +18,7 @@ from speeder.baselines.sasrec import SASRec
 from speeder.batch.parts import Runner, Work, computed, folder_identity
 from speeder.cold_items import baselines_for
 from speeder.data.cold import ColdItems
+from speeder.data.files import sha256_file
 from speeder.data.prepared import PreparedData
 from speeder.evaluation.cold import with_cold_items
 from speeder.evaluation.users import Columns, Rank, UserMap, Users
@@ -101,7 +102,11 @@ class RunAsked:
             load = partial(load_sasrec, folder)
         else:
             load = partial(load_model, folder, data, isinstance(model, TitleWriter))
-        identity = {"data": folder_identity(data), "cold": self.cold, "kind": type(model).__name__}
+        identity = {
+            "data": sha256_file(data / "manifest.json"),
+            "cold": self.cold,
+            "kind": type(model).__name__,
+        }
         if folder in load.args:
             identity["model"] = folder_identity(folder)
         parts = file.with_name(f".{file.name}.parts")

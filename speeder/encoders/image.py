@@ -1,6 +1,7 @@
 """Pictures to feature vectors, by EfficientNet-Lite0 or any Hugging Face vision model such as CLIP."""
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -155,7 +156,8 @@ class ImageEncoder:
         if self.runner is not None:
             from speeder.batch.encode import encode_in_parts
 
-            encode_in_parts(self, store, images, keys, costs, self.runner, description)
+            paths = [path and os.path.abspath(path) for path in images]
+            encode_in_parts(self, store, paths, keys, costs, self.runner, description)
         features, present = encode_cached(
             store,
             keys,

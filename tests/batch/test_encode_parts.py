@@ -2,13 +2,14 @@
 
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from speeder.batch.encode import _encoding
+from speeder.batch.encode import _encoding, _name
 from speeder.batch.parts import here
 from speeder.data.features import add_features
 from speeder.data.synthetic import synthetic_world
@@ -101,6 +102,13 @@ def test_a_cache_that_workers_do_not_share_is_told(bert, tmp_path):
         TextEncoder(str(bert), runner=elsewhere).encode(TEXTS, cache=tmp_path / "parts")
     found, _ = TextEncoder(str(bert), runner=here).encode(TEXTS[:3], cache=tmp_path / "parts")
     assert found.any(dim=1).all(), "it is not stuck"
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone:"])
+def test_folders_are_named_from_the_root(bert, monkeypatch, prefix):
+    monkeypatch.chdir(bert.parent)
+    assert _name(SimpleNamespace(name=f"{prefix}bert")) == f"{prefix}{bert.resolve()}"
+    assert _name(SimpleNamespace(name=f"{prefix}nobody/bert")) == f"{prefix}nobody/bert"
 
 
 def test_a_worker_with_another_model_refuses(bert, tmp_path):
