@@ -11,6 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from speeder.config import SpeederConfig
 from speeder.data.catalogue import ItemCatalogue, saved_hash
+from speeder.errors import SpeederError
 from speeder.loading import CATALOGUE_FOLDER, catalogue_folder
 from speeder.prompts import build_sequence, pack_batch, pad_batch
 
@@ -126,9 +127,18 @@ class SpeederProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SpeederProcessor:
-        """Load the processor of a saved recommender, from a folder or the Hub."""
+        """Load the processor of a saved recommender, from a folder or the Hub.
+
+        Raises:
+            SpeederError: the tokenizer needs code of its own, which is not run; or the catalogue is damaged.
+        """
         kwargs["trust_remote_code"] = False  # None would ask on the terminal
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except ValueError as error:
+            raise SpeederError(
+                f"{pretrained_model_name_or_path}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
         config = SpeederConfig.from_pretrained(pretrained_model_name_or_path, **kwargs)
         return cls(
             tokenizer, config, ItemCatalogue.load(catalogue_folder(pretrained_model_name_or_path, **kwargs))

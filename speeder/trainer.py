@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from speeder.averaging import WeightAverage
 from speeder.bad_batches import BadBatches, check_weights
+from speeder.checkpoints import mark_whole, reading, remove_checkpoint
 from speeder.data.interactions import LeaveOneOut
 from speeder.data.writing import WriteError, writing
 from speeder.distributed import OwnDraws, SharedBatches, processes
@@ -19,7 +20,6 @@ from speeder.model import SpeederForCausalLM
 from speeder.title_prompts import EpochTeller
 
 GATE_SAMPLE = 4096  # items whose gates are logged where the whole catalogue is never compressed
-COMPLETE = "COMPLETE"  # marker file of a checkpoint that was written to its end
 
 
 class SpeederTrainer(Trainer):
@@ -130,9 +130,22 @@ class SpeederTrainer(Trainer):
             self.average.save(output_dir, self.args.should_save)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average.load(resume_from_checkpoint)
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.average is not None:
+                self.average.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -155,16 +168,9 @@ class CheckpointMarker(TrainerCallback):
         if not state.is_world_process_zero:
             return
         newest = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with writing(newest):
-            (newest / COMPLETE).touch()
+        mark_whole(newest)
         best = Path(state.best_model_checkpoint or newest).name
         others = [path for path in newest.parent.glob("checkpoint-*") if path.name not in (newest.name, best)]
         others.sort(key=lambda path: int(path.name.rsplit("-", 1)[1]))
         for path in others[: len(others) - (best == newest.name)]:
             remove_checkpoint(path)
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, which no longer counts as whole from the first file on that goes."""
-    (folder / COMPLETE).unlink(missing_ok=True)
-    shutil.rmtree(folder)

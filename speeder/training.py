@@ -1,14 +1,13 @@
 """Run a recipe: its stages one after another, each a Hugging Face `Trainer`, resumable at any moment.
 
 The run folder is `run_folder.py`'s; `stages/<stage>/` holds checkpoints, TensorBoard logs and `log.json`. A checkpoint
-counts only with the marker that is written after it.
+counts only with the marker that is written after it (`checkpoints.py`).
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import TrainingArguments, set_seed
 from speeder.averaging import WeightAverage
 from speeder.bad_batches import BadBatches
 from speeder.baselines.registry import baseline_class
+from speeder.checkpoints import last_checkpoint, remove_checkpoint
 from speeder.config import SpeederConfig
 from speeder.data.prepared import PreparedData
 from speeder.distributed import check_shared, from_main, processes
@@ -46,7 +46,7 @@ from speeder.run_folder import (
 from speeder.sharded_trainer import ShardedTrainer, sharding_is_asked
 from speeder.sharding import copy_for_sharding
 from speeder.title_prompts import EpochTeller, TitleExamples, TitlePrompts
-from speeder.trainer import COMPLETE, CheckpointMarker, SpeederTrainer, remove_checkpoint
+from speeder.trainer import CheckpointMarker, SpeederTrainer
 
 
 class TrainingSequences(Dataset):
@@ -219,7 +219,7 @@ def _run_stage(
     prompts: TitlePrompts | None,
 ) -> None:
     folder = stage_folder(run, number, stage.name)
-    checkpoint = from_main(_last_checkpoint(folder) if processes().is_main_process else None)
+    checkpoint = from_main(last_checkpoint(folder) if processes().is_main_process else None)
     if checkpoint is not None:
         check_shared(checkpoint)
     examples = model.training_examples(recipe.supervision)
@@ -318,17 +318,6 @@ def target_counts(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
 def _unasked(sequence: TokenSequence) -> TokenSequence:
     """A sequence for a process without a share of a batch: it computes with the others, and asks for nothing."""
     return TokenSequence(sequence.ids, sequence.ranks, [IGNORED] * len(sequence.ids))
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint of a stage; torn ones are removed."""
-    steps = {}
-    for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).exists():
-            steps[int(path.name.rsplit("-", 1)[1])] = path
-        else:
-            shutil.rmtree(path)
-    return steps[max(steps)] if steps else None
 
 
 def _finish_stage(

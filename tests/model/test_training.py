@@ -173,14 +173,14 @@ def test_kill_and_resume_gives_the_same_model(place, uninterrupted, moment):
 
 
 def test_a_torn_checkpoint_is_not_resumed_from(place, uninterrupted, tmp_path):
-    from speeder.training import COMPLETE, _last_checkpoint
+    from speeder.checkpoints import COMPLETE, last_checkpoint
 
     for step, whole in ((4, True), (8, True), (12, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
         if whole:
             (folder / COMPLETE).touch()
-    assert _last_checkpoint(tmp_path).name == "checkpoint-8"
+    assert last_checkpoint(tmp_path).name == "checkpoint-8"
     assert not (tmp_path / "checkpoint-12").exists()
 
 
