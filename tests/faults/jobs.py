@@ -33,18 +33,20 @@ def train_run(folder: Path, name: str) -> None:
 
 
 def prepare_data(folder: Path, name: str) -> None:
-    """Prepares FOLDER/raw into FOLDER/name, texts by FOLDER/bert, encoded ones in FOLDER/cache-name."""
+    """Prepares FOLDER/raw into FOLDER/prepared-name, texts by FOLDER/bert, encoded ones in FOLDER/cache-name."""
     begin(folder / "printed.txt")
     os.environ["SPEEDER_CACHE"] = str(folder / f"cache-{name}")
     encoder = TextEncoder(str(folder / "bert"), batch_size=4)
-    prepare("plain", folder / "raw", folder / name, text_encoder=encoder)
+    prepare("plain", folder / "raw", folder / f"prepared-{name}", text_encoder=encoder)
 
 
 def encode_texts(folder: Path, name: str) -> None:
-    """Encodes FOLDER/texts.txt, a line each, by FOLDER/bert into the cache FOLDER/name."""
+    """Encodes FOLDER/texts.txt, a line each, by FOLDER/bert into the cache FOLDER/encoded-name."""
     begin(folder / "printed.txt")
     texts = (folder / "texts.txt").read_text().splitlines()
-    TextEncoder(str(folder / "bert"), batch_size=4).encode(texts, cache=folder / name, progress=False)
+    TextEncoder(str(folder / "bert"), batch_size=4).encode(
+        texts, cache=folder / f"encoded-{name}", progress=False
+    )
 
 
 def spoil(steps: dict[int, str], per_step: int = 1, rank: int = 0) -> None:
