@@ -3,8 +3,8 @@
     python -m benchmarks.large_catalogue --items 1000000 --out runs/large
 
 Each phase runs in a process of its own, whose data may not exceed the limit; its peak is the kernel's high-water mark
-of resident memory, memory-mapped files included. Written to OUT: report.md, report.json. Linux only. Called again, phases
-whose results are there are not repeated.
+of resident memory, memory-mapped files included. Written to OUT: report.md, report.json. Linux only. Called again, it
+does not repeat phases whose results are there.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ def search(options: argparse.Namespace) -> str:
     began = time.perf_counter()
     index = build_index(shards, options.out / options.phase, options.phase, m=options.m)
     seconds = time.perf_counter() - began
-    line = compared({options.phase: index}, queries, K)[0]
-    return f"built in {seconds:.0f} s, {index.nbytes / 2**20:.0f} MiB; {line}"
+    lines = compared({options.phase: index}, queries, K)
+    return "; ".join([f"built in {seconds:.0f} s, {index.nbytes / 2**20:.0f} MiB", *lines])
 
 
 def run_phase(options: argparse.Namespace) -> None:
@@ -179,6 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=8.0, metavar="GIB", help="of a phase's memory")
     parser.add_argument("--out", type=Path, default=Path("runs/large"))
+    parser.add_argument(
+        "--only", nargs="+", choices=PHASES, default=PHASES, help="these phases (default: all)"
+    )
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.phase:
@@ -192,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         if before["settings"] != settings:
             parser.error(f"{options.out}: its report is of other settings; choose another folder")
         report = before
-    for phase in PHASES:
+    for phase in options.only:
         if phase not in report["phases"]:
             flags = [f"--{name}={value}" for name, value in settings.items()]
             command = [

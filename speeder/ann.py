@@ -8,7 +8,7 @@ and what an index loses is items alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ from speeder.token_shards import TokenShards, best, check_k, hide, seen_table
 
 FORMAT = "speeder-item-index-1"
 KINDS = ("exact", "hnsw", "ivf-pq")
+SEARCH = {"ef_search": 128, "nprobe": 32, "refine": 8}
+EFFORTS: dict[str, list[dict[str, int]]] = {  # from hasty to thorough, to be compared
+    "exact": [{}],
+    "hnsw": [{"ef_search": 64}, {"ef_search": 256}, {"ef_search": 1024}],
+    "ivf-pq": [{"nprobe": 16}, {"nprobe": 64, "refine": 16}, {"nprobe": 128, "refine": 64}],
+}
 INDEX_FILE = "index.faiss"
 _PER_LIST = 40  # training vectors for each of an IVF's lists; faiss asks for 39
 
@@ -48,6 +54,7 @@ def build_index(
     nlist: int | None = None,
     pq_bytes: int | None = None,
     seed: int = 0,
+    search: Mapping[str, int] | None = None,
 ) -> ItemIndex:
     """Build an index over the shards' items, shard after shard, and write it to a folder, whole or not at all.
 
@@ -58,6 +65,7 @@ def build_index(
         nlist: ivf-pq: lists that items are shared out to; None takes about twice the root of their number.
         pq_bytes: ivf-pq: bytes of an item's code, a divisor of the hidden size; None takes about a quarter of that.
         seed: of the items that an ivf-pq is trained on.
+        search: what `ItemIndex` shall take of `SEARCH` when it is not told otherwise.
 
     Raises:
         SpeederError: faiss is not installed, a setting does not fit, or the folder holds something else.
@@ -75,6 +83,7 @@ def build_index(
         if value is not None and value < 1:
             raise SpeederError(f"{name}: expected at least 1, got {value}")
     settings: dict[str, Any] = {}
+    search = _checked_search(search or {})
     if kind == "exact":
         index = faiss.IndexFlatIP(width)
     elif kind == "hnsw":
@@ -99,10 +108,17 @@ def build_index(
     with atomic_folder(folder, {INDEX_FILE, "manifest.json"}) as temporary:
         faiss.write_index(index, str(temporary / INDEX_FILE))
         manifest = {"format": FORMAT, "kind": kind, "settings": settings, "items": count}
-        manifest |= {"hidden_size": width, "identity": shards.identity}
+        manifest |= {"hidden_size": width, "identity": shards.identity, "search": search}
         manifest["shards"] = str(shards.folder.resolve())
         write_json(temporary / "manifest.json", manifest | {"files": describe_files(temporary, [INDEX_FILE])})
     return ItemIndex(folder, shards)
+
+
+def _checked_search(settings: Mapping[str, int]) -> dict[str, int]:
+    for name, value in settings.items():
+        if name not in SEARCH or value < 1:
+            raise SpeederError(f"{name}: expected one of {', '.join(SEARCH)}, at least 1, got {value}")
+    return dict(settings)
 
 
 def _as_numpy(vectors: torch.Tensor) -> np.ndarray:
@@ -121,25 +137,17 @@ class ItemIndex:
     Args:
         folder: as `build_index` wrote it.
         shards: None opens those that the index was built over, where they lay then.
-        ef_search: hnsw: candidates that a search looks at.
-        nprobe: ivf-pq: lists that a search looks into.
-        refine: candidates for each of the `k` items, to be scored exactly.
+        search: how much is looked at, of `SEARCH`'s names: `ef_search` (hnsw: candidates of the walk through the
+            graph), `nprobe` (ivf-pq: lists), `refine` (candidates for each of the `k` items, to be scored exactly).
+            What is not given is taken from the build, or else from `SEARCH`.
 
     Raises:
         SpeederError: faiss is not installed, a file is missing, truncated or something else, or the shards are others.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        shards: TokenShards | None = None,
-        *,
-        ef_search: int = 128,
-        nprobe: int = 32,
-        refine: int = 8,
-    ):
+    def __init__(self, folder: str | Path, shards: TokenShards | None = None, **search: int):
         faiss = load_faiss()
-        self.folder, self.refine = Path(folder), refine
+        self.folder = Path(folder)
         manifest = read_json(self.folder / "manifest.json")
         if manifest.get("format") != FORMAT:
             raise SpeederError(f"{self.folder} holds {manifest.get('format')!r}, and {FORMAT!r} was expected")
@@ -155,10 +163,16 @@ class ItemIndex:
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise SpeederError(f"{self.folder / INDEX_FILE} is no readable index: {reason}") from error
+        self.search(**manifest.get("search", {}) | search)
+
+    def search(self, **settings: int) -> None:
+        """Look at so much from now on; what is not given becomes `SEARCH`'s."""
+        chosen = SEARCH | _checked_search(settings)
+        self.refine = chosen["refine"]
         if self.kind == "hnsw":
-            self._index.hnsw.efSearch = ef_search
+            self._index.hnsw.efSearch = chosen["ef_search"]
         elif self.kind == "ivf-pq":
-            self._index.nprobe = nprobe
+            self._index.nprobe = chosen["nprobe"]
 
     def __len__(self) -> int:
         return len(self.shards)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--m", type=int, default=32, help="hnsw: neighbours in the graph (default: 32)")
     parser.add_argument("--ef-construction", type=int, default=40, help="hnsw: default 40")
+    parser.add_argument(
+        "--ef-search", type=int, metavar="N", help="hnsw: candidates of a search (default: 128)"
+    )
+    parser.add_argument("--nprobe", type=int, metavar="N", help="ivf-pq: lists of a search (default: 32)")
+    parser.add_argument(
+        "--refine", type=int, metavar="N", help="candidates for each item, scored exactly (default: 8)"
+    )
     parser.add_argument("--nlist", type=int, help="ivf-pq: lists (default: about 2 sqrt(items))")
     parser.add_argument(
         "--pq-bytes", type=int, help="ivf-pq: bytes of a code (default: about hidden size / 4)"
@@ -59,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SpeederError: with one readable line, for what a user can get wrong.
     """
-    from speeder.ann import build_index, load_faiss
+    from speeder.ann import SEARCH, build_index, load_faiss
     from speeder.token_shards import write_token_shards
 
     for name, value in (("-k", options.k), ("--queries", options.queries)):
@@ -89,6 +95,7 @@ def run(options: argparse.Namespace) -> None:
         ef_construction=options.ef_construction,
         nlist=options.nlist,
         pq_bytes=options.pq_bytes,
+        search={name: value for name in SEARCH if (value := getattr(options, name)) is not None},
     )
     seconds = time.perf_counter() - began
     print(f"{index.folder}: {options.kind}, {index.nbytes / 2**20:.0f} MiB, {seconds:.1f} s")
@@ -120,25 +127,29 @@ def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> torch
 
 
 def compared(stores: dict[str, ItemStore], queries: torch.Tensor, k: int) -> list[str]:
-    """A line for each store: time of a query, alone and in batches of 64; for an index its recall@k too."""
-    from speeder.ann import ItemIndex, recall_at_k
+    """Lines of each store: time of a query, alone and in batches of 64; of an index also its recall@k, from hasty to
+    thorough."""
+    from speeder.ann import EFFORTS, ItemIndex, recall_at_k
 
     lines = []
     for name, store in stores.items():
-        alone = _milliseconds(lambda rows, store=store: store.topk(rows, k), queries[:16], 1)
-        many = _milliseconds(lambda rows, store=store: store.topk(rows, k), queries, 64)
-        recall = (
-            f"recall@{k} {recall_at_k(store, queries, k):.4f}" if isinstance(store, ItemIndex) else "exact"
-        )
-        lines.append(f"{name:8} {recall:16} {alone:9.2f} ms a query, {many:9.2f} ms in batches of 64")
+        for effort in EFFORTS[store.kind] if isinstance(store, ItemIndex) else [{}]:
+            found = "exact"
+            if isinstance(store, ItemIndex):
+                store.search(**effort)
+                found = f"recall@{k} {recall_at_k(store, queries, k):.4f}"
+            alone, many = _milliseconds(store, queries[:16], k, 1), _milliseconds(store, queries, k, 64)
+            how = " ".join(f"{key.replace('_', '-')} {value}" for key, value in effort.items())
+            times = f"{alone:9.2f} ms a query, {many:9.2f} ms in batches of 64"
+            lines.append(f"{name:8} {how:22} {found:17} {times}")
     return lines
 
 
-def _milliseconds(search: Callable[[torch.Tensor], object], queries: torch.Tensor, size: int) -> float:
+def _milliseconds(store: ItemStore, queries: torch.Tensor, k: int, size: int) -> float:
     """Of a query, by so many at once; the first search, which reads pages for the others, is not counted."""
     batches = queries.split(size)
-    search(batches[0])
+    store.topk(batches[0], k)
     began = time.perf_counter()
     for rows in batches:
-        search(rows)
+        store.topk(rows, k)
     return 1000 * (time.perf_counter() - began) / len(queries)

@@ -117,6 +117,7 @@ def test_an_index_of_other_tokens_and_damaged_files_are_named(index, shards, tmp
         ("lsh", {}, "kind: expected one of"),
         ("hnsw", {"m": 0}, "m: expected at least 1"),
         ("ivf-pq", {"pq_bytes": 5}, "pq_bytes: expected a divisor of the hidden size 32"),
+        ("hnsw", {"search": {"ef_search": 0}}, "ef_search: expected"),
         ("ivf-pq", {"nlist": 4000}, "ivf-pq: expected at least 4000 items, got 3000"),
     ],
 )
