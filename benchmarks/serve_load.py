@@ -85,7 +85,7 @@ async def run_load(
     """Load a server; answers during the warm-up are not counted, but for errors."""
     load, random_of = Load(clients, pause), random.Random(0)
     bounds = httpx.Limits(max_connections=clients + 4, max_keepalive_connections=clients + 4)
-    async with httpx.AsyncClient(base_url=address, limits=bounds, timeout=60) as http:
+    async with httpx.AsyncClient(base_url=address, limits=bounds, timeout=120) as http:
         items = await _ids(http)
         seeds = [random_of.random() for _ in range(clients)]
         await asyncio.gather(*(_client(http, items, seed, warm_up, pause, load) for seed in seeds))
