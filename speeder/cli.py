@@ -19,10 +19,10 @@ from speeder.commands import (
     items,
     prepare,
     recommend,
+    report,
     train,
 )
 from speeder.errors import SpeederError
-from speeder.report import command as report
 from speeder.serve import command as serve
 
 COMMANDS = {

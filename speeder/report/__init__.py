@@ -1,1 +1,1 @@
-"""`speeder report`: what a run folder holds, as one page that needs nothing else; see `speeder.report.command`."""
+"""`speeder report`: what a run folder holds, as one page that needs nothing else; see `speeder.report.build`."""
