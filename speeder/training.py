@@ -24,6 +24,7 @@ from speeder.baselines.registry import baseline_class
 from speeder.checkpoints import last_checkpoint, remove_checkpoint
 from speeder.config import SpeederConfig
 from speeder.data.prepared import PreparedData
+from speeder.data.writing import writing
 from speeder.distributed import check_shared, from_main, processes
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import check_features, check_split, training_hash
@@ -291,7 +292,8 @@ def _run_stage(
         average=average,
         bad_batches=BadBatches(stage.name, recipe.skip_bad_batches),
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with writing(folder):  # such as TensorBoard's logs
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     processes().wait_for_everyone()  # until all have read the best checkpoint, which is now removed
     if average is not None:
         average.copy_to_model()

@@ -2,9 +2,11 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from speeder.data import PreparedData
 from speeder.data.prepare import prepare
@@ -19,9 +21,14 @@ from speeder.training import train
 def begin(log: Path) -> None:
     """One thread, and what is printed goes into a file."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # else a semaphore that outlives a killed process
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(handle, stream)
+
+
+def nothing() -> None:
+    """Is done at once."""
 
 
 def train_run(folder: Path, name: str) -> None:
