@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,6 +150,7 @@ def train(
     processes().wait_for_everyone()  # until all have looked at the folder as it was
     if main:
         begin_run(run, recipe, data, data_folder, precision)
+        _clear_finished(run, state)
     check_shared(run / "recipe.json")
     if on_stage is not None and state["finished"]:
         # the stop may have come between the stage's end and this call
@@ -338,6 +340,14 @@ def _finish_stage(
 
     if processes().is_main_process:
         finish_stage(run, state, stage.name, save, "model" if last else f"model-{number + 1:02d}")
-        for checkpoint in stage_folder(run, number, stage.name).glob("checkpoint-*"):
-            remove_checkpoint(checkpoint)
+        _clear_finished(run, state)
     state.update(from_main(state))
+
+
+def _clear_finished(run: Path, state: dict) -> None:
+    """Remove finished stages' checkpoints, and models that a later one replaced, also where a kill came before that."""
+    for number, name in enumerate(state["finished"]):
+        for checkpoint in stage_folder(run, number, name).glob("checkpoint-*"):
+            remove_checkpoint(checkpoint)
+        if state["model"] != (replaced := f"model-{number + 1:02d}"):
+            shutil.rmtree(run / replaced, ignore_errors=True)

@@ -7,9 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from speeder.checkpoints import COMPLETE, last_checkpoint, mark_whole, reading
+from speeder.data import PreparedData
+from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
+from speeder.recipe import recipe_from_dict
 from speeder.trainer import CheckpointMarker
+from speeder.training import train
 from tests.data.killing import killed_at
+from tests.model.worlds import save_tiny_backbone
 
 FILES = ["model.safetensors", "optimizer.pt", "trainer_state.json"]
 
@@ -82,3 +87,32 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SpeederError, match="cannot be read: Expecting value") as caught, reading(tmp_path):
         json.loads("")
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_kill_leaves_of_a_finished_stage_goes_with_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after a stage is told as finished, and before its checkpoints and the model before it are removed."""
+    world = synthetic_world(num_users=20, history=6)
+    data, run = PreparedData(world.catalogue, world.interactions, world.manifest), tmp_path / "run"
+    stages = [{"name": name, "open": ["text"], "steps": 2} for name in ("first", "second", "third")]
+    backbone = str(save_tiny_backbone(tmp_path / "backbone"))
+    recipe = recipe_from_dict(
+        {"backbone": backbone, "precision": "fp32", "checkpoint_steps": 1, "stages": stages}
+    )
+
+    class Stop(Exception):
+        pass
+
+    def stop(run: Path, state: dict) -> None:
+        if len(state["finished"]) == 2:
+            raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("speeder.training._clear_finished", stop)
+        train(recipe, data, run)
+    (run / "model-01").mkdir(exist_ok=True)  # as if the kill had come a moment earlier still
+    assert len(list(run.glob("stages/*/checkpoint-*"))) >= 2
+    train(recipe, data, run, resume=True)
+    assert not list(run.glob("stages/*/checkpoint-*"))
+    assert [path.name for path in run.glob("*model*")] == ["model"]
