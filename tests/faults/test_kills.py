@@ -52,6 +52,7 @@ def kill_often(
     kills: int,
     job: Callable[[Path, str], None],
     folder: Path,
+    writes: Path,
     remove: Callable[[], None],
     look: Callable[[], None],
     same: Callable[[], None],
@@ -60,20 +61,25 @@ def kill_often(
 
     Args:
         job: of `jobs`, given `folder` and "killed"; before, it is run as "whole", which tells how long it takes.
+        writes: where it writes as "whole".
         remove: what it wrote as "killed", for it to begin anew.
         look: after a kill, at every file that it left.
         same: whether what it made as "killed" is what it made as "whole".
     """
     assert run(jobs.nothing) == 0  # what the processes are forked from has imported everything by then
-    began = time.monotonic()
+    began = time.time()
     assert run(job, folder, "whole") == 0, printed(folder)
-    lasts = time.monotonic() - began
+    lasts = time.time() - began
+    # half of all moments come after the first file, since much of so short a work is its beginning
+    first = min(path.stat().st_mtime for path in writes.rglob("*") if path.is_file()) - began
     moments, spent, ends = random.Random(f"{SEED} {job.__name__}"), [], 0
     while len(spent) < kills:
-        after = moments.uniform(0.0, 0.5 * lasts)
+        after = moments.uniform(moments.choice([0.0, first]), lasts)
         if killed(start(job, folder, "killed"), after):
             spent.append(round(after, 3))
-            print(f"{job.__name__}: seed {SEED}, killed after {after:.3f} of {lasts:.3f} s")
+            print(
+                f"{job.__name__}: seed {SEED}, killed after {after:.3f} of {lasts:.3f} s (first file: {first:.3f} s)"
+            )
             look()
         else:
             ends += 1
@@ -148,6 +154,7 @@ def test_training(place: Path) -> None:
 
     def look() -> None:
         readable(broken)
+        print("  at", *sorted(str(path.relative_to(broken)) for path in broken.glob("stages/*/checkpoint-*")))
         if (broken / "state.json").exists():
             model = json.loads((broken / "state.json").read_text())["model"]
             assert SpeederForCausalLM.from_pretrained(broken / model).catalogue is not None
@@ -161,7 +168,7 @@ def test_training(place: Path) -> None:
                 assert curves[0] == curves[1] and curves[0], f"{key} of {stage}"
         assert not list(broken.glob("stages/*/checkpoint-*")) and not list(broken.rglob("*.partial"))
 
-    kill_often(9, jobs.train_run, place, lambda: shutil.rmtree(broken), look, same)
+    kill_often(9, jobs.train_run, place, whole, lambda: shutil.rmtree(broken), look, same)
     split = PreparedData.load(place / "data").split
     found = [
         evaluate(SpeederForCausalLM.from_pretrained(run / "model"), split, "test", resamples=20).metrics
@@ -188,7 +195,7 @@ def test_preparation(place: Path) -> None:
         left = [path.name for path in place.iterdir() if "prepared-killed" in path.name and path != broken]
         assert left == [], "what kills left is cleared"
 
-    kill_often(6, jobs.prepare_data, place, remove, look, same)
+    kill_often(6, jobs.prepare_data, place, place / "cache-whole", remove, look, same)
 
 
 def test_encoding(place: Path) -> None:
@@ -209,7 +216,7 @@ def test_encoding(place: Path) -> None:
         ]
         assert shards[0] == shards[1] and len(shards[0]) > 5
 
-    kill_often(5, jobs.encode_texts, place, lambda: shutil.rmtree(broken), look, same)
+    kill_often(5, jobs.encode_texts, place, whole, lambda: shutil.rmtree(broken), look, same)
     texts = (place / "texts.txt").read_text().splitlines()
     encoder = TextEncoder(str(place / "bert"), batch_size=4)
     assert (
