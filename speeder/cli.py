@@ -20,10 +20,10 @@ from speeder.commands import (
     prepare,
     recommend,
     report,
+    serve,
     train,
 )
 from speeder.errors import SpeederError
-from speeder.serve import command as serve
 
 COMMANDS = {
     "assets": assets,
