@@ -31,19 +31,12 @@ from speeder.layout import (
     packed_layout,
     padded_layout,
 )
-from speeder.loading import (
-    CATALOGUE_FOLDER,
-    catalogue_folder,
-    check_catalogue_hash,
-    check_loaded,
-    check_saved_model,
-    from_backbone,
-    remove_other_weights,
-)
+from speeder.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
 from speeder.lora import add_lora, merge_lora
 from speeder.mrc import MRC
 from speeder.negatives import Candidates, NegativeSampler
 from speeder.recommend import RecommenderMixin
+from speeder.saved_files import check_catalogue_hash, check_loaded, remove_other_weights
 from speeder.scoring import ScoringMixin, next_labels
 from speeder.spae import SPAE
 from speeder_kernels import pack_tokens
