@@ -19,6 +19,7 @@ from speeder.evaluate import Evaluation, LeakError, training_hash
 from speeder.evaluation.cold import check_cold_items, check_never_saw, evaluate_cold, with_cold_items
 from speeder.evaluation.leaks import check_features
 from speeder.model import SpeederForCausalLM
+from speeder.recipe import bundled_recipe, load_recipe
 from tests.data.killing import killed_at
 from tests.model.worlds import save_tiny_backbone, tiny_backbone
 
@@ -243,3 +244,13 @@ def test_the_command_line(place, capsys):
         assert main(["evaluate", str(run), "--protocol", "cold-items", *more]) == 1
     assert main(["items", "hold-out", "--data", str(place / "held"), "--out", str(place / "x")]) == 1
     assert not (place / "x").exists()
+
+
+def test_the_bundled_recipe_reads_items_as_new_ones(place):
+    """Over data whose items have what a new one lacks; and it fits what `items hold-out` leaves, without a note."""
+    warm = PreparedData.load(place / "held" / "warm")
+    recipe, notes = load_recipe(bundled_recipe("ml-100k-cold")).for_modalities(
+        list(warm.catalogue.modalities)
+    )
+    assert recipe.model["cold_dropout"] > 0 and not notes
+    assert recipe.stages[-1].open == ["text", "collaborative", "item"]
