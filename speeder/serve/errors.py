@@ -65,6 +65,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # JSON that the parser gives up on, such as one nested too deep
+            return ApiError(400, _BODY_ITSELF, "JSON", "what cannot be read as such").response()
         what = f"{request.method} {request.url.path}"
         expected = {404: "a path of this server", 405: "another method"}.get(error.status_code, "")
         message = f"{shown(what)}: {error.detail}"
@@ -90,7 +92,7 @@ def _problem(entry: dict[str, Any]) -> Problem:
         expected = expected.removeprefix(start)
     got = shown(entry.get("input"))
     if kind == "json_invalid":
-        where, expected, got = [], "JSON", entry.get("ctx", {}).get("error", "something else")
+        where, expected, got = [], "JSON", f"something else ({entry.get('ctx', {}).get('error', '')})"
     elif kind == "missing":
         expected, got = "a value", "nothing"
     elif kind == "extra_forbidden":
@@ -108,4 +110,6 @@ def _problem(entry: dict[str, Any]) -> Problem:
 
 
 def _answer(status: int, problems: list[Problem], headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(Problems(errors=problems).model_dump(), status, headers)
+    # JSON may spell halves of surrogate pairs, which no answer in UTF-8 can repeat
+    told = [{key: text.encode(errors="replace").decode() for key, text in problem} for problem in problems]
+    return JSONResponse({"errors": told}, status, headers)

@@ -186,6 +186,23 @@ def test_other_mistakes(client):
     assert "path" in problems(client.get("/v1/recommend"), 405)
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "field", "expected", "got"),
+    [
+        (b"{", 422, "body", "JSON", "something else (Expecting"),
+        (b"[" * 1500, 400, "body", "JSON", "what cannot be read"),
+        (rb'{"history": ["\ud800"]}', 422, "history.0", "a valid string", "?"),
+        (rb'{"titles": ["\ud800"]}', 422, "titles.0", "a valid string", "?"),
+        (rb'{"history": ["i1"], "\ud800": 1}', 422, "body", "a valid string", "?"),
+        (b'{"history": ["i1"], "k": NaN}', 422, "k", "a finite number", "nan"),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_hardly_json_are_the_clients_mistake(client, body, status, field, expected, got):
+    headers = {"content-type": "application/json"}
+    found = problems(client.post("/v1/recommend", content=body, headers=headers), status)
+    assert list(found) == [field] and expected in found[field][0] and found[field][1].startswith(got)
+
+
 def test_bodies_have_a_bound_whether_their_length_is_told_or_not(client):
     large = json.dumps({"history": ["i1"], "k": 1, "x": "y" * 3000}).encode()
     headers = {"content-type": "application/json"}
