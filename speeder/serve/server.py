@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from speeder.errors import SpeederError
 from speeder.serve.limits import Limits
+from speeder.serve.protocol import bounded_protocol
 
 BACKLOG = 512  # connections that the system holds until they are taken
 
@@ -49,7 +50,7 @@ def build_server(app: FastAPI, started: Callable[[], None]) -> Server:
     limits: Limits = app.state.limits
     config = uvicorn.Config(
         app,
-        limit_concurrency=limits.max_connections,
+        http=bounded_protocol(limits),
         timeout_graceful_shutdown=max(1, round(limits.deadline_s)),
         timeout_keep_alive=75,  # longer than a reverse proxy's, which then never meets a connection just closed
         backlog=BACKLOG,

@@ -316,10 +316,54 @@ def test_a_body_that_does_not_come_is_not_waited_for():
         with socket.create_connection((host, int(port)), timeout=SOON) as connection:
             head = b"POST /v1/recommend HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
             connection.sendall(head + b'Content-Type: application/json\r\n\r\n{"history"')
-            answer = b""
-            while part := connection.recv(4096):  # ends: the server closes
-                answer += part
+            answer = read_to_the_end(connection)
         assert answer.startswith(b"HTTP/1.1 408 ") and b"a whole body within 0.3 s" in answer
+
+
+def read_to_the_end(connection):
+    answer = b""
+    while part := connection.recv(4096):  # ends: the server closes
+        answer += part
+    return answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET /healthz HTTP/1.1\r\nHost"])
+def test_a_head_that_does_not_come_is_not_waited_for(sent):
+    with listening(served_model(), Limits(deadline_s=0.3)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=SOON) as connection:
+            connection.sendall(sent)
+            answer = read_to_the_end(connection)
+            assert answer.startswith(b"HTTP/1.1 400 ") and b"head must come within 0.3 s" in answer
+        with socket.create_connection((host, int(port)), timeout=SOON) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost")  # the second on a connection that is kept
+            assert b"head must come" in read_to_the_end(connection)
+
+
+def test_heads_have_a_bound(client):
+    host, port = client.base_url.host, client.base_url.port
+    with socket.create_connection((host, port), timeout=SOON) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + 5000 * b"X-More: and more\r\n")
+        assert b"A request's head may have" in read_to_the_end(connection)
+    assert client.get("/healthz", headers={"X-Long": "x" * 5000}).status_code == 200
+
+
+def test_connections_beyond_the_bound_are_refused_and_the_others_served():
+    with listening(served_model(), Limits(max_connections=3)) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with httpx.Client(base_url=address, timeout=SOON) as client:
+            assert client.get("/healthz").status_code == 200
+            others = [socket.create_connection((host, int(port))) for _ in range(2)]
+            refused = httpx.get(address + "/healthz", timeout=SOON)
+            assert refused.status_code == 503 and refused.headers["connection"] == "close"
+            assert client.get("/healthz").status_code == 200
+            for connection in others:
+                connection.close()
+            until = time.monotonic() + SOON
+            while httpx.get(address + "/healthz", timeout=SOON).status_code != 200:
+                assert time.monotonic() < until
 
 
 def test_a_fault_has_a_number_that_the_log_knows_and_the_server_goes_on(monkeypatch, caplog):

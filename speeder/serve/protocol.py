@@ -1,0 +1,69 @@
+"""Connections within bounds: how many there are, and how large and how late the head of a request may be.
+
+uvicorn bounds none of the three by itself: heads of any size are kept, a connection that says nothing stays for ever,
+and at its `limit_concurrency` every connection is refused, those that were there before too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.flow_control import service_unavailable
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from speeder.serve.limits import Limits
+
+MAX_HEAD = 64 * 1024  # bytes of a request's line and headers, and of what came in one piece with their end
+
+
+def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
+    """The class of a server's connections."""
+
+    class Bounded(HttpToolsProtocol):
+        _head = 0  # bytes of a head that is not complete; -1 from its end to the end of the body
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > limits.max_connections:
+                self.app = service_unavailable
+            self._expect_head(limits.deadline_s)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._expect_head(None)
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._head >= 0:
+                self._head += len(data)
+            super().data_received(data)
+            if self._head > MAX_HEAD and not self.transport.is_closing():
+                self._refuse(f"A request's head may have {MAX_HEAD} bytes.")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._expect_head(limits.deadline_s)
+
+        def on_headers_complete(self) -> None:
+            self._head = -1
+            self._expect_head(None)
+            super().on_headers_complete()
+
+        def on_message_complete(self) -> None:
+            self._head = 0
+            super().on_message_complete()
+
+        def _expect_head(self, seconds: float | None) -> None:
+            """It must be complete after so many seconds; None: it is, or need not be."""
+            if self._timer is not None:
+                self._timer.cancel()
+            late = f"A request's head must come within {limits.deadline_s:g} s."
+            self._timer = None if seconds is None else self.loop.call_later(seconds, self._refuse, late)
+
+        def _refuse(self, reason: str) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self.send_400_response(reason)
+            else:  # an earlier request is being answered
+                self.transport.close()
+
+    return Bounded
