@@ -75,7 +75,8 @@ def leave_one_out(
         float32 on the CPU, in the logits' unit. NaN where nothing would be left to read.
 
     Raises:
-        ValueError: the history or `items` is empty, or an index is out of range. KeyError: no such id.
+        ValueError: the history or `items` is empty, an index is out of range, or a score is no finite number.
+        KeyError: no such id.
     """
     if isinstance(history, str) or isinstance(items, str):
         raise ValueError("history, items: expected lists of item indices or ids, got one string")
@@ -90,6 +91,8 @@ def leave_one_out(
     states = torch.cat(list(model.user_states(histories if readable else histories[:1], batch_size)))
     vectors = model._vectors()[asked.to(states.device)]
     scores = (states @ vectors.float().T).cpu()
+    if not scores.isfinite().all():  # in an explanation NaN would read as "nothing left to read"
+        raise ValueError("the model gave a score that is no finite number")
     if not readable:
         return scores[0], torch.full((1, len(asked)), torch.nan)
     return scores[0], scores[0] - scores[1:]

@@ -55,6 +55,8 @@ def test_scores_that_are_no_numbers_are_not_handed_out():
         model.item_head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="number"):
         Engine(model).recommend([RecommendJob((1,), 3, True)])
+    with pytest.raises(ValueError, match="number"):
+        Engine(model).explain([ExplainJob((1, 2), (3,))])
 
 
 def test_a_request_that_the_model_refuses_leaves_its_mates_their_results(engine):
