@@ -12,7 +12,7 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from speeder.data.catalogue import ItemCatalogue
 
@@ -59,7 +59,7 @@ class Pictures:
                     if picture.width * picture.height > MAX_PIXELS:
                         raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
                     picture.draft("RGB", SIZE)
-                    small = picture.convert("RGB")
+                    small = ImageOps.exif_transpose(picture).convert("RGB")
             small.thumbnail(SIZE)
             out = io.BytesIO()
             small.save(out, "JPEG", quality=84, optimize=True)

@@ -1,7 +1,7 @@
-"""Connections within bounds: how many there are, and how large and how late the head of a request may be.
+"""Connections within bounds: how many there are, how large and how late a request's head may be, how slow a reader.
 
-uvicorn bounds none of the three by itself: heads of any size are kept, a connection that says nothing stays for ever,
-and at its `limit_concurrency` every connection is refused, those that were there before too.
+uvicorn bounds none of these by itself: heads of any size are kept, a connection that says nothing stays for ever, and
+so does one whose client does not read; at `limit_concurrency` every connection is refused, also those there before.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
     class Bounded(HttpToolsProtocol):
         _head = 0  # bytes of a head that is not complete; -1 from its end to the end of the body
         _timer: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -31,7 +32,16 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._expect_head(None)
+            self._expect_reader(None)
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._expect_reader(limits.deadline_s)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._expect_reader(None)
 
         def data_received(self, data: bytes) -> None:
             if self._head >= 0:
@@ -59,6 +69,12 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
                 self._timer.cancel()
             late = f"A request's head must come within {limits.deadline_s:g} s."
             self._timer = None if seconds is None else self.loop.call_later(seconds, self._refuse, late)
+
+        def _expect_reader(self, seconds: float | None) -> None:
+            """The client must read on within so many seconds; None: it does."""
+            if self._unread is not None:
+                self._unread.cancel()
+            self._unread = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)
 
         def _refuse(self, reason: str) -> None:
             if self.cycle is None or self.cycle.response_complete:

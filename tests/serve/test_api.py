@@ -342,6 +342,32 @@ def test_a_head_that_does_not_come_is_not_waited_for(sent):
             assert b"head must come" in read_to_the_end(connection)
 
 
+def test_a_client_that_does_not_read_is_cut_off():
+    path, times = "/static/swagger/swagger-ui-bundle.js", 16
+    with (
+        listening(served_model(), Limits(deadline_s=1)) as address,
+        httpx.Client(base_url=address, timeout=SOON) as client,
+    ):
+        size = len(client.get(path, headers={"accept-encoding": "identity"}).content)
+        assert times * size > 16_000_000  # more than the system keeps for a reader
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=SOON) as connection:
+            connection.sendall(times * f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.recv(1)
+            until, alone = time.monotonic() + SOON, 0
+            while alone < 3:  # the only request is the one that asks
+                assert time.monotonic() < until
+                time.sleep(0.1)
+                alone = alone + 1 if metric(client, "speeder_requests_in_flight") == 1 else 0
+            read = 0
+            try:
+                while part := connection.recv(1 << 20):
+                    read += len(part)
+            except ConnectionResetError:
+                pass
+        assert read < times * size
+
+
 def test_heads_have_a_bound(client):
     host, port = client.base_url.host, client.base_url.port
     with socket.create_connection((host, port), timeout=SOON) as connection:

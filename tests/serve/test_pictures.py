@@ -57,3 +57,12 @@ def test_what_is_no_picture_is_not_shown(pictures):
 def test_none_are_shown_where_none_shall_be(pictures):
     served = Pictures(pictures, shown=False)
     assert not served.any() and not served.there(0) and served.jpeg(0) is None
+
+
+def test_what_a_camera_held_sideways_is_shown_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (90, 60)).save(tmp_path / "turned.jpg", exif=exif)
+    served = Pictures(ItemCatalogue(["i0"], images=[str(tmp_path / "turned.jpg")]))
+    with Image.open(io.BytesIO(served.jpeg(0))) as shown:
+        assert shown.size == (60, 90) and not shown.getexif()
