@@ -23,7 +23,8 @@ class Limits:
         max_queue: requests for recommendations that wait; further ones get 503.
         max_explain_queue: the same for explanations, which cost as much as a history has items.
         deadline_s: seconds after which a request is given up with 504; its head must arrive in that time too (from
-            its first byte, or from the connection's beginning), and so must its body.
+            its first byte, or from the connection's beginning), and so must its body. A client that reads nothing of
+            an answer for so long is cut off.
         max_connections: open connections; further ones get 503.
         drain_s: seconds between SIGTERM and the end of taking connections, while /readyz says 503.
         stuck_s: seconds that one batch may take before /healthz says 503.

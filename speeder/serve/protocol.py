@@ -23,6 +23,7 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
         _head = 0  # bytes of a head that is not complete; -1 from its end to the end of the body
         _timer: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
+        _answering = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
@@ -33,7 +34,14 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._expect_head(None)
             self._expect_reader(None)
+            if self._answering is not None:  # uvicorn tells the newest of several requests alone
+                self._answering.disconnected = True
+                self._answering.message_event.set()
             super().connection_lost(exc)
+
+        def _start_asgi_task(self, cycle, app) -> None:
+            self._answering = cycle
+            super()._start_asgi_task(cycle, app)
 
         def pause_writing(self) -> None:
             super().pause_writing()
