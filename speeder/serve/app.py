@@ -205,12 +205,14 @@ def create_app(
             pictures=lookup.pictures.any(),
         )
 
+    @app.head("/healthz", include_in_schema=False)  # which some probes ask for
     @app.get("/healthz", tags=["server"], responses={503: {"model": schemas.State}})
     async def healthz() -> JSONResponse:
         """Whether the process works; where it does not, it should be started again."""
         well = batcher.healthy(limits.stuck_s)
         return JSONResponse({"status": "ok" if well else "the model is stuck"}, 200 if well else 503)
 
+    @app.head("/readyz", include_in_schema=False)  # which some probes ask for
     @app.get("/readyz", tags=["server"], responses={503: {"model": schemas.State}})
     async def readyz() -> JSONResponse:
         """Whether requests should be sent here."""

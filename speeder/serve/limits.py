@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from speeder.errors import SpeederError
@@ -53,3 +54,5 @@ class Limits:
                 least = 0.001
             if not value >= least:
                 raise SpeederError(f"{field.name}: expected at least {least:g}, got {value!r}")
+            if math.isinf(value):
+                raise SpeederError(f"{field.name}: expected a finite number, got {value!r}")

@@ -112,6 +112,7 @@ def test_the_server_tells_of_itself(client):
     assert (about["name"], about["items"], about["reads"]) == ("films", len(TITLES), 8)
     assert about["modalities"] == ["collaborative", "image", "text", "item"] and about["pictures"]
     assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.head("/healthz").status_code == client.head("/readyz").status_code == 200
     assert client.get("/readyz").json() == {"status": "ready"}
 
 
@@ -413,9 +414,12 @@ def test_a_fault_has_a_number_that_the_log_knows_and_the_server_goes_on(monkeypa
         assert metric(client, failed) == 1
 
 
-@pytest.mark.parametrize("wrong", [{"max_k": 0}, {"batch_wait_ms": -1}, {"deadline_s": 0}, {"max_queue": -5}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_k": 0}, {"batch_wait_ms": -1}, {"deadline_s": 0}, {"max_queue": -5}, {"deadline_s": float("inf")}],
+)
 def test_bounds_that_cannot_be_are_refused(wrong):
     from speeder.errors import SpeederError
 
-    with pytest.raises(SpeederError, match=f"{next(iter(wrong))}: expected at least"):
+    with pytest.raises(SpeederError, match=f"{next(iter(wrong))}: expected (at least|a finite)"):
         Limits(**wrong)
