@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from speeder.bad_batches import SKIPPED
 from speeder.report.contents import RunContents
 
 Facts = list[tuple[str, str]]
@@ -39,6 +40,7 @@ class StageRow:
     validation: float | None = None  # the best NDCG@10
     seconds: float | None = None
     resumed_from: str | None = None
+    skipped: int = 0  # batches that were not finite
 
 
 def stage_rows(contents: RunContents) -> list[StageRow]:
@@ -62,6 +64,7 @@ def stage_rows(contents: RunContents) -> list[StageRow]:
                 max(ranking, default=None),
                 stage_seconds(record),
                 record.get("resumed_from"),
+                max((entry.get(SKIPPED, 0) for entry in log), default=0),
             )
         )
     return rows

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from speeder.bad_batches import SKIPPED
 from speeder.cli import main
 from speeder.data import PreparedData
 from speeder.data.files import read_json, write_json
@@ -108,6 +109,18 @@ def test_what_is_missing_is_told(run):
         assert words in text
     for words in ("What users are recommended", "What the gate weighs", "By slice of users"):
         assert words not in text
+
+
+def test_skipped_batches_are_told(run):
+    path = run / "stages" / "01-text" / "log.json"
+    record = read_json(path)
+    skipped = [
+        {"step": 1, SKIPPED: 1, "not_finite": "loss"},
+        {"step": 2, SKIPPED: 2, "not_finite": "gradient"},
+    ]
+    assert "not finite)" not in write_report(run).read_text(encoding="utf-8")
+    write_json(path, record | {"log": record["log"] + skipped})
+    assert "(2 skipped, not finite)" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_a_run_that_has_just_begun(run):
