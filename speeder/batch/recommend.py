@@ -48,7 +48,8 @@ def recommend_file(
 
     Raises:
         SpeederError: there is no such model, a file or column is missing or of another type, or a history is empty,
-            has an item that the catalogue lacks, or leaves fewer than `k` items; all before any is computed.
+            has an item that the catalogue lacks, or leaves fewer than `k` items, or `out` lies among the histories; all
+            before any is computed.
     """
     model_folder, histories, out = Path(model_folder), Path(histories), Path(out)
     if part_rows < 1:
@@ -57,6 +58,8 @@ def recommend_file(
     if not 1 <= k <= len(catalogue):
         raise SpeederError(f"k: expected 1..{len(catalogue)}, the items of the catalogue, got {k}")
     dataset = _open(histories)
+    if out.resolve() == histories.resolve() or out.resolve().parent == histories.resolve():
+        raise SpeederError(f"{out}: lies among the histories, and would be read as such; name another file")
     identity = {
         "recommend": {"k": k, "exclude_seen": exclude_seen, "part_rows": part_rows},
         "model": folder_identity(model_folder),

@@ -152,6 +152,16 @@ def test_wrong_histories_get_one_line(columns, message, model, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
 
 
+@pytest.mark.parametrize("histories", ["in", "in/0.parquet"])
+def test_what_is_written_is_not_among_the_histories(histories, model, tmp_path):
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"user": ["a"], "items": [["id1"]]}), tmp_path / "in" / "0.parquet")
+    before = (tmp_path / "in" / "0.parquet").read_bytes()
+    with pytest.raises(SpeederError, match="lies among the histories"):
+        recommend_file(model, tmp_path / histories, tmp_path / "in" / "0.parquet", 3)
+    assert (tmp_path / "in" / "0.parquet").read_bytes() == before
+
+
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("speeder.batch.on_ray.find_spec", lambda name: None)
     with pytest.raises(SpeederError, match=r"pip install \"speeder\[ray\]\""):
