@@ -162,7 +162,9 @@ class TokenShards:
                 int(manifest["hidden_size"]),
             )
             self.identity: dict[str, str] = dict(manifest["identity"])
-            self._shards = [self._mapped(name) for name in sorted(manifest["files"])]
+            # by number: with 100,000 shards and more, names are of several lengths
+            names = sorted(manifest["files"], key=lambda name: (len(name), name))
+            self._shards = [self._mapped(name) for name in names]
         except (KeyError, TypeError, ValueError) as error:
             raise SpeederError(f"{self.folder / 'manifest.json'} is damaged: {error!r}") from error
         lengths = [len(tokens) for tokens in self._shards]

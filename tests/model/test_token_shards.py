@@ -230,3 +230,15 @@ def test_a_killed_writer_goes_on_where_it_was(tmp_path):
         torch.testing.assert_close(whole, loaded.item_tokens()[0][:, 0])
     with safe_open(next(iter(there)), framework="pt") as file:
         assert file.metadata()["weights"] == shards.identity["weights"]
+
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path):
+    shards = write_token_shards(tiny_model(), tmp_path / "shards", shard_items=10)
+    expected, manifest = torch.cat([part for _, part in shards.vectors()]), shards.folder / "manifest.json"
+    text = manifest.read_text()
+    for number in (1, 0):  # as the last two of 100,001 would be called
+        old, new = f"tokens-{number:05}-of-00002", f"tokens-{number + 99_999}-of-100001"
+        (shards.folder / f"{old}.safetensors").rename(shards.folder / f"{new}.safetensors")
+        text = text.replace(old, new)
+    manifest.write_text(text)
+    assert torch.equal(torch.cat([part for _, part in TokenShards(shards.folder).vectors()]), expected)
