@@ -29,6 +29,7 @@ EFFORTS: dict[str, list[dict[str, int]]] = {  # from hasty to thorough, to be co
     "ivf-pq": [{"nprobe": 16}, {"nprobe": 64, "refine": 16}, {"nprobe": 128, "refine": 64}],
 }
 INDEX_FILE = "index.faiss"
+_SCORED_BYTES = 1 << 28  # of candidates' vectors that are held at once
 _PER_LIST = 40  # training vectors for each of an IVF's lists; faiss asks for 39
 
 
@@ -199,8 +200,20 @@ class ItemIndex:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `TokenShards.topk`, but for items that the index does not find; a query for which it finds fewer than `k`
         is answered exactly."""
+        check_k(k, len(self), seen_table(seen, len(queries), queries.device))
+        longest = max(map(len, seen)) if seen else 0
+        at_once = max(1, _SCORED_BYTES // (4 * (k * self.refine + longest) * queries.shape[1]))
+        found = [
+            self._topk(queries[start : start + at_once], k, seen and seen[start : start + at_once])
+            for start in range(0, max(len(queries), 1), at_once)
+        ]
+        scores, items = zip(*found, strict=True)
+        return torch.cat(scores), torch.cat(items)
+
+    def _topk(
+        self, queries: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = seen_table(seen, len(queries), queries.device)
-        check_k(k, len(self), hidden)
         count = min(k * self.refine + hidden.shape[1], len(self))
         found = self._index.search(_as_numpy(queries.detach().cpu()), count)[1]
         items = torch.from_numpy(found).to(queries.device)

@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
+        if options.command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+            raise SpeederError(
+                f"{options.command}: runs on one process; start it without torchrun or accelerate"
+            )
         options.run_command(options)
     except SpeederError as error:
         print(f"speeder: {error}", file=sys.stderr)

@@ -206,3 +206,11 @@ def test_assets_are_listed_without_fetching(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("SPEEDER_CACHE", str(tmp_path))
     assert main(["assets", "--list"]) == 0
     assert capsys.readouterr().out.count("missing") == 4
+
+
+def test_what_runs_on_one_process_refuses_several(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["evaluate", "runs/none"]) == 1
+    assert capsys.readouterr().err == (
+        "speeder: evaluate: runs on one process; start it without torchrun or accelerate\n"
+    )

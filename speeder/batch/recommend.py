@@ -60,6 +60,8 @@ def recommend_file(
     dataset = _open(histories)
     if out.resolve() == histories.resolve() or out.resolve().parent == histories.resolve():
         raise SpeederError(f"{out}: lies among the histories, and would be read as such; name another file")
+    if model_folder.resolve() in out.resolve().parents:
+        raise SpeederError(f"{out}: lies in the recommender's folder, and would be taken for a part of it")
     identity = {
         "recommend": {"k": k, "exclude_seen": exclude_seen, "part_rows": part_rows},
         "model": folder_identity(model_folder),

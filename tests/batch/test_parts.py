@@ -152,6 +152,12 @@ def test_wrong_histories_get_one_line(columns, message, model, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_what_is_written_is_not_in_the_recommenders_folder(model, tmp_path):
+    pq.write_table(pa.table({"user": ["a"], "items": [["id1"]]}), tmp_path / "in.parquet")
+    with pytest.raises(SpeederError, match="lies in the recommender's folder"):
+        recommend_file(model, tmp_path / "in.parquet", model / "out.parquet", 3)
+
+
 @pytest.mark.parametrize("histories", ["in", "in/0.parquet"])
 def test_what_is_written_is_not_among_the_histories(histories, model, tmp_path):
     (tmp_path / "in").mkdir()

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from speeder import ann
 from speeder.ann import KINDS, ItemIndex, build_index, open_store, recall_at_k
 from speeder.cli import main
 from speeder.data.catalogue import ItemCatalogue
@@ -42,9 +43,14 @@ def index(request, shards, tmp_path_factory) -> ItemIndex:
     return build_index(shards, tmp_path_factory.mktemp("ann") / request.param, request.param, m=16)
 
 
-def test_an_index_finds_most_of_the_exact_top_k_and_scores_as_the_model(index, shards, queries):
+def test_an_index_finds_most_of_the_exact_top_k_and_scores_as_the_model(index, shards, queries, monkeypatch):
     exact_scores, exact = shards.topk(queries, 10)
     scores, items = index.topk(queries, 10)
+    monkeypatch.setattr(ann, "_SCORED_BYTES", 1)  # a query at a time
+    alone = index.topk(queries, 10)
+    torch.testing.assert_close(alone[0], scores, atol=1e-5, rtol=1e-5)
+    assert alone[1].tolist() == items.tolist()
+    assert [len(part) for part in index.topk(queries[:0], 10)] == [0, 0]
     recall = recall_at_k(index, queries, 10)
     overlap = [len({*a} & {*b}) / 10 for a, b in zip(items.tolist(), exact.tolist(), strict=True)]
     assert recall == pytest.approx(sum(overlap) / len(overlap))

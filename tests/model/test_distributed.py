@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,12 +63,19 @@ def varied_world(num_users: int = 31) -> PreparedData:
     return PreparedData(world.catalogue, short, world.manifest)
 
 
-def launch(folder: Path, *command: str) -> subprocess.Popen:
-    """Two processes by `torchrun`; what they print goes to FOLDER/launched.txt."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+ACCELERATE = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", "-m")
+
+
+def launch(folder: Path, *command: str, by: Sequence[str] = TORCHRUN) -> subprocess.Popen:
+    """Two processes by `torchrun` or `accelerate launch`; what they print goes to FOLDER/launched.txt."""
     with (folder / "launched.txt").open("wb") as out:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*torchrun, *command], stdout=out, stderr=subprocess.STDOUT, env=environment)
+        return subprocess.Popen(
+            [sys.executable, "-m", *by, *command],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +196,7 @@ def test_all_end_when_one_is_killed_and_the_command_goes_on_from_there(runs):
     os.kill(process_of_rank(launcher, 1), signal.SIGKILL)
     assert launcher.wait(timeout=200) != 0
     assert not (runs / "killed" / "model").exists(), "killed before the end"
-    resumed = launch(runs, *command, "--resume")
+    resumed = launch(runs, *command, "--resume", by=ACCELERATE)
     printed = runs / "launched.txt"
     assert resumed.wait(timeout=300) == 0, printed.read_text()[-3000:]
     assert printed.read_text().count("the recommender; evaluate it with") == 1
