@@ -21,7 +21,7 @@ from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation
 from speeder.recipe import Recipe
 from speeder.results import Measure, baselines, evaluate_run, kept_evaluation
-from speeder.run_folder import run_identity
+from speeder.run_folder import begun_identity, run_identity
 from speeder.training import train
 
 _SECONDS = "seconds.json"
@@ -144,8 +144,8 @@ def _check_same_run(run: Path, recipe: Recipe, data: PreparedData) -> None:
     """Refuse a folder whose run is not the one that the study asks for."""
     if not (run / "recipe.json").exists():
         return
-    began, wanted = read_json(run / "recipe.json"), run_identity(recipe, data)
-    if {key: value for key, value in began.items() if key != "data"} == wanted:
+    began, wanted = begun_identity(run), run_identity(recipe, data)
+    if began == wanted:
         return
     what = "other data"
     if began.get("recipe") != wanted["recipe"]:

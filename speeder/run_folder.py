@@ -40,6 +40,12 @@ def run_identity(recipe: AnyRecipe, data: PreparedData) -> dict:
     }
 
 
+def begun_identity(run: Path) -> dict:
+    """What a run that has begun is of, to be compared with `run_identity`."""
+    began = read_json(run / "recipe.json")
+    return {key: value for key, value in began.items() if key not in ("data", "precision")}
+
+
 def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -> dict:
     """What is finished of a run: `{"finished": [stage, ...], "model": folder or None}`.
 
@@ -55,8 +61,7 @@ def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -
         return {"finished": [], "model": None}
     if not path.exists():
         raise SpeederError(f"{run}: expected a run to resume, found none")
-    began = {key: value for key, value in read_json(path).items() if key not in ("data", "precision")}
-    if _compared(began) != _compared(run_identity(recipe, data)):
+    if _compared(begun_identity(run)) != _compared(run_identity(recipe, data)):
         raise SpeederError(f"{run}: the recipe or the data are not those that this run began with")
     return read_json(run / "state.json") if (run / "state.json").exists() else {"finished": [], "model": None}
 

@@ -11,6 +11,7 @@ import pytest
 from speeder.cli import main
 from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.synthetic import synthetic_world
+from speeder.model import SpeederForCausalLM
 from tests.model.worlds import save_tiny_backbone
 
 COMMANDS = (
@@ -166,9 +167,9 @@ def test_recommend_by_history_and_by_user(run, capsys):
 def test_a_model_with_other_features_than_the_datas_is_not_evaluated(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     assert main(["evaluate", str(tmp_path / "run"), "--no-baselines"]) == 0
-    place = tmp_path / "run" / "model" / "catalogue"
-    items = ItemCatalogue.load(place)
-    items.with_features("text", items.features["text"].flip(0)).save(place)
+    model = SpeederForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    model.set_catalogue(model.catalogue.with_features("text", model.catalogue.features["text"].flip(0)))
+    model.save_pretrained(tmp_path / "run" / "model")
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--no-baselines"]) == 1
     message = "SpeederForCausalLM: its text features are not those of the prepared data"
