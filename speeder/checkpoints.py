@@ -31,21 +31,27 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
     """The newest whole checkpoint of a stage's folder; what kills left half-written is removed.
+
+    Args:
+        steps: of the stage. A checkpoint of the last one, after which a kill came before the stage's end, is removed
+            too: `Trainer` would make one step more from it, and makes the same last steps again from the one before.
 
     Raises:
         SpeederError: it was whole, and has lost a file or a part of one since.
     """
-    steps = {}
+    found_at = {}
     for path in folder.glob("checkpoint-*"):
         if (path / COMPLETE).exists():
-            steps[int(path.name.rsplit("-", 1)[1])] = path
+            found_at[int(path.name.rsplit("-", 1)[1])] = path
         else:
             shutil.rmtree(path)
-    if not steps:
+    if steps is not None and steps in found_at:
+        remove_checkpoint(found_at.pop(steps))
+    if not found_at:
         return None
-    newest = steps[max(steps)]
+    newest = found_at[max(found_at)]
     if (newest / COMPLETE).stat().st_size:  # earlier versions wrote no sizes
         for name, size in read_json(newest / COMPLETE).items():
             found = (newest / name).stat().st_size if (newest / name).is_file() else None

@@ -222,9 +222,6 @@ def _run_stage(
     prompts: TitlePrompts | None,
 ) -> None:
     folder = stage_folder(run, number, stage.name)
-    checkpoint = from_main(last_checkpoint(folder) if processes().is_main_process else None)
-    if checkpoint is not None:
-        check_shared(checkpoint)
     examples = model.training_examples(recipe.supervision)
     sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
     callbacks = []
@@ -237,6 +234,9 @@ def _run_stage(
     batch_users = stage.batch_users or recipe.batch_users
     batches = math.ceil(len(sequences) / batch_users)
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
+    checkpoint = from_main(last_checkpoint(folder, steps) if processes().is_main_process else None)
+    if checkpoint is not None:
+        check_shared(checkpoint)
     ramp = GateRamp(stage, opened, steps)
     arguments = TrainingArguments(
         output_dir=str(folder),
