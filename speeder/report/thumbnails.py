@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
-import warnings
 from dataclasses import dataclass, field
 
-from PIL import Image, ImageOps
+from speeder.pictures import small_jpeg
 
 _SIZE = (184, 276)  # pixels: twice what a page shows, for screens that have them
 _QUALITY = 74
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_MAX_PIXELS = 50_000_000
 
 
 @dataclass
@@ -47,17 +44,8 @@ class Thumbnails:
 
     def _make(self, path: str) -> str | None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # _MAX_PIXELS is stricter
-                with Image.open(path, formats=_FORMATS) as picture:
-                    if picture.width * picture.height > _MAX_PIXELS:
-                        raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-                    picture.draft("RGB", _SIZE)
-                    small = ImageOps.exif_transpose(picture).convert("RGB")
-            small.thumbnail(_SIZE)
-            out = io.BytesIO()
-            small.save(out, "JPEG", quality=_QUALITY, optimize=True)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            jpeg = small_jpeg(path, _SIZE, _QUALITY, _FORMATS)
+        except (OSError, ValueError) as error:
             self.broken[path] = str(error) or type(error).__name__
             return None
-        return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

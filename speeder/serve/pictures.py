@@ -1,26 +1,19 @@
-"""Small pictures of items, made from the files that the catalogue names.
-
-Only pixels leave the server: a file is decoded and written anew, so that a catalogue which names something else than a
-picture shows nothing of it.
-"""
+"""Small pictures of items, made from the files that the catalogue names; only pixels leave the server."""
 
 from __future__ import annotations
 
-import io
 import logging
-import warnings
 from functools import lru_cache
 from pathlib import Path
 
-from PIL import Image, ImageOps
-
 from speeder.data.catalogue import ItemCatalogue
+from speeder.pictures import small_jpeg
 
 log = logging.getLogger(__name__)
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SIZE = (320, 480)
-MAX_PIXELS = 50_000_000
+QUALITY = 84
 KEPT = 1024  # pictures in memory, some 20 KB each
 
 
@@ -53,17 +46,7 @@ class Pictures:
         if not self.there(row):
             return None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is stricter
-                with Image.open(self._paths[row], formats=FORMATS) as picture:
-                    if picture.width * picture.height > MAX_PIXELS:
-                        raise ValueError(f"{picture.width} x {picture.height} pixels are too many")
-                    picture.draft("RGB", SIZE)
-                    small = ImageOps.exif_transpose(picture).convert("RGB")
-            small.thumbnail(SIZE)
-            out = io.BytesIO()
-            small.save(out, "JPEG", quality=84, optimize=True)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return small_jpeg(self._paths[row], SIZE, QUALITY, FORMATS)
+        except (OSError, ValueError) as error:
             log.warning("%s cannot be shown: %s", self._paths[row], error)
             return None
-        return out.getvalue()
