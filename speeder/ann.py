@@ -200,20 +200,23 @@ class ItemIndex:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `TokenShards.topk`, but for items that the index does not find; a query for which it finds fewer than `k`
         is answered exactly."""
-        check_k(k, len(self), seen_table(seen, len(queries), queries.device))
-        longest = max(map(len, seen)) if seen else 0
-        at_once = max(1, _SCORED_BYTES // (4 * (k * self.refine + longest) * queries.shape[1]))
-        found = [
-            self._topk(queries[start : start + at_once], k, seen and seen[start : start + at_once])
-            for start in range(0, max(len(queries), 1), at_once)
-        ]
-        scores, items = zip(*found, strict=True)
-        return torch.cat(scores), torch.cat(items)
-
-    def _topk(
-        self, queries: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden = seen_table(seen, len(queries), queries.device)
+        check_k(k, len(self), hidden)
+        at_once = max(1, _SCORED_BYTES // (4 * (k * self.refine + hidden.shape[1]) * queries.shape[1]))
+        found = [
+            self._found(*part, k) for part in zip(queries.split(at_once), hidden.split(at_once), strict=True)
+        ]
+        scores, items = (torch.cat(parts) for parts in zip(*found, strict=True))
+        short = torch.isneginf(scores[:, -1]).nonzero().flatten().tolist()
+        if short:
+            again = None if seen is None else [seen[row] for row in short]
+            scores[short], items[short] = self.shards.topk(queries[short], k, again)
+        return scores, items
+
+    def _found(
+        self, queries: torch.Tensor, hidden: torch.Tensor, k: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `k` best of what the index finds, -inf where it finds fewer."""
         count = min(k * self.refine + hidden.shape[1], len(self))
         found = self._index.search(_as_numpy(queries.detach().cpu()), count)[1]
         items = torch.from_numpy(found).to(queries.device)
@@ -223,12 +226,7 @@ class ItemIndex:
         rounded = queries.to(vectors.dtype).float()
         scores = torch.einsum("nh,nch->nc", rounded, vectors[rows.places(items.clamp(min=0))].float())
         scores = hide(scores.masked_fill(items < 0, -torch.inf), items, hidden)
-        scores, items = best(scores, items, k)
-        short = torch.isneginf(scores[:, -1]).nonzero().flatten().tolist()
-        if short:
-            again = None if seen is None else [seen[row] for row in short]
-            scores[short], items[short] = self.shards.topk(queries[short], k, again)
-        return scores, items
+        return best(scores, items, k)
 
 
 def recall_at_k(index: ItemIndex, queries: torch.Tensor, k: int) -> float:

@@ -168,7 +168,7 @@ def stage_logs(run: str | Path) -> dict[str, list[dict]]:
 def finish_stage(
     run: Path, state: dict, name: str, save: Callable[[Path], None], model_folder: str = "model"
 ) -> None:
-    """Save the stage's model by `save(folder)`, then say so in `state.json`, then remove the model that it replaces."""
+    """Save the stage's model by `save(folder)`, then say so in `state.json`."""
     temporary = run / f".{model_folder}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -179,8 +179,6 @@ def finish_stage(
         raise
     shutil.rmtree(run / model_folder, ignore_errors=True)
     temporary.rename(run / model_folder)
-    before, state["model"] = state["model"], model_folder
+    state["model"] = model_folder
     state["finished"].append(name)
     write_json(run / "state.json", state)
-    if before:
-        shutil.rmtree(run / before, ignore_errors=True)
