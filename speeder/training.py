@@ -115,6 +115,9 @@ def train(
 ) -> SpeederForCausalLM:
     """Train a recommender by a recipe, on one process or on all that `torchrun` or `accelerate launch` started.
 
+    A script of your own that runs on several ends with `accelerate.PartialState().destroy_process_group()`, as the
+    command does: PyTorch's threads may abort a process that ends without.
+
     Args:
         recipe: what to do; every modality that it opens must be in `data.catalogue`.
         data: a prepared set; only `data.split.training()` is learned from.

@@ -76,6 +76,16 @@ def test_with_nvcc(build, toolkit, wanted):
         assert cuda.home == toolkit.resolve()
 
 
+def test_architectures_to_build_for(build, toolkit):
+    path = {"PATH": f"{toolkit}/bin:/usr/bin:/bin"}
+    for asked, archs in (("", (80, 90)), ("90", (90,)), ("90, 80", (80, 90))):
+        assert build.find_cuda({**path, "SPEEDER_CUDA_ARCHS": asked}).archs == archs
+    for asked in ("100", "9.0", "80,sm_90", "80 90", ","):  # this nvcc does not know sm_100
+        message = re.escape(f"SPEEDER_CUDA_ARCHS: expected some of 80, 90 with commas, got {asked!r}")
+        with pytest.raises(SystemExit, match=message):
+            build.find_cuda({**path, "SPEEDER_CUDA_ARCHS": asked})
+
+
 def test_the_command_fails_in_one_line(tmp_path):
     """The whole way through setuptools: SPEEDER_CUDA=1 with nvcc hidden stops the build before it starts."""
     environ = {**os.environ, "PATH": "/nonexistent", "SPEEDER_CUDA": "1"}

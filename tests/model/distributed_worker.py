@@ -66,3 +66,5 @@ if __name__ == "__main__":
     for job in jobs:
         name, _, how = job.partition(":")
         train_one(Path(sys.argv[1]), name, how)
+    # joins Gloo's threads: one that wants the interpreter while it ends would abort the process
+    PartialState().destroy_process_group()
