@@ -20,14 +20,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speeder.bench.machine import peak_memory, processor
+from speeder.bench.machine import peak_memory
 from speeder.data.files import read_json, write_json, write_text
+from speeder.machine import processor
 
-CLUSTERS, LATENT, FEATURES = (
-    2000,
-    24,
-    384,
-)  # items have a text encoder's width, and far fewer directions in it
+# Items have a text encoder's width, and far fewer directions in it.
+CLUSTERS, LATENT, FEATURES = 2000, 24, 384
 SUCCESSOR = 0.8  # chance that the next item is of the next cluster
 K, QUERIES = 10, 256
 PHASES = ("data", "train", "shards", "queries", "exact", "hnsw", "ivf-pq")

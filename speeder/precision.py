@@ -7,14 +7,14 @@ as fast (120 GFLOP/s a core to 56). So it is measured, in some tens of milliseco
 
 from __future__ import annotations
 
-import time
-
 import torch
+
+from speeder.machine import shortest
 
 AUTO = "auto"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _GAIN = 1.25  # what bfloat16 must gain: its casts and coarser sums are not free
-_SIZE, _TRIES = 512, 7
+_SIZE = 512
 
 
 def resolve_precision(precision: str) -> str:
@@ -28,11 +28,6 @@ def resolve_precision(precision: str) -> str:
 
 @torch.no_grad()
 def product_seconds(dtype: torch.dtype) -> float:
-    """The shortest time of a matrix product on the CPU, in seconds; what disturbs only slows down."""
+    """The shortest time of a matrix product on the CPU, in seconds."""
     left, right = torch.randn(_SIZE, _SIZE).to(dtype), torch.randn(_SIZE, _SIZE).to(dtype)
-    times = []
-    for _ in range(_TRIES):
-        start = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return shortest(lambda: left @ right)

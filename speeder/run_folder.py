@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 
-from speeder.bench.machine import describe
 from speeder.data.files import read_json, safe_name, write_json
 from speeder.data.prepared import PreparedData
 from speeder.data.writing import WriteError, writing
 from speeder.errors import SpeederError
+from speeder.machine import describe
 
 
 class AnyRecipe(Protocol):

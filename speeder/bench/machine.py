@@ -1,46 +1,18 @@
-"""The machine: what it is, the products that it can do at most, the memory that a process took."""
+"""The products that this machine can do at most, and the memory and time that a process took."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-import transformers
 
-from speeder_kernels import _host, item_cross_entropy
+from speeder.machine import shortest
+from speeder_kernels import item_cross_entropy
 
 _SIZES = ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 576, 1536))  # m, n, k
-_TRIES, _SECONDS = 8, 0.2  # for each product; at least two tries
-
-
-def describe(threads: int) -> dict[str, object]:
-    """What a reader must know to compare with another machine."""
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "instruction set": _host.instruction_set(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-    }
-
-
-def processor() -> str:
-    """The model's name, with family and model where the name is cut short (as virtual machines do)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
-    if "model name" not in facts:
-        return platform.processor() or platform.machine()
-    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
 @torch.no_grad()
@@ -51,20 +23,11 @@ def gemm_peak(dtype: torch.dtype) -> float:
     for m, n, k in _SIZES:
         left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
         for other in (right, right.T.contiguous().T):
-            best = max(best, 2 * m * n * k / _shortest(lambda a=left, b=other: a @ b))
+            best = max(best, 2 * m * n * k / shortest(lambda a=left, b=other: a @ b))
     states, table = torch.randn(1024, 576).to(dtype), torch.randn(8192, 576).to(dtype)
     targets = torch.zeros(1024, dtype=torch.long)
-    seconds = _shortest(lambda: item_cross_entropy(states, table, targets, scale=1.0))
+    seconds = shortest(lambda: item_cross_entropy(states, table, targets, scale=1.0))
     return max(best, 2 * states.numel() * len(table) / seconds)
-
-
-def _shortest(work: Callable[[], object]) -> float:
-    times, end = [], time.perf_counter() + _SECONDS
-    while len(times) < 2 or (len(times) < _TRIES and time.perf_counter() < end):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def reset_peak_memory() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from speeder.bench.machine import busy_seconds, cpu_seconds, describe, gemm_peak
+from speeder.bench.machine import busy_seconds, cpu_seconds, gemm_peak
 from speeder.bench.picture import plot_bench
 from speeder.bench.report import report
 from speeder.bench.systems import RANKING_TOKENS, SYSTEMS, TRAINING_TOKENS
@@ -19,6 +19,7 @@ from speeder.data.files import read_json, write_json, write_text
 from speeder.data.prepare import prepare_ml100k
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
+from speeder.machine import describe
 from speeder.precision import AUTO, DTYPES, resolve_precision
 
 FORMAT = "speeder-bench-1"
