@@ -145,13 +145,18 @@ def test_users_are_the_same_for_all_and_histories_as_long_as_asked(data):
     )
 
 
-def test_batches_are_filled_by_tokens(place, data):
+def test_each_batch_has_examples_as_long_as_those_of_the_data(place, data):
+    """So that one repetition tells the rate of all: LLaRA's examples have histories of one item up to the longest."""
     measured = system("title-generation", place, data)
-    assert len(measured.batches) > 1
+    lengths = [len(measured._dataset[number].ids) for number in range(len(measured._dataset))]
+    assert max(lengths) > 2 * min(lengths)
     for batch in measured.batches:
         sequences = [measured._dataset[number] for number in batch.examples]
-        assert sum(len(sequence.ids) for sequence in sequences) == batch.tokens <= TRAINING_TOKENS
+        assert sum(len(sequence.ids) for sequence in sequences) == batch.tokens
+        assert batch.tokens == pytest.approx(TRAINING_TOKENS, rel=0.1)
+        assert batch.tokens / batch.targets == pytest.approx(np.mean(lengths), rel=0.1)
         assert batch.targets == len(batch.examples)  # one a prompt
+    assert len({tuple(batch.examples) for batch in measured.batches}) > 1
     dense = system("speeder", place, data).batches[0]
     assert dense.targets == LONGEST * len(dense.examples)
     pairs = system("yes-no", place, data).batches[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,7 +26,9 @@ SYSTEMS = {  # name -> (as tables call it, the recipe that it is trained by)
     "title-generation": ("title-generation, as LLaRA asks", "ml-100k-title-generation"),
     "yes-no": ("yes-no, as MLLM-MSR asks", "ml-100k-yes-no"),
 }
-TRAINING_TOKENS = 8192  # of a batch: as many sequences as fit, at least one
+TRAINING_TOKENS = 8192  # of a batch, on average; at least one sequence
+SAMPLED_EXAMPLES = 2048  # at most, of which training batches are put together
+GOLDEN_SECTION = (5**0.5 - 1) / 2
 RANKING_TOKENS = 16_384
 SAMPLED_USERS = 16  # at least, whose prompts' mean length is told
 BATCHES = 8  # different training batches, used in turns
@@ -89,11 +91,7 @@ class System:
         self._dataset = TrainingSequences(
             self.users.training, self.model.config, self.recipe.supervision, **examples
         )
-        order = np.random.default_rng(1).permutation(len(self._dataset)).tolist()
-        packs = [numbers for _, numbers in zip(range(BATCHES), self._packs(order), strict=False)]
-        # the last of all is what was left over
-        packs = packs[:-1] if 1 < len(packs) < BATCHES else packs
-        self.batches = [self._batch(numbers) for numbers in packs]
+        self.batches = [self._batch(numbers) for numbers in self._representative()]
         lengths: list[int] = []
         self.ranked_users = 0  # of a batch
         for user in range(len(self.users.histories)):
@@ -105,17 +103,16 @@ class System:
             self.ranked_users += self.ranked_users == user and (fits or user == 0)
         self.mean_prompt = float(np.mean(lengths))
 
-    def _packs(self, order: Sequence[int]) -> Iterator[list[int]]:
-        """Examples in order, as many at a time as have no more than TRAINING_TOKENS; the last pack may be small."""
-        pack, size = [], 0
-        for number in order:
-            length = len(self._dataset[number].ids)
-            if pack and size + length > TRAINING_TOKENS:
-                yield pack
-                pack, size = [], 0
-            pack.append(number)
-            size += length
-        yield pack
+    def _representative(self) -> list[list[int]]:
+        """Batches of about TRAINING_TOKENS, in each of which examples are as short and as long as in all of the data:
+        where repetitions are few, batches drawn by chance would decide the rate."""
+        sample = np.random.default_rng(1).permutation(len(self._dataset))[:SAMPLED_EXAMPLES]
+        lengths = np.array([len(self._dataset[number].ids) for number in sample])
+        size = min(len(sample), max(1, round(TRAINING_TOKENS / lengths.mean())))
+        strata = np.array_split(sample[np.argsort(lengths, kind="stable")], size)
+        # one of each stratum: first its middle, then what golden sections find, evenly over it
+        places = [(0.5 + number * GOLDEN_SECTION) % 1 for number in range(BATCHES)]
+        return [[int(stratum[int(place * len(stratum))]) for stratum in strata] for place in places]
 
     def _batch(self, numbers: list[int]) -> Batch:
         sequences = [self._dataset[number] for number in numbers]

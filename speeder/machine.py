@@ -1,0 +1,54 @@
+"""The machine that a run or a measurement belongs to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+
+from speeder_kernels import _host
+
+
+def describe(threads: int) -> dict[str, object]:
+    """What a reader must know to compare with another machine."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "instruction set": _host.instruction_set(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def processor() -> str:
+    """The model's name, with family and model where the name is cut short (as virtual machines do)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    if "model name" not in facts:
+        return platform.processor() or platform.machine()
+    return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
+
+
+def shortest(work: Callable[[], object], tries: int = 8, seconds: float = 0.2) -> float:
+    """The shortest time of some calls, in seconds: what disturbs only slows down.
+
+    Args:
+        tries: calls at most.
+        seconds: no call begins after them, but for the second.
+    """
+    times, end = [], time.perf_counter() + seconds
+    while len(times) < 2 or (len(times) < tries and time.perf_counter() < end):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
