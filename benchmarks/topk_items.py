@@ -17,8 +17,10 @@ def _scores(results: Results) -> Results:
     return results[:1]
 
 
-def _build(dtype: torch.dtype, quick: bool, backend: str | None = None) -> Inputs:
-    positions, items, hidden, k = (8, 2000, 64, 10) if quick else (256, 1_000_000, 64, 100)
+def _build(
+    dtype: torch.dtype, shape: tuple[int, int, int, int], quick: bool, backend: str | None = None
+) -> Inputs:
+    positions, items, hidden, k = (min(shape[0], 8), 2000, 64, 10) if quick else shape
     hidden_NH, table_IH = torch.randn(positions, hidden).to(dtype), torch.randn(items, hidden).to(dtype)
     sides = {
         "ours": Side(lambda: topk_items(hidden_NH, table_IH, k, backend=backend), _scores),
@@ -31,14 +33,19 @@ def _build(dtype: torch.dtype, quick: bool, backend: str | None = None) -> Input
 
 def benchmarks() -> list[Benchmark]:
     """All of this op."""
+    many, one = (256, 1_000_000, 64, 100), (1, 12_101, 576, 10)  # positions, items, hidden size, k
     return [
         Benchmark(
             "topk_items",
-            "100 of 1,000,000 items, 256 positions",
-            "top-k",
+            workload,
+            label,
             dtype,
-            {MATMUL: 0.5, REFERENCE: None},
-            partial(_build, dtype),
+            {MATMUL: target, REFERENCE: None},
+            partial(_build, dtype, shape),
+        )
+        for workload, label, shape, target in (
+            ("100 of 1,000,000 items, 256 positions", "top-k", many, 0.5),
+            ("10 of 12,101 items, one position", "top-k, one", one, None),
         )
         for dtype in (torch.float32, torch.bfloat16)
     ]

@@ -19,7 +19,8 @@ struct CandidateSink {
 };
 
 struct TopkKernels {
-  // Packs hidden rows of group `group` into `columns`, of group_floats floats.
+  // Packs hidden rows of group `group` into `columns`, of group_floats floats, as `score` reads
+  // them.
   void (*pack)(const TopkArgs& args, int64_t group, float* columns);
   // Scores items first .. first + count - 1 for the rows of one group.
   void (*score)(const TopkArgs& args, int64_t group, const float* columns, int64_t first,

@@ -79,7 +79,7 @@ def item_cross_entropy() -> int:
 
 
 def topk_items() -> int:
-    shapes = itertools.product((1, 65, 257), (1, 7, 1100), (1, 33, 64), DTYPES)
+    shapes = itertools.product((1, 6, 65, 257), (1, 7, 1100), (1, 33, 64), DTYPES)
     for n, (rows, items, hidden, dtype) in enumerate(shapes):
         h, table, *_ = make_cross_entropy(rows, items, hidden, dtype, n)
         indptr = (
