@@ -11,4 +11,4 @@ CROSS_ENTROPY = ((1024, 100_000, 576), (8192, 100_000, 2048))  # N, I, H
 # Those of the CPU's benchmarks, which say themselves what they are.
 PACK_TOKENS = ((4096, 576), (16384, 576))  # tokens, H
 COMPRESS_ITEMS = ((4096, 3, 576),)  # items, modalities, H
-TOPK_ITEMS = ((256, 1_000_000, 64, 100),)  # N, I, H, k
+TOPK_ITEMS = ((256, 1_000_000, 64, 100), (1, 12_101, 576, 10))  # N, I, H, k

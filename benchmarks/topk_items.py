@@ -45,7 +45,7 @@ def benchmarks() -> list[Benchmark]:
         )
         for workload, label, shape, target in (
             ("100 of 1,000,000 items, 256 positions", "top-k", many, 0.5),
-            ("10 of 12,101 items, one position", "top-k, one", one, None),
+            ("10 of 12,101 items, 1 position", "top-k, one", one, None),
         )
         for dtype in (torch.float32, torch.bfloat16)
     ]
