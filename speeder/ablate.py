@@ -19,9 +19,10 @@ from speeder.data.files import read_json, write_json
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation
-from speeder.recipe import Recipe
+from speeder.precision import AUTO, resolve_precision
+from speeder.recipe import NoStageLeft, Recipe
 from speeder.results import Measure, baselines, evaluate_run, kept_evaluation
-from speeder.run_folder import begun_identity, run_identity
+from speeder.run_folder import begun_identity, begun_precision, run_identity
 from speeder.training import train
 
 _SECONDS = "seconds.json"
@@ -68,12 +69,14 @@ def ablate(
     if len(set(seeds)) != len(seeds) or not seeds:
         raise SpeederError(f"seeds: expected at least one, each once, got {list(seeds)}")
     chosen = study.chosen(list(only))
-    recipes = _recipes_for(study, data, say)
-    for name in study.variants:  # nothing is trained before every folder was seen to fit
+    recipes = _recipes_for(study, data, only, say)
+    chosen = [variant for variant in chosen if variant.name in recipes]
+    for name, recipe in recipes.items():  # nothing is trained before every folder was seen to fit
         for run in _runs(out, name):
-            _check_same_run(run, replace(recipes[name], seed=_seed_of(run)), data)
+            _check_same_run(run, replace(recipe, seed=_seed_of(run)), data)
     with _claimed(out / "baselines", wait=True):
         rows = baselines(out, measure)
+        precision = _precision(out, recipes)
     finished = Finished(study)
     plan = [(seed, variant) for seed in seeds for variant in chosen]
     waiting, total = plan, len(plan)
@@ -85,7 +88,8 @@ def ablate(
                 if ours and not _is_finished(run):
                     number = plan.index((seed, variant)) + 1
                     say(f"\n[{number} of {total}] {variant.name}, seed {seed}: {variant.tests}")
-                    _run(run, variant, replace(recipes[variant.name], seed=seed), measure, data_folder)
+                    recipe = replace(recipes[variant.name], seed=seed)
+                    _run(run, variant, recipe, measure, data_folder, precision)
                     _report(out, finished, measure, rows)
                 if ours and not keep_models:  # weights are large, and nothing here needs them again
                     shutil.rmtree(run / "model", ignore_errors=True)
@@ -114,23 +118,56 @@ def _runs(out: Path, variant: str) -> list[Path]:
     return sorted(out.glob(f"{variant}/seed-*"), key=_seed_of)
 
 
-def _recipes_for(study: Study, data: PreparedData, say: Callable[[str], None]) -> dict[str, Recipe]:
-    """Each variant's recipe over the modalities that the data have."""
+def _recipes_for(
+    study: Study, data: PreparedData, only: Sequence[str], say: Callable[[str], None]
+) -> dict[str, Recipe]:
+    """Each variant's recipe over the modalities that the data have, all with as many steps as before.
+
+    Variants that tell nothing then are left out, unless they were asked for by name: those of missing modalities alone,
+    and those that are the base.
+    """
     recipes, told = {}, set()
     for name, variant in study.variants.items():
         try:
-            recipes[name], notes = variant.recipe.for_modalities(list(data.catalogue.modalities))
+            recipe, notes = variant.recipe.for_modalities(list(data.catalogue.modalities), keep_stages=True)
+            if name != BASE and recipe == recipes[BASE]:
+                raise NoStageLeft("with these data's modalities it is the same as the base")
         except SpeederError as error:
+            if isinstance(error, NoStageLeft) and name != BASE and name not in only:
+                say(f"Note: {name} is left out: {error}")
+                continue
             raise SpeederError(f"{study.name}: {name}: {error}") from error
+        recipes[name] = recipe
         for note in notes:
             if note not in told:
                 say(f"Note ({name}): {note}")
         told |= set(notes)
-        if name != BASE and recipes[name] == recipes[BASE]:
-            raise SpeederError(
-                f"{study.name}: {name}: with these data's modalities it is the same as the base"
-            )
     return recipes
+
+
+def _precision(out: Path, recipes: Mapping[str, Recipe]) -> str:
+    """What all runs compute in whose recipe leaves it open: chosen by the machine once, for a difference between
+    variants must not be one of precision.
+
+    Raises:
+        SpeederError: finished runs differ in it.
+    """
+    path = out / "precision.json"
+    found = {
+        begun_precision(run)
+        for name, recipe in recipes.items()
+        for run in (_runs(out, name) if recipe.precision == AUTO else ())
+    } - {None}
+    if path.exists():
+        found.add(read_json(path)["precision"])
+    if len(found) > 1:
+        raise SpeederError(
+            f"{out}: holds runs in {' and in '.join(sorted(found))}: remove those of one, and {path.name} where it"
+            " names that one"
+        )
+    chosen = found.pop() if found else resolve_precision(AUTO)
+    write_json(path, {"precision": chosen})
+    return chosen
 
 
 def _seed_of(run: Path) -> int:
@@ -165,7 +202,12 @@ def _is_finished(run: Path) -> bool:
 
 
 def _run(
-    run: Path, variant: Variant, recipe: Recipe, measure: Measure, data_folder: str | Path | None
+    run: Path,
+    variant: Variant,
+    recipe: Recipe,
+    measure: Measure,
+    data_folder: str | Path | None,
+    precision: str,
 ) -> None:
     """Train, or go on training, and evaluate."""
     model = read_json(run / "state.json").get("model") if (run / "state.json").exists() else None
@@ -176,7 +218,7 @@ def _run(
         )
     resumed, started, worked = (run / "recipe.json").exists(), time.monotonic(), time.process_time()
     try:
-        model = train(recipe, measure.data, run, resume=resumed, data_folder=data_folder)
+        model = train(recipe, measure.data, run, resume=resumed, data_folder=data_folder, precision=precision)
     except SpeederError as error:
         raise SpeederError(f"{variant.name}: {error}") from error
     if not (run / _SECONDS).exists():  # of a run that was stopped, no one has counted them all
@@ -192,5 +234,13 @@ def _report(out: Path, finished: Finished, measure: Measure, rows: Mapping[str, 
             seed = _seed_of(run)
             if seed not in finished.evaluations.get(name, ()):
                 took = read_json(run / _SECONDS) if (run / _SECONDS).exists() else {}
+                took |= {"precision": begun_precision(run), "processor": _processor(run)}
                 finished.add(name, seed, kept_evaluation(run, _EVALUATED, measure), took)
     return write_report(out, finished, rows)
+
+
+def _processor(run: Path) -> str | None:
+    """What the run's last stage ended on."""
+    logs = sorted(run.glob("stages/*/log.json"))
+    machine = read_json(logs[-1]).get("machine", {}) if logs else {}
+    return f"{machine['processor']}, threads: {machine['threads']}" if "processor" in machine else None

@@ -29,16 +29,16 @@ _SLICE_RESAMPLES = 2_000
 
 @dataclass
 class Finished:
-    """The finished runs of a study: variant -> seed -> evaluation, and what training took, of each of `TOOK`.
+    """The finished runs of a study: variant -> seed -> evaluation, and how it was trained.
 
-    What a run took is empty where it was stopped on the way.
+    The latter holds `precision`, `processor` and, unless the run was stopped on the way, what each of `TOOK` was.
     """
 
     study: Study
     evaluations: dict[str, dict[int, Evaluation]] = field(default_factory=dict)
-    took: dict[str, dict[int, dict[str, float]]] = field(default_factory=dict)
+    took: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
-    def add(self, variant: str, seed: int, evaluation: Evaluation, took: dict[str, float]) -> None:
+    def add(self, variant: str, seed: int, evaluation: Evaluation, took: dict[str, Any]) -> None:
         """Note one run."""
         self.evaluations.setdefault(variant, {})[seed] = evaluation
         self.took.setdefault(variant, {})[seed] = took
@@ -242,11 +242,20 @@ def _note(found: dict[str, Any]) -> str:
         "ranked; ties count against the target. A user's value is the mean over the seeds; in brackets: 95 % "
         "bootstrap interval over users, for differences from the base paired by user and over the seeds that both "
         "have. ± seeds: standard deviation of the means of single runs, which the intervals do not hold. p: "
-        f"two-sided paired permutation test, corrected by Holm for {family} variant(s). s, CPU s: seconds of "
+        f"two-sided paired permutation test over users, corrected by Holm for {family} variant(s); it tells of these "
+        "trained models, not of what other seeds would give. s, CPU s: seconds of "
         "training with its validation rankings, and those of all cores together, of runs that were not stopped on "
-        "the way. Signed figures in the tables by slice are differences from the base. "
+        f"the way. {_trained_on(found)}Signed figures in the tables by slice are differences from the base. "
         f"Split `{found['task']['split_hash']}`."
     )
+
+
+def _trained_on(found: dict[str, Any]) -> str:
+    """Precisions and machines of all runs, as a sentence."""
+    runs = [run for entry in found["variants"].values() for run in entry["took_by_seed"].values()]
+    kinds = {key: sorted({run[key] for run in runs if run.get(key)}) for key in ("precision", "processor")}
+    told = [" and ".join(kinds["precision"]), "; ".join(kinds["processor"])]
+    return f"Trained in {' on '.join(part for part in told if part)}. " if any(told) else ""
 
 
 def _mean(interval: Mapping[str, float]) -> str:

@@ -32,6 +32,10 @@ BASELINES = {
 }
 
 
+class NoStageLeft(SpeederError):
+    """A recipe opens only modalities that the data do not have."""
+
+
 @dataclass
 class Stage:
     """One stage of multimodal progressive optimization (MPO).
@@ -194,18 +198,25 @@ class Recipe:
                 raise SpeederError(f"stage {stage.name!r}: train: expected some of {', '.join(parts)}")
             stage.train, stage.open = train, ["item"] if "item" in parts else []
 
-    def for_modalities(self, available: list[str]) -> tuple[Recipe, list[str]]:
+    def for_modalities(self, available: list[str], keep_stages: bool = False) -> tuple[Recipe, list[str]]:
         """The recipe over the modalities at hand: others are left out, and stages that then open nothing new.
+
+        Args:
+            keep_stages: leave out only stages that open nothing at all, so that recipes that had as many steps still
+                have.
 
         Returns:
             the recipe, and one readable line for each stage left out or narrowed.
 
         Raises:
-            SpeederError: a stage opens something that is no modality, or no stage is left.
+            NoStageLeft: none of what it opens is at hand.
+            SpeederError: a stage opens something that is no modality.
         """
         if self.baseline is not None:  # reads titles, whatever features there are
             return self, []
-        stages, notes, opened, noted = [], [], set(), set()
+        stages, notes, noted = [], [], set()
+        opened: set[str] = set()
+        wanted: set[str] = set()  # to be open so far, had the data all modalities
         known = {*available, *MODALITIES, "item"}
         for stage in self.stages:
             for name in stage.open:
@@ -216,7 +227,10 @@ class Recipe:
         for stage in self.stages:
             there = [name for name in stage.open if name in available or name == "item"]
             missing = [name for name in stage.open if name not in there]
-            if missing and (not there or (set(there) <= opened and not stage.titles)):
+            # for nothing but what is missing
+            idle = set(there) <= opened and not set(stage.open) <= wanted and not stage.titles
+            wanted |= set(stage.open)
+            if missing and (not there or (idle and not keep_stages)):
                 notes.append(f"stage {stage.name!r} is left out: no item has {', '.join(missing)} features")
                 noted |= set(missing)
                 continue
@@ -227,7 +241,7 @@ class Recipe:
             opened |= set(there)
             stages.append(dataclasses.replace(stage, open=there))
         if not stages:
-            raise SpeederError(
+            raise NoStageLeft(
                 f"recipe: no stage is left with the modalities at hand: {', '.join(available) or 'none'}"
             )
         return dataclasses.replace(self, stages=stages), notes

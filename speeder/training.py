@@ -33,7 +33,7 @@ from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import GateRamp, select_parameters
 from speeder.negatives import NegativesClock
-from speeder.precision import resolve_precision
+from speeder.precision import AUTO, resolve_precision
 from speeder.processor import SpeederProcessor, template_ids
 from speeder.prompts import IGNORED, TokenSequence, build_sequence, pack_batch
 from speeder.recipe import Recipe, Stage
@@ -112,11 +112,12 @@ def train(
     resume: bool = False,
     data_folder: str | Path | None = None,
     on_stage: Callable[[Stage, SpeederForCausalLM], None] | None = None,
+    precision: str | None = None,
 ) -> SpeederForCausalLM:
     """Train a recommender by a recipe, on one process or on all that `torchrun` or `accelerate launch` started.
 
     A script of your own that runs on several ends with `accelerate.PartialState().destroy_process_group()`, as the
-    command does: PyTorch's threads may abort a process that ends without.
+    command does: threads of the group may abort a process that ends without.
 
     Args:
         recipe: what to do; every modality that it opens must be in `data.catalogue`.
@@ -127,6 +128,8 @@ def train(
         data_folder: where `data` lies, noted in the run so that later commands find it.
         on_stage: called after each finished stage with its model, as it stands, and after a resume once more with
             the last finished one; by the main process alone.
+        precision: `"bf16"`, `"fp16"` or `"fp32"` where the recipe's is `"auto"`; None: the faster on this machine. A
+            resumed run goes on in the one that it began in.
 
     Returns:
         the finished recommender, in evaluation mode; also saved in `run/model`.
@@ -148,7 +151,8 @@ def train(
     if any(stage.titles for stage in recipe.stages):
         prompts = TitlePrompts(tokenizer, model.config, data.catalogue, recipe.title_template)
     main = processes().is_main_process
-    precision = from_main((begun_precision(run) or resolve_precision(recipe.precision)) if main else None)
+    asked = precision if precision and recipe.precision == AUTO else recipe.precision
+    precision = from_main((begun_precision(run) or resolve_precision(asked)) if main else None)
     on_stage = on_stage if main else None
     processes().wait_for_everyone()  # until all have looked at the folder as it was
     if main:

@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
-from speeder.ablate import ablate
+from speeder.ablate import _recipes_for, ablate
 from speeder.ablation_report import Finished, markdown, slices_of, summarise
 from speeder.ablation_study import differing_keys, load_study, study_from_dict
 from speeder.baselines.sasrec import SASRec, SASRecConfig
@@ -25,6 +27,7 @@ from speeder.data import PreparedData
 from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
 from speeder.evaluate import Evaluation, training_hash
+from speeder.machine import processor
 from speeder.recipe import MODALITIES, bundled_recipe, recipe_from_dict
 from speeder.run_folder import stage_logs
 from tests.model.worlds import save_tiny_backbone
@@ -105,6 +108,36 @@ def test_runs_go_by_seeds_and_leave_ranks_without_weights(done):
         "ablations.md",
         "ablations.png",
     }
+
+
+def test_runs_of_a_study_share_their_precision(done, place, data, tmp_path, monkeypatch):
+    """The one that the machine was faster in at first, though it may look faster in another one later."""
+    study = load_study(place / "study.yaml")
+    auto = {k: replace(v, recipe=replace(v.recipe, precision="auto")) for k, v in study.variants.items()}
+    study, out, said = replace(study, variants=auto), study_folder(tmp_path, data), []
+    monkeypatch.setattr("speeder.ablate.resolve_precision", lambda precision: "fp32")
+    ablate(study, data, out, (1,), only=["base"], say=said.append)
+    monkeypatch.setattr("speeder.ablate.resolve_precision", lambda precision: "bf16")
+    text = ablate(study, data, out, (1,), only=["mean"], say=said.append)
+    assert started(said) == ["base, seed 1", "mean, seed 1"]
+    runs = [json.loads((out / name / "seed-1" / "recipe.json").read_text()) for name in ("base", "mean")]
+    assert [run["precision"] for run in runs] == ["fp32", "fp32"]
+    assert f"Trained in fp32 on {processor()}, threads: {torch.get_num_threads()}." in text
+    path = out / "base" / "seed-1" / "recipe.json"
+    path.write_text(json.dumps(runs[0] | {"precision": "bf16"}))
+    with pytest.raises(SpeederError, match="holds runs in bf16 and in fp32"):
+        ablate(study, data, out, (1,))
+
+
+def test_without_pictures_the_bundled_study_still_compares_runs_of_the_same_length():
+    study, said = load_study("ablations-ml-100k"), []
+    data = SimpleNamespace(catalogue=SimpleNamespace(modalities={"text": 384, "collaborative": 64}))
+    recipes = _recipes_for(study, data, [], said.append)
+    assert set(study.variants) - set(recipes) == {"mrc-image"}
+    assert any("mrc-image is left out" in line for line in said)
+    assert {sum(stage.steps for stage in recipe.stages) for recipe in recipes.values()} == {200}
+    with pytest.raises(SpeederError, match=r"mrc-image: .*no stage is left"):
+        _recipes_for(study, data, ["mrc-image"], said.append)
 
 
 def test_what_is_finished_is_not_trained_again(done, place, data):

@@ -181,6 +181,14 @@ def test_stages_without_features_are_left_out_and_said_so():
     )
     assert narrowed[0].stages[0].open == ["text"]
     assert narrowed[1] == ["stage 'all' runs without image: no item has such features"]
+    every = [dict(stage, open=["text", "image", "item"]) for stage in stages]
+    for recipe in (
+        recipe_from_dict({"stages": stages}).for_modalities(["text", "collaborative"], keep_stages=True)[0],
+        recipe_from_dict({"stages": every}).for_modalities(["text"])[
+            0
+        ],  # pictures were never why a stage was there
+    ):
+        assert [stage.name for stage in recipe.stages] == [stage["name"] for stage in stages]
     with pytest.raises(SpeederError, match="got 'imgae'"):
         recipe_from_dict({"stages": [{"name": "a", "open": ["text", "imgae"]}]}).for_modalities(["text"])
     with pytest.raises(SpeederError, match="no stage is left"):
