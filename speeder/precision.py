@@ -17,12 +17,17 @@ _GAIN = 1.25  # what bfloat16 must gain: its casts and coarser sums are not free
 _SIZE = 512
 
 
-def resolve_precision(precision: str) -> str:
-    """`precision` itself, or for `"auto"` the faster of `"bf16"` and `"fp32"` on this machine."""
+def resolve_precision(precision: str, device: str | None = None) -> str:
+    """`precision` itself, or for `"auto"` the faster of `"bf16"` and `"fp32"` on this machine.
+
+    Args:
+        device: `"cuda"` or `"cpu"`; None: a GPU where there is one, as training has it. A GPU that lacks bfloat16
+            products (before compute capability 8.0) gets float32.
+    """
     if precision != AUTO:
         return precision
-    if torch.cuda.is_available():
-        return "bf16"
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if product_seconds(torch.bfloat16) * _GAIN < product_seconds(torch.float32) else "fp32"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from speeder.bench import machine, run
+from speeder.bench import machine, run, systems
 from speeder.bench.figures import row
 from speeder.bench.flops import attention_flops, pair_flops, training_flops
 from speeder.bench.profile import group_of
@@ -145,22 +145,37 @@ def test_users_are_the_same_for_all_and_histories_as_long_as_asked(data):
     )
 
 
-def test_each_batch_has_examples_as_long_as_those_of_the_data(place, data):
-    """So that one repetition tells the rate of all: LLaRA's examples have histories of one item up to the longest."""
-    measured = system("title-generation", place, data)
-    lengths = [len(measured._dataset[number].ids) for number in range(len(measured._dataset))]
-    assert max(lengths) > 2 * min(lengths)
+@pytest.mark.parametrize("tokens", [1, TRAINING_TOKENS])  # one example a batch, and many
+@pytest.mark.parametrize("name", ["title-generation", "yes-no", "text-prompt"])
+def test_a_rate_does_not_depend_on_which_examples_were_drawn(name, tokens, place, data, monkeypatch):
+    """LLaRA's examples have histories of one item up to the longest; a batch counts by its flops."""
+    monkeypatch.setattr(systems, "TRAINING_TOKENS", tokens)
+    measured = system(name, place, data, Workload(history=None) if name == "text-prompt" else MAIN)
+    sequences = [measured._dataset[number] for number in range(len(measured._dataset))]
+    lengths = [len(sequence.ids) for sequence in sequences]
+    assert max(lengths) > 1.5 * min(lengths)
+    every = training_flops(measured.model, sequences)
+    once = every.pop("item tokens", 0)
     for batch in measured.batches:
-        sequences = [measured._dataset[number] for number in batch.examples]
-        assert sum(len(sequence.ids) for sequence in sequences) == batch.tokens
-        assert batch.tokens == pytest.approx(TRAINING_TOKENS, rel=0.1)
-        assert batch.tokens / batch.targets == pytest.approx(np.mean(lengths), rel=0.1)
-        assert batch.targets == len(batch.examples)  # one a prompt
-    assert len({tuple(batch.examples) for batch in measured.batches}) > 1
+        drawn = [sequences[number] for number in batch.examples]
+        assert sum(len(sequence.ids) for sequence in drawn) == batch.tokens
+        assert sum(training_flops(measured.model, drawn).values()) == batch.flops
+        assert tokens == 1 or batch.tokens == pytest.approx(min(tokens, sum(lengths)), rel=0.15)
+        of_the_mean = once + len(drawn) * sum(every.values()) / len(sequences)
+        assert batch.prompts / batch.flops == pytest.approx(len(drawn) / of_the_mean, rel=1e-6)
+        if name != "text-prompt":  # one target a prompt, or a pair of prompts
+            assert batch.targets == pytest.approx(batch.prompts / (2 if name == "yes-no" else 1))
+    claimed = sum(batch.prompts for batch in measured.batches)
+    assert claimed == pytest.approx(sum(len(batch.examples) for batch in measured.batches), rel=0.2)
+    alike = len({tuple(batch.examples) for batch in measured.batches}) == 1
+    assert alike == (len(measured.batches[0].examples) == len(sequences)), (
+        "alike only where they are all there is"
+    )
+
+
+def test_windows_ask_for_each_of_their_items(place, data):
     dense = system("speeder", place, data).batches[0]
-    assert dense.targets == LONGEST * len(dense.examples)
-    pairs = system("yes-no", place, data).batches[0]
-    assert pairs.targets == len(pairs.examples) / 2
+    assert dense.targets == pytest.approx(LONGEST * len(dense.examples))
 
 
 def test_a_title_is_written_as_long_as_titles_are(place, data):
@@ -259,6 +274,10 @@ def test_the_command_measures_writes_and_goes_on(place, tmp_path, capsys, monkey
     assert second["points"] == first["points"] | {asked[0].name: own}
     assert command(place, out, "--systems", "speeder") == 1
     assert "a bench of the same settings" in capsys.readouterr().err
+    elsewhere = second | {"machine": second["machine"] | {"processor": "Another"}}
+    (out / "results.json").write_text(json.dumps(elsewhere))
+    assert command(place, out, "--systems", "speeder", "text-prompt") == 1
+    assert "begun on another machine (processor Another, here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

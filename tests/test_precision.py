@@ -24,6 +24,15 @@ def test_auto_takes_bfloat16_only_where_it_gains(monkeypatch, bf16, fp32, expect
     assert resolve_precision("fp16") == "fp16"
 
 
+def test_gpus_without_bfloat16_products_get_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert resolve_precision("auto") == resolve_precision("auto", "cuda") == expected
+    monkeypatch.setattr(precision, "product_seconds", {torch.bfloat16: 2.0, torch.float32: 1.0}.get)
+    assert resolve_precision("auto", "cpu") == "fp32", "whatever the GPU would do"
+
+
 def test_products_take_time_in_both():
     assert 0 < product_seconds(torch.float32) < 60
     assert 0 < product_seconds(torch.bfloat16) < 60

@@ -22,7 +22,7 @@ from speeder.errors import SpeederError
 from speeder.machine import describe
 from speeder.precision import AUTO, DTYPES, resolve_precision
 
-FORMAT = "speeder-bench-1"
+FORMAT = "speeder-bench-2"
 RESULTS, REPORT, PICTURE = "results.json", "report.md", "bench.png"
 ROUNDS = 3  # of turns
 LEAST_SECONDS = 0.3  # for each task: what is fast is repeated even where time is over
@@ -100,7 +100,8 @@ def bench(plan: Plan, folder: Path, out: Path, say: Callable[[str], None] = prin
     points = plan.points
     for point in points:
         choose_users(data, point)  # a mistake is found before anything is measured
-    weights = {point: 2.0 if point == MAIN else 1.0 for point in points}
+    others = max(1, len(points) - 1)  # half of the time is the main point's, where the targets are judged
+    weights = {point: others if point == MAIN else 1.0 for point in points}
     for number, point in enumerate(points, 1):
         if point.name in results["points"]:
             continue
@@ -129,6 +130,16 @@ def _begin(out: Path, settings: dict, plan: Plan, data: PreparedData, name: str)
             raise SpeederError(
                 f"{out}: expected a bench of the same settings, found others; choose another --out"
             )
+        begun, here = results["machine"], describe(plan.threads)
+        if begun != here:
+            differing = ", ".join(
+                f"{key} {begun.get(key)}, here {here.get(key)}"
+                for key in {**begun, **here}
+                if begun.get(key) != here.get(key)
+            )
+            raise SpeederError(
+                f"{out}: the bench was begun on another machine ({differing}); choose another --out"
+            )
         return results
     return {
         "settings": settings,
@@ -141,7 +152,7 @@ def _begin(out: Path, settings: dict, plan: Plan, data: PreparedData, name: str)
             "title_tokens": TITLE_TOKENS,
             "longest": LONGEST,
             "users": USERS,
-            "precision": resolve_precision(AUTO),
+            "precision": resolve_precision(AUTO, "cpu"),
         },
         "points": {},
     }

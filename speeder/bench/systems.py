@@ -16,7 +16,7 @@ from speeder.loading import load_tokenizer
 from speeder.model import SpeederForCausalLM
 from speeder.mpo import select_parameters
 from speeder.processor import template_ids
-from speeder.prompts import pack_batch
+from speeder.prompts import TokenSequence, pack_batch
 from speeder.recipe import Recipe, bundled_recipe, load_recipe
 from speeder.training import TrainingSequences
 
@@ -37,10 +37,15 @@ K = 10  # items recommended
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch: its examples' numbers, and what is in it."""
+    """One training batch: its examples' numbers, and what is in it.
+
+    `prompts` and `targets` are those of a batch of the data's mean make-up, times this one's flops over that one's: so
+    a batch that happens to hold shorter examples does not tell of a higher rate.
+    """
 
     examples: list[int]
     tokens: int
+    prompts: float
     targets: float
     flops: int
 
@@ -91,7 +96,7 @@ class System:
         self._dataset = TrainingSequences(
             self.users.training, self.model.config, self.recipe.supervision, **examples
         )
-        self.batches = [self._batch(numbers) for numbers in self._representative()]
+        self.batches = self._representative()
         lengths: list[int] = []
         self.ranked_users = 0  # of a batch
         for user in range(len(self.users.histories)):
@@ -103,25 +108,36 @@ class System:
             self.ranked_users += self.ranked_users == user and (fits or user == 0)
         self.mean_prompt = float(np.mean(lengths))
 
-    def _representative(self) -> list[list[int]]:
-        """Batches of about TRAINING_TOKENS, in each of which examples are as short and as long as in all of the data:
-        where repetitions are few, batches drawn by chance would decide the rate."""
+    def _representative(self) -> list[Batch]:
+        """Batches of about TRAINING_TOKENS, with examples as short and as long as all of the data has them."""
         sample = np.random.default_rng(1).permutation(len(self._dataset))[:SAMPLED_EXAMPLES]
-        lengths = np.array([len(self._dataset[number].ids) for number in sample])
+        sequences = {int(number): self._dataset[number] for number in sample}
+        lengths = np.array([len(sequence.ids) for sequence in sequences.values()])
         size = min(len(sample), max(1, round(TRAINING_TOKENS / lengths.mean())))
+        parts = training_flops(self.model, list(sequences.values()))
+        once = parts.pop("item tokens", 0)  # a step compresses the catalogue once, whatever the batch
+        mean = sum(parts.values()) / len(sample)
+        targets = np.mean([self._targets(sequence) for sequence in sequences.values()])
         strata = np.array_split(sample[np.argsort(lengths, kind="stable")], size)
-        # one of each stratum: first its middle, then what golden sections find, evenly over it
-        places = [(0.5 + number * GOLDEN_SECTION) % 1 for number in range(BATCHES)]
-        return [[int(stratum[int(place * len(stratum))]) for stratum in strata] for place in places]
+        batches = []
+        for number in range(BATCHES):
+            # one of each stratum, at places that golden sections spread evenly over strata and batches
+            places = [(0.5 + (number + index) * GOLDEN_SECTION) % 1 for index in range(size)]
+            examples = [int(part[int(place * len(part))]) for part, place in zip(strata, places, strict=True)]
+            drawn = [sequences[example] for example in examples]
+            flops, tokens = (
+                sum(training_flops(self.model, drawn).values()),
+                sum(len(one.ids) for one in drawn),
+            )
+            share = flops / (once + size * mean)
+            batches.append(Batch(examples, tokens, share * size, share * size * targets, flops))
+        return batches
 
-    def _batch(self, numbers: list[int]) -> Batch:
-        sequences = [self._dataset[number] for number in numbers]
-        if self.recipe.supervision == "all":  # every labelled position asks for an item
-            targets = sum(label >= 0 for sequence in sequences for label in sequence.labels)
-        else:
-            targets = len(sequences) / self._dataset.per_window
-        flops = sum(training_flops(self.model, sequences).values())
-        return Batch(numbers, sum(len(sequence.ids) for sequence in sequences), targets, flops)
+    def _targets(self, sequence: TokenSequence) -> float:
+        """Items that are asked for in a prompt."""
+        if self.recipe.supervision == "all":  # every labelled position asks for one
+            return sum(label >= 0 for label in sequence.labels)
+        return 1 / self._dataset.per_window
 
     def train(self, number: int) -> Batch:
         """One optimizer step on one of the batches, laid out anew as a loader would."""

@@ -134,7 +134,7 @@ class _Bench:
             "tokens_a_prompt": system.mean_prompt,
             "filled": system.users.filled,
             "training_batch": {
-                "prompts": len(batch.examples),
+                "prompts": batch.prompts,
                 "tokens": batch.tokens,
                 "targets": batch.targets,
                 "flops": batch.flops,
@@ -170,7 +170,7 @@ class _Bench:
         start = time.perf_counter()
         batch = self._system.train(self._counts["train"])
         seconds = time.perf_counter() - start
-        done = {"targets": batch.targets, "prompts": len(batch.examples), "flops": batch.flops}
+        done = {"targets": batch.targets, "prompts": batch.prompts, "flops": batch.flops}
         return {"seconds": seconds} | done
 
     def _rank(self, task: str) -> Sample:

@@ -1,17 +1,26 @@
-"""Items by title: every word of the query begins a word of the title."""
+"""Items by title: every word of the query begins a word of the title.
+
+What a query costs is bounded, however large the catalogue is and however common its words are.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
 import unicodedata
 from bisect import bisect_left
 from collections import defaultdict
 from heapq import nsmallest
+from itertools import accumulate, islice
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.titles import natural_title, split_year, title_keys
 
 MEANT = 50  # hits of which a title may mean one
+MOST_WORDS = 16  # of a query; more are not looked at
+MOST_ITEMS = (
+    5000  # with the query's rarest word; of more, those are looked at whose word comes first in the alphabet
+)
 _WORD = re.compile(r"\w+")
 _APOSTROPHE = re.compile(r"['\u2019`]")
 
@@ -37,17 +46,18 @@ class TitleIndex:
                 rows[word].append(row)
         self._rows = dict(rows)
         self._words = sorted(rows)
+        # items of all words before a place, to tell how common a beginning is without looking
+        self._before = [0, *accumulate(len(rows[word]) for word in self._words)]
 
     def search(self, query: str, limit: int) -> list[int]:
         """Item indices, the best first: whole titles, then those that begin with the query, then shorter ones."""
-        asked = words(query)
+        asked = words(query)[:MOST_WORDS]
         by_id = [self._catalogue.index_of(query)] if self._known(query) else []
         if not asked:
             return by_id[:limit]
-        found = self._with_prefix(asked[0])
-        for word in asked[1:]:
-            found &= self._with_prefix(word)
-        ranked = nsmallest(limit, found.difference(by_id), key=lambda row: self._rank(row, asked))
+        rarest = min(asked, key=self._frequency)
+        found = [row for row in self._with_prefix(rarest).difference(by_id) if self._has(row, asked)]
+        ranked = nsmallest(limit, found, key=lambda row: self._rank(row, asked))
         return (by_id + ranked)[:limit]
 
     def resolve(self, title: str) -> list[int]:
@@ -72,13 +82,25 @@ class TitleIndex:
             return False
         return True
 
+    def _range(self, prefix: str) -> range:
+        """Places of the words that begin so."""
+        return range(bisect_left(self._words, prefix), bisect_left(self._words, prefix + chr(sys.maxunicode)))
+
+    def _frequency(self, prefix: str) -> int:
+        places = self._range(prefix)
+        return self._before[places.stop] - self._before[places.start]
+
     def _with_prefix(self, prefix: str) -> set[int]:
         found: set[int] = set()
-        for place in range(bisect_left(self._words, prefix), len(self._words)):
-            if not self._words[place].startswith(prefix):
+        for place in self._range(prefix):
+            found.update(islice(self._rows[self._words[place]], MOST_ITEMS - len(found)))
+            if len(found) >= MOST_ITEMS:
                 break
-            found.update(self._rows[self._words[place]])
         return found
+
+    def _has(self, row: int, asked: list[str]) -> bool:
+        title, _ = self._titles[row]
+        return all(any(word.startswith(prefix) for word in title) for prefix in asked)
 
     def _rank(self, row: int, asked: list[str]) -> tuple:
         title, name = self._titles[row]

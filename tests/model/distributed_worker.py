@@ -60,14 +60,15 @@ def shard_on_cpus() -> None:
 
 if __name__ == "__main__":
     jobs = sys.argv[2:]
-    if "--fsdp" in jobs:
+    if sharded := "--fsdp" in jobs:
         jobs.remove("--fsdp")
         shard_on_cpus()
     for job in jobs:
         name, _, how = job.partition(":")
         train_one(Path(sys.argv[1]), name, how)
     PartialState().destroy_process_group()
-    # That joins Gloo's threads, but for FSDP's groups, which DTensor's caches hold on to: a thread that wants the
-    # interpreter while it ends would abort the process. So it ends at once.
-    sys.stdout.flush(), sys.stderr.flush()
-    os._exit(0)
+    if sharded:
+        # That joined Gloo's threads, but for those of FSDP's groups, which DTensor's caches hold on to: one that wants
+        # the interpreter while it ends would abort the process. So it ends at once.
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)

@@ -47,6 +47,20 @@ def test_an_id_is_found_and_comes_first(index):
     assert index.search("a/b?c=1 d", 5)[0] == 4
 
 
+def test_a_search_is_bounded_however_common_its_words_are(monkeypatch):
+    """Many titles, each with every common word; the rare word decides what is looked at, wherever it stands."""
+    titles = [f"A All And Any {n:05d} As At" for n in range(3000)] + ["A Rare One At All"]
+    index = TitleIndex(ItemCatalogue([f"i{n}" for n in range(len(titles))], titles))
+    looked, has = [], TitleIndex._has
+    monkeypatch.setattr(
+        TitleIndex, "_has", lambda self, row, asked: looked.append(row) or has(self, row, asked)
+    )
+    assert index.search("a all at rare", 5) == [3000] and looked == [3000]
+    looked.clear()
+    monkeypatch.setattr("speeder.serve.search.MOST_ITEMS", 100)
+    assert len(index.search(" ".join(["a"] * 400), 5)) == 5 and len(looked) == 100
+
+
 def test_no_more_than_the_limit(index):
     assert len(index.search("1", 3)) == 3
     assert index.search("1", 3) == index.search("1", 30)[:3]

@@ -9,6 +9,7 @@ export function searchBox(input, list, status, onPick) {
   let hits = [];
   let active = -1;
   let timer = 0;
+  let shown = ""; // the query that the hits are of
   let request = new AbortController();
 
   function show(items) {
@@ -60,6 +61,7 @@ export function searchBox(input, list, status, onPick) {
     if (!query) return close();
     try {
       const found = await get("v1/items", { q: query, limit: 8 }, request.signal);
+      shown = query;
       show(found.items);
       const count = found.items.length;
       status.textContent = count ? "" : `Nothing is called “${query}”.`;
@@ -74,8 +76,14 @@ export function searchBox(input, list, status, onPick) {
     clearTimeout(timer);
     timer = setTimeout(search, WAIT);
   });
-  input.addEventListener("keydown", (event) => {
+  input.addEventListener("keydown", async (event) => {
     if (event.key === "Escape") close();
+    if (event.key === "Enter" && input.value.trim() !== shown) {
+      event.preventDefault();
+      clearTimeout(timer);
+      await search(); // what is listed answers to what was typed before
+      if (input.value.trim() !== shown) return;
+    }
     if (!hits.length) return;
     const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
     if (step) {
