@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from speeder_kernels.dispatch import backends, interprets_triton, too_old
+from speeder_kernels.dispatch import backends, interprets_triton, not_built_for, too_old
 
 try:
     from speeder_kernels import _host
@@ -26,8 +26,11 @@ def describe() -> str:
             f"instruction set    {_host.instruction_set()}",
         ]
     for index in range(torch.cuda.device_count()):
-        reason = too_old(torch.device("cuda", index))
+        device = torch.device("cuda", index)
+        reason, unbuilt = too_old(device), not_built_for(device)
         state = f"not for triton and cuda: {reason}" if reason else "fit for triton and cuda"
+        if unbuilt and not reason:
+            state = f"fit for triton, not for cuda: {unbuilt}"
         lines.append(f"GPU {index:<14} {torch.cuda.get_device_name(index)}, {state}")
     lines.append("backends")
     for backend in backends().values():

@@ -160,6 +160,26 @@ def too_old(device: torch.device) -> str:
     return f"it needs a GPU of compute capability {needed} or newer, got {got}"
 
 
+def not_built_for(device: torch.device) -> str:
+    """Why `_ops_cuda.so` has no code for this GPU, or an empty string.
+
+    sm_80's code runs on 8.0 and on what follows it within 8; the PTX of the newest architecture on all that follow.
+    """
+    archs = [(int(arch[3:-1]), int(arch[-1])) for arch in _built_archs()]
+    capability = torch.cuda.get_device_capability(device)
+    runs = any(major == capability[0] and (major, minor) <= capability for major, minor in archs)
+    if not archs or runs or max(archs) <= capability:
+        return ""
+    built, got = (", ".join(f"{major}.{minor}" for major, minor in each) for each in (archs, [capability]))
+    return f"it was built for GPUs of compute capability {built} (SPEEDER_CUDA_ARCHS), got {got}"
+
+
+def _built_archs() -> list[str]:
+    from speeder_kernels import _host
+
+    return _host.build_info()["cuda_archs"].split()
+
+
 def _refusal(op: str, name: str, tensor: Tensor) -> str:
     """Why a backend cannot run this op on this tensor, or an empty string."""
     if missing(name):
@@ -182,7 +202,7 @@ def _refusal(op: str, name: str, tensor: Tensor) -> str:
     if on_amd and op == "spae_attention" and tensor.shape[-1] > LARGEST_AMD_HEAD:
         return f"on AMD GPUs it takes heads of at most {LARGEST_AMD_HEAD} elements, got {tensor.shape[-1]}"
     if tensor.device.type == "cuda" and not interpreted:
-        return too_old(tensor.device)
+        return too_old(tensor.device) or (not_built_for(tensor.device) if name == "cuda" else "")
     return ""
 
 

@@ -202,6 +202,32 @@ def test_the_report_says_which_gpus_are_too_old(gpus):
     assert "GPU 1              A100, fit for triton and cuda" in lines
 
 
+@pytest.mark.parametrize(
+    ("archs", "served"),
+    [
+        ("sm_80 sm_90 sm_100", "8.0 8.6 8.9 9.0 10.0 10.3 12.0"),
+        ("sm_90", "9.0 10.0 10.3 12.0"),  # its PTX is compiled for what follows
+        ("sm_80", "8.0 8.6 8.9 9.0 10.0 10.3 12.0"),
+        ("sm_80 sm_100", "8.0 8.6 8.9 10.0 10.3 12.0"),
+    ],
+)
+def test_a_gpu_that_was_not_built_for_is_told_so(archs, served, gpus, monkeypatch):
+    monkeypatch.setattr(dispatch, "_built_archs", archs.split)
+    for name in ("8.0", "8.6", "8.9", "9.0", "10.0", "10.3", "12.0"):
+        capability = tuple(map(int, name.split(".")))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, it=capability: it)
+        tensor = gpu_tensor(64, "cuda:1")
+        assert dispatch.choose("pack_tokens", "triton", tensor) == "triton"
+        if name in served.split():
+            assert dispatch.choose("pack_tokens", "cuda", tensor) == "cuda"
+            assert "A100, fit for triton and cuda" in describe()
+        else:
+            message = re.escape(f"got {name}; available: triton, reference")
+            with pytest.raises(ValueError, match="it was built for GPUs of compute capability .*" + message):
+                dispatch.choose("pack_tokens", "cuda", tensor)
+            assert "A100, fit for triton, not for cuda: it was built for" in describe()
+
+
 def test_wide_heads_go_to_another_backend(gpus):
     wide = gpu_tensor(257, "cuda:1")
     assert dispatch.choose("spae_attention", None, gpu_tensor(256, "cuda:1")) == "triton"
