@@ -1,4 +1,4 @@
-"""For every test: a fixed seed, and NaN in memory that was allocated and never written.
+"""For every test: a fixed seed, as many threads as before it, and NaN in memory that was allocated and never written.
 
 Where there is no GPU, Triton's kernels run in its interpreter, also in the processes that tests start.
 """
@@ -26,6 +26,14 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before() -> Iterator[None]:
+    """A test that takes other threads leaves none of that to the next, whose sums would round otherwise."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -175,6 +175,7 @@ def gpus(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ["T4", "A100"][index])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(dispatch, "_built_archs", ["sm_80", "sm_90", "sm_100"].copy)
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
