@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from speeder.bench import machine, run, systems
+from speeder.bench import machine, picture, run, systems
 from speeder.bench.figures import row
 from speeder.bench.flops import attention_flops, pair_flops, training_flops
 from speeder.bench.profile import group_of
@@ -23,6 +24,7 @@ from speeder.data.prepared import PreparedData
 from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
 from speeder.loading import load_tokenizer
+from speeder.plots import saved_figure
 from speeder.prompts import pack_batch
 from tests.baselines.text_worlds import save_text_backbone
 
@@ -260,6 +262,19 @@ def test_the_command_measures_writes_and_goes_on(place, tmp_path, capsys, monkey
         words in text for words in ("| Speeder | 1 | 50 |", "title-generation", "share of the GEMM peak")
     )
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+    labels = []
+
+    @contextmanager
+    def looked_at(path, width, height):
+        with saved_figure(path, width, height) as figure:
+            yield figure
+            figure.draw_without_rendering()
+            labels.extend(label.get_text() for axes in figure.axes for label in axes.get_yticklabels())
+
+    monkeypatch.setattr(picture, "saved_figure", looked_at)
+    picture.plot_bench(first, tmp_path / "again.png")
+    assert labels and all(re.fullmatch(r"[\d,.e+-]+", label) for label in labels), labels
 
     # a point that is missing is measured, the others stay
     own = first["points"].pop(Workload(history=None).name)

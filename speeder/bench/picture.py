@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 
 from speeder.bench.figures import best_peak, row
 from speeder.bench.systems import SYSTEMS
@@ -62,3 +62,6 @@ def _panel(axes: Axes, results: dict, points: list[dict], length: str, figure: s
     axes.set_xticks(sorted({point["workload"][length] for point in points}))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:,g}")
+    )  # not as powers: no formulas are set
