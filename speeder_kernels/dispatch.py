@@ -174,9 +174,12 @@ def not_built_for(device: torch.device) -> str:
     return f"it was built for GPUs of compute capability {built} (SPEEDER_CUDA_ARCHS), got {got}"
 
 
+@functools.cache
 def _built_archs() -> list[str]:
-    from speeder_kernels import _host
-
+    try:
+        from speeder_kernels import _host
+    except ImportError:  # nothing was compiled
+        return []
     return _host.build_info()["cuda_archs"].split()
 
 
