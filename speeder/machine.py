@@ -14,6 +14,8 @@ import transformers
 
 from speeder_kernels import _host
 
+_TRIES, _SECONDS = 8, 0.2  # at most, of what `shortest` measures
+
 
 def describe(threads: int) -> dict[str, object]:
     """What a reader must know to compare with another machine."""
@@ -39,15 +41,10 @@ def processor() -> str:
     return f"{facts['model name']} (family {facts.get('cpu family')}, model {facts.get('model')})"
 
 
-def shortest(work: Callable[[], object], tries: int = 8, seconds: float = 0.2) -> float:
-    """The shortest time of some calls, in seconds: what disturbs only slows down.
-
-    Args:
-        tries: calls at most.
-        seconds: no call begins after them, but for the second.
-    """
-    times, end = [], time.perf_counter() + seconds
-    while len(times) < 2 or (len(times) < tries and time.perf_counter() < end):
+def shortest(work: Callable[[], object]) -> float:
+    """The shortest time of some calls, two at least, in seconds: what disturbs only slows down."""
+    times, end = [], time.perf_counter() + _SECONDS
+    while len(times) < 2 or (len(times) < _TRIES and time.perf_counter() < end):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
