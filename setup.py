@@ -40,6 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISAS["avx512"] = [*ISAS["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+    ISAS["avx512_amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 # Those that register CPU kernels with torch, and CUDA kernels. Every csrc/cuda/*.cu is compiled beside them.
 BINDINGS = ("ops", "ops_items")
@@ -57,8 +58,10 @@ ISA_SOURCES = {
     "topk_items_tiles": "fast",
     "compress_items_rows": "fast",
 }
-# Those that have a variant of their own for bfloat16 dot products; the others' AVX-512 code serves there too.
-DOT_PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles", "topk_items_tiles")
+# Those that multiply matrices, and have variants of their own for bfloat16 dot products and for AMX; the others'
+# AVX-512 code serves there too.
+PRODUCT_ISAS = ("avx512_bf16", "avx512_amx")
+PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles", "topk_items_tiles")
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,7 @@ class BuildExt(build_ext):
         cpu += [ninja.compile(f"cpu/{name}.cpp", host) for name in SHARED_SOURCES]
         for name, flags in ISAS.items():
             for source, contract in ISA_SOURCES.items():
-                if name == "avx512_bf16" and source not in DOT_PRODUCT_SOURCES:
+                if name in PRODUCT_ISAS and source not in PRODUCT_SOURCES:
                     continue
                 variant = [*host, f"-ffp-contract={contract}", f"-DSPEEDER_ISA={name}", *flags]
                 cpu.append(ninja.compile(f"cpu/{source}.cpp", variant, f".{name}"))

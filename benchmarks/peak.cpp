@@ -1,13 +1,15 @@
-// The most that this machine's cores multiply with the register tile of our kernels: prints, for
-// float32 and bfloat16 operands, GFLOP/s of all threads together, the best of several rounds.
-// Built for one instruction set by peak.py. Usage: peak THREADS SECONDS
+// The most that this machine's cores multiply with the tiles of our kernels: prints GFLOP/s of all
+// threads together, the best of several rounds. Built for one instruction set by peak.py.
+// Usage: peak float32|bfloat16 THREADS SECONDS
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/tile_product.h"
 
 namespace {
@@ -57,6 +59,7 @@ double round_of(int threads, double seconds, int64_t lanes, int64_t columns) {
   std::vector<std::thread> pool;
   for (int t = 0; t < threads; ++t) {
     pool.emplace_back([&, t] {
+      const TileRegisters registers;
       Operands<P> operands(lanes, columns);
       operands.multiply();
       ready.fetch_add(1);
@@ -97,12 +100,21 @@ double peak(int threads, double seconds) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 3) {
-    std::fprintf(stderr, "usage: peak THREADS SECONDS\n");
+  const bool halves = argc == 4 && std::strcmp(argv[1], "bfloat16") == 0;
+  if (argc != 4 || (!halves && std::strcmp(argv[1], "float32") != 0)) {
+    std::fprintf(stderr, "usage: peak float32|bfloat16 THREADS SECONDS\n");
     return 2;
   }
-  const int threads = std::atoi(argv[1]);
-  const double seconds = std::atof(argv[2]);
-  std::printf("{\"float32\": %.2f, \"bfloat16\": %.2f}\n", peak<Packed<float>>(threads, seconds),
-              peak<Packed<speeder::BFloat16>>(threads, seconds));
+  const int threads = std::atoi(argv[2]);
+  const double seconds = std::atof(argv[3]);
+  speeder::best_instruction_set();  // asks Linux for AMX
+#if defined(__AMX_BF16__)
+  if (!halves) {
+    std::fprintf(stderr, "AMX multiplies no float32\n");
+    return 2;
+  }
+#else
+  if (!halves) std::printf("%.2f\n", peak<Packed<float>>(threads, seconds));
+#endif
+  if (halves) std::printf("%.2f\n", peak<Packed<speeder::BFloat16>>(threads, seconds));
 }

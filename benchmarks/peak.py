@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import subprocess
@@ -20,7 +19,12 @@ class GemmPeak:
 
     def __init__(self, isa: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._program = Path(self._folder.name) / "peak"
+        # float32 has no products on AMX: its kernels are AVX-512's
+        self._isas = {"float32": "avx512" if isa == "avx512_amx" else isa, "bfloat16": isa}
+        for one in set(self._isas.values()):
+            self._build(one)
+
+    def _build(self, isa: str) -> None:
         flags = runpy.run_path(str(ROOT / "setup.py"))["ISAS"][isa]
         command = [
             os.environ.get("CXX", "g++"),
@@ -30,13 +34,20 @@ class GemmPeak:
             "-pthread",
             *flags,
         ]
-        command += [f"-DSPEEDER_ISA={isa}", f"-I{ROOT / 'csrc'}", str(ROOT / "benchmarks" / "peak.cpp")]
-        subprocess.run([*command, "-o", str(self._program)], check=True)
+        sources = [str(ROOT / "benchmarks" / "peak.cpp"), str(ROOT / "csrc" / "cpu" / "isa.cpp")]
+        command += [f"-DSPEEDER_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources]
+        subprocess.run([*command, "-o", str(self._program(isa))], check=True)
+
+    def _program(self, isa: str) -> Path:
+        return Path(self._folder.name) / isa
 
     def measure(self, threads: int, seconds: float) -> dict[str, float]:
         """GFLOP/s by dtype, all threads together; `seconds` for each dtype."""
-        command = [str(self._program), str(threads), str(seconds)]
-        return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        rates = {}
+        for dtype, isa in self._isas.items():
+            command = [str(self._program(isa)), dtype, str(threads), str(seconds)]
+            rates[dtype] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return rates
 
 
 def copy_bandwidth(threads: int, quick: bool) -> float:

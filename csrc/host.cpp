@@ -39,7 +39,8 @@ PYBIND11_MODULE(_host, module) {
              "Compiler, torch and CUDA that the kernels were built with, and why not with CUDA.");
   module.def(
       "instruction_set", [] { return speeder::isa_name(speeder::instruction_set()); },
-      "The instruction set that the CPU kernels use: portable, avx2, avx512 or avx512_bf16.");
+      "The instruction set that the CPU kernels use: portable, avx2, avx512, avx512_bf16 or "
+      "avx512_amx.");
   module.def(
       "best_instruction_set", [] { return speeder::isa_name(speeder::best_instruction_set()); },
       "The last of them that this processor has, which need not be its fastest.");

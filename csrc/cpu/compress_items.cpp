@@ -14,7 +14,8 @@ const CompressKernels& kernels(DType dtype) {
   const int type = static_cast<int>(dtype);
 #if defined(__x86_64__)
   switch (instruction_set()) {
-    case Isa::kAvx512Bf16:  // its dot products are of no use here
+    case Isa::kAvx512Amx:  // products of matrices are of no use here
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512::kCompress[type];
     case Isa::kAvx2:

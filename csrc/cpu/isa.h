@@ -3,7 +3,7 @@
 
 namespace speeder {
 
-enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAvx512Amx = 4 };
 
 // The fastest one that this processor has, or the one named by the environment variable
 // SPEEDER_CPU_ISA. Throws std::invalid_argument for a name that is unknown or that the processor
@@ -13,7 +13,7 @@ Isa instruction_set();
 // The last of the above that this processor has, which need not be its fastest.
 Isa best_instruction_set();
 
-// "portable", "avx2", "avx512" or "avx512_bf16".
+// "portable", "avx2", "avx512", "avx512_bf16" or "avx512_amx".
 const char* isa_name(Isa isa);
 
 }  // namespace speeder

@@ -57,6 +57,7 @@ void forward(const ItemLossArgs& args, const PackedHidden& packed, int64_t group
   const int64_t ld = padded_size(args.size) / kInLane<P>, depth = lanes_of<P>(args.size);
   const P* columns = reinterpret_cast<const P*>(packed.columns + group * group_floats(args.size));
   P* items = reinterpret_cast<P*>(at.items);
+  const TileRegisters registers;
   for (int64_t n = 0; n < kGroupRows; n += kWidth) {
     store(top + n, splat(-kInfinity));
     store(total + n, Vec{});
@@ -71,8 +72,8 @@ void forward(const ItemLossArgs& args, const PackedHidden& packed, int64_t group
         const int64_t tile = smaller(kTileRows, block - r);
         float shifts[kTileRows];
         load_shifts(args, i + r, tile, shifts);
-        find_tile<false, P, P>(tile, vecs)(depth, items + r * ld, ld, strip(columns, ld, n), kStrip,
-                                           at.scores, kStrip, false);
+        product<false>(tile, vecs, depth, items + r * ld, ld, strip(columns, ld, n), kStrip,
+                       at.scores, kStrip, false);
         add_scores(at.scores, tile, vecs, args.scale * kLog2E, shifts, top + n * kStrip,
                    total + n * kStrip);
       }
@@ -115,6 +116,7 @@ class Backward {
         depth_(lanes_of<P>(args_.size)) {}
 
   void run() {
+    const TileRegisters registers;
     for (int64_t i = part_.first; i < part_.first + part_.count; i += kBackwardItems) {
       block(i, smaller(kBackwardItems, part_.first + part_.count - i));
     }
@@ -164,9 +166,8 @@ class Backward {
         const int64_t tile = smaller(kTileRows, count - r);
         float shifts[kTileRows];
         load_shifts(args_, first + r, tile, shifts);
-        find_tile<false, P, P>(tile, vecs)(depth_, packed(at_.items) + r * ld_, ld_,
-                                           strip(columns, ld_, n), kStrip, at_.scores, kStrip,
-                                           false);
+        product<false>(tile, vecs, depth_, packed(at_.items) + r * ld_, ld_, strip(columns, ld_, n),
+                       kStrip, at_.scores, kStrip, false);
         for (int64_t v = 0; v < vecs; ++v) {
           const int64_t c = column + v * kWidth;
           Ints target;
@@ -198,19 +199,41 @@ class Backward {
 #if defined(__AVX512BF16__)
   // ... pairs of bfloat16 along the hidden rows, and along the items.
   void keep(int64_t r, int64_t tile, int64_t column, int64_t vecs, Pair* out) {
-    Pair* depth = packed(at_.grads_depth);
-    for (int64_t t = 0; t < tile; t += 2) {
-      BFloat16* rows = reinterpret_cast<BFloat16*>(out) + (r + t) * kGroupRows + column;
-      for (int64_t v = 0; v < vecs; ++v) {
-        const float* score = at_.scores + t * kStrip + v * kWidth;
-        const Vec a = load(score), b = t + 1 < tile ? load(score + kStrip) : Vec{};
-        store(rows + v * kWidth, a);
-        if (t + 1 < tile) store(rows + kGroupRows + v * kWidth, b);
-        store_lanes(depth + (r + t) / 2 * kGroupRows + column + v * kWidth, interleave(a, b));
+    for (int64_t v = 0; v < vecs; ++v) {
+      const float* score = at_.scores + v * kWidth;
+      BFloat16* row = reinterpret_cast<BFloat16*>(out + r * kGroupRows / 2) + column + v * kWidth;
+      for (int64_t t = 0; t < tile; ++t) store(row + t * kGroupRows, load(score + t * kStrip));
+      Vec pairs[(kTileRows + 1) / 2];
+      for (int64_t t = 0; t < tile; t += 2) {
+        const Vec next = t + 1 < tile ? load(score + (t + 1) * kStrip) : Vec{};
+        pairs[t / 2] = interleave(load(score + t * kStrip), next);
       }
+      keep_pairs(pairs, r / 2, (tile + 1) / 2, column + v * kWidth);
     }
   }
   const Pair* grads_by_row(const Pair*) const { return packed(at_.grads_depth); }
+#endif
+
+#if defined(__AMX_BF16__)
+  // A hidden row's pairs lie side by side: it is a row of a left operand.
+  static constexpr bool kTransposed = false;
+  static constexpr int64_t kPairRow = kBackwardItems / 2;
+  static constexpr int64_t pairs_at(int64_t row) { return row * kPairRow; }
+  void keep_pairs(Vec* pairs, int64_t first, int64_t count, int64_t row) {
+    static_assert(kTileRows == 2 * kWidth, "a tile's pairs are a square");
+    for (int64_t i = count; i < kWidth; ++i) pairs[i] = Vec{};
+    transpose(pairs);
+    Pair* out = packed(at_.grads_depth) + pairs_at(row) + first;
+    for (int64_t i = 0; i < kWidth; ++i) store_lanes(out + i * kPairRow, pairs[i]);
+  }
+#else
+  static constexpr bool kTransposed = true;
+  static constexpr int64_t kPairRow = kGroupRows;
+  static constexpr int64_t pairs_at(int64_t row) { return row; }
+  void keep_pairs(const Vec* pairs, int64_t first, int64_t count, int64_t row) {
+    P* out = packed(at_.grads_depth) + first * kPairRow + row;
+    for (int64_t i = 0; i < count; ++i) store_lanes(out + i * kPairRow, pairs[i]);
+  }
 #endif
 
   // grad_items (count x size) (+)= grads (count x rows) hidden (rows x size)
@@ -220,9 +243,9 @@ class Backward {
     for (int64_t n = 0; n < strips_of(args_.size); ++n) {
       const P* hidden = strip(group_of(packed_.depth, group), depth, n);
       for (int64_t r = 0; r < count; r += kTileRows) {
-        find_tile<false, P, P>(smaller(kTileRows, count - r), vecs_of(args_.size - n * kStrip))(
-            depth, grads + r * ld, ld, hidden, kStrip, at_.grad_items + r * width_ + n * kStrip,
-            width_, group > 0);
+        product<false>(smaller(kTileRows, count - r), vecs_of(args_.size - n * kStrip), depth,
+                       grads + r * ld, ld, hidden, kStrip, at_.grad_items + r * width_ + n * kStrip,
+                       width_, group > 0);
       }
     }
   }
@@ -235,9 +258,9 @@ class Backward {
     for (int64_t n = 0; n < strips_of(args_.size); ++n) {
       const P* items = strip(packed(at_.items_depth), depth, n);
       for (int64_t r = 0; r < rows; r += kTileRows) {
-        find_tile<true, P, P>(smaller(kTileRows, rows - r), vecs_of(args_.size - n * kStrip))(
-            depth, grads + r, kGroupRows, items, kStrip, out + r * width_ + n * kStrip, width_,
-            add);
+        product<kTransposed>(smaller(kTileRows, rows - r), vecs_of(args_.size - n * kStrip), depth,
+                             grads + pairs_at(r), kPairRow, items, kStrip,
+                             out + r * width_ + n * kStrip, width_, add);
       }
     }
   }

@@ -47,6 +47,9 @@ extern const ItemLossKernels kItemLoss[3];
 namespace avx512_bf16 {
 extern const ItemLossKernels kItemLoss[3];  // for bfloat16 alone
 }
+namespace avx512_amx {
+extern const ItemLossKernels kItemLoss[3];
+}
 
 namespace {
 

@@ -12,7 +12,8 @@ constexpr int64_t kElementsPerThread = 1 << 15;  // fewer are not worth waking a
 const PackKernels& kernels() {
 #if defined(__x86_64__)
   switch (instruction_set()) {
-    case Isa::kAvx512Bf16:  // its dot products are of no use here
+    case Isa::kAvx512Amx:  // products of matrices are of no use here
+    case Isa::kAvx512Bf16:
     case Isa::kAvx512:
       return avx512::kPackKernels;
     case Isa::kAvx2:

@@ -30,6 +30,10 @@ struct Kernels {
 Kernels kernels(DType dtype) {
 #if defined(__x86_64__)
   switch (instruction_set()) {
+    case Isa::kAvx512Amx:
+      if (dtype == DType::kBFloat16)
+        return {avx512_amx::kForward, avx512::kDecode, avx512_amx::kBackward};
+      return {avx512::kForward, avx512::kDecode, avx512::kBackward};
     case Isa::kAvx512Bf16:
       if (dtype == DType::kBFloat16)
         return {avx512_bf16::kForward, avx512::kDecode, avx512_bf16::kBackward};

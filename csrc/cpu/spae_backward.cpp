@@ -117,6 +117,7 @@ class Backward {
   void run() {
     if (call_.grad_q != nullptr && first_ == end_) zero(grad_q_, queries_ * group_ * width_);
     const int64_t block = key_block(args_);
+    const TileRegisters registers;
     one_block_ = keys_ <= block;
     for (int64_t first = first_; first < end_; first += block) {
       key_block_pass(first, smaller(block, end_ - first));
@@ -216,7 +217,8 @@ class Backward {
       if (most == 0) continue;
       if (first + count == end_) prefetch_.advance((tile + group_ - 1) / group_);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
-      // The products over queries take six keys at a time, which may reach past the last one seen.
+      // The products over queries take a tile's keys at a time, which may reach past the last one
+      // seen.
       const int64_t filled = smaller(vecs + 2, ld / kWidth);
       float* weights = scores.tile_weights(r);
       float* grads = scores.tile_grads(r);

@@ -9,6 +9,8 @@ namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
+static_assert(kTileRows <= kMostRowsAtOnce, "scratch fits every tile");
+
 template <typename T>
 Prefetch prefetch_of(const AttentionForward& call, const ForwardTask* task) {
   Prefetch prefetch;
@@ -64,6 +66,7 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
   const T* v = static_cast<const T*>(args.v.data) + task.kv_head * args.v.head_stride;
   Prefetch prefetch = prefetch_of<T>(call, next);
   const int64_t block = key_block(args);
+  const TileRegisters registers;
   for (int64_t first = 0; first < end; first += block) {
     const int64_t count = smaller(block, end - first), ld = padded(count);
     const int64_t weights_ld = ld / kInLane<P>;

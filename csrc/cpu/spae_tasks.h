@@ -76,15 +76,20 @@ namespace avx512_bf16 {
 extern const ForwardKernel kForward[3];  // for bfloat16 alone
 extern const BackwardKernel kBackward[3];
 }  // namespace avx512_bf16
+namespace avx512_amx {
+extern const ForwardKernel kForward[3];  // for bfloat16 alone
+extern const BackwardKernel kBackward[3];
+}  // namespace avx512_amx
 
 namespace {
 
 constexpr int64_t kMaxWidth = 16;  // floats in the widest vector; scratch is laid out in its units
 constexpr int64_t kMaxKeys = 256;  // in a block of keys
-constexpr int64_t kDecodeKeys = 128;    // in a block of keys of a DecodeTask
-constexpr int64_t kDecodeRows = 6;      // most query rows of one key head in a DecodeTask
-constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a group) of one task
-constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
+constexpr int64_t kDecodeKeys = 128;     // in a block of keys of a DecodeTask
+constexpr int64_t kDecodeRows = 6;       // most query rows of one key head in a DecodeTask
+constexpr int64_t kForwardRows = 384;    // query rows (positions x heads of a group) of one task
+constexpr int64_t kMostRowsAtOnce = 32;  // of the tallest tile
+constexpr int64_t kBackwardRows = 128;   // query rows whose scores are held at once
 
 inline int64_t padded(int64_t n) { return (n + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
 
@@ -146,8 +151,8 @@ struct ForwardScratch {
     total = scratch.take(rows * kMaxWidth);
     k = scratch.take(width * keys);
     v = scratch.take(keys * width);
-    scores = scratch.take(8 * keys);
-    weights = scratch.take(8 * keys);
+    scores = scratch.take(kMostRowsAtOnce * keys);
+    weights = scratch.take(kMostRowsAtOnce * keys);
     floats = scratch.used();
   }
   float* q;        // (rows, width)
@@ -198,9 +203,9 @@ struct BackwardScratch {
     v_turned = scratch.take(width * keys);
     weights = scratch.take(rows * keys);
     grad_scores = scratch.take(rows * keys);
-    tile_weights = scratch.take(8 * keys);
-    tile_grads = scratch.take(8 * keys);
-    grad_rows = scratch.take(8 * keys);
+    tile_weights = scratch.take(kMostRowsAtOnce * keys);
+    tile_grads = scratch.take(kMostRowsAtOnce * keys);
+    grad_rows = scratch.take(kMostRowsAtOnce * keys);
     grad_k = scratch.take(keys * width);
     grad_v = scratch.take(keys * width);
     absolute_sums = scratch.take(group * keys);

@@ -19,6 +19,9 @@ const TopkKernels& kernels(DType dtype) {
   const int type = static_cast<int>(dtype);
 #if defined(__x86_64__)
   switch (instruction_set()) {
+    case Isa::kAvx512Amx:
+      if (dtype == DType::kBFloat16) return avx512_amx::kTopk[type];
+      return avx512::kTopk[type];
     case Isa::kAvx512Bf16:
       if (dtype == DType::kBFloat16) return avx512_bf16::kTopk[type];
       [[fallthrough]];

@@ -10,7 +10,13 @@ namespace {
 
 // Up to so many rows (one user's, say) are multiplied with items as these lie in the table: to copy
 // an item for a tile would take longer than to read it, and most of a tile's lanes would be empty.
-constexpr int64_t kFewRows = 8, kRowsAtOnce = 4;
+// AMX makes up for that sooner.
+#if defined(__AMX_BF16__)
+constexpr int64_t kFewRows = 4;
+#else
+constexpr int64_t kFewRows = 8;
+#endif
+constexpr int64_t kRowsAtOnce = 4;
 
 int64_t rows_of(const TopkArgs& args, int64_t group) {
   return smaller(kGroupRows, args.rows - group * kGroupRows);
@@ -133,14 +139,15 @@ void score(const TopkArgs& args, int64_t group, const float* columns, int64_t fi
   P* items = reinterpret_cast<P*>(scratch);
   float* scores = scratch + kMostTileRows * padded_size(args.size);
   const P* hidden = reinterpret_cast<const P*>(columns);
+  const TileRegisters registers;
   for (int64_t i = first; i < first + count; i += kTileRows) {
     const int64_t tile = smaller(kTileRows, first + count - i);
     const T* table = static_cast<const T*>(args.table) + i * args.size;
     pack_rows(table, args.size, tile, args.size, items, ld);
     for (int64_t n = 0; n < strips_of(rows); ++n) {
       const int64_t left = smaller(kStrip, rows - n * kStrip);
-      find_tile<false, P, P>(tile, vecs_of(left))(depth, items, ld, strip(hidden, ld, n), kStrip,
-                                                  scores, kStrip, false);
+      product<false>(tile, vecs_of(left), depth, items, ld, strip(hidden, ld, n), kStrip, scores,
+                     kStrip, false);
       find_candidates(scores, tile, i, n * kStrip, left, sink);
     }
   }

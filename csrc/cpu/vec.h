@@ -165,6 +165,14 @@ inline void store_row(T* p, Vec x, int64_t count) {
   }
 }
 
+// out = in (float) times `factor`, `size` elements.
+template <typename T>
+inline void store_row(T* out, const float* in, int64_t size, float factor) {
+  const int64_t whole = size / kWidth * kWidth;
+  for (int64_t d = 0; d < whole; d += kWidth) store(out + d, load(in + d) * factor);
+  if (whole < size) store_part(out + whole, load(in + whole) * factor, size - whole);
+}
+
 // A store that leaves the caches to others; p aligned to a vector of T. Other threads may rely on
 // it after finish_streams() only.
 template <typename T>

@@ -40,9 +40,15 @@ def test_ops_over_items(isa):
 
 
 def test_bfloat16_dot_products_are_not_used_where_they_are_slow():
-    """Intel's do half of what float32 does; the variable still allows them, for tests."""
+    """Intel's do half of what float32 does (AMX far more); the variable still allows them, for tests."""
     vendor = re.search(r"vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text())
     slow = vendor is not None and vendor.group(1) == "GenuineIntel"
     best = _host.best_instruction_set()
     if "SPEEDER_CPU_ISA" not in os.environ:
         assert _host.instruction_set() == (best.removesuffix("_bf16") if slow else best)
+
+
+def test_amx_is_used_where_it_is():
+    flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    has = flags is not None and {"amx_tile", "amx_bf16", "avx512_bf16"} <= set(flags.group(1).split())
+    assert (_host.best_instruction_set() == "avx512_amx") == has

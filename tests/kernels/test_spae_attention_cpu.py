@@ -16,7 +16,7 @@ from speeder_kernels import _host, spae_attention
 from tests.kernels import naive
 from tests.kernels.test_spae_attention import DTYPES, NAMES, leaves, make
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 GRADS = ("q", "k", "v", "relative_bias", "absolute_bias")
 
 
