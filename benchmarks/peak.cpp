@@ -17,7 +17,7 @@ namespace {
 using namespace speeder::SPEEDER_ISA;
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kRows = 96;  // of the left operand; 16 tiles
+constexpr int64_t kRows = 96;  // of the left operand: whole tiles, whatever their height
 
 // Operands of c (kRows x columns) = a (kRows x lanes) b (lanes x columns), all in a core's caches.
 template <typename P>
@@ -36,10 +36,10 @@ struct Operands {
     return static_cast<T*>(out);
   }
 
-  void multiply() {
+  void multiply(TileRegisters& registers) {
     for (int64_t r = 0; r < kRows; r += kTileRows) {
-      product<false>(kTileRows, columns / kWidth, lanes, a + r * lanes, lanes, b, columns,
-                     c + r * columns, columns, false);
+      product<false>(registers, kTileRows, columns / kWidth, lanes, a + r * lanes, lanes, b,
+                     columns, c + r * columns, columns, false);
     }
   }
 
@@ -59,15 +59,15 @@ double round_of(int threads, double seconds, int64_t lanes, int64_t columns) {
   std::vector<std::thread> pool;
   for (int t = 0; t < threads; ++t) {
     pool.emplace_back([&, t] {
-      const TileRegisters registers;
+      TileRegisters registers;
       Operands<P> operands(lanes, columns);
-      operands.multiply();
+      operands.multiply(registers);
       ready.fetch_add(1);
       while (ready.load() < threads) std::this_thread::yield();
       const auto start = Clock::now();
       double spent = 0, flops = 0;
       while (spent < seconds) {
-        for (int n = 0; n < 16; ++n) operands.multiply();
+        for (int n = 0; n < 16; ++n) operands.multiply(registers);
         flops += 16 * operands.flops();
         spent = std::chrono::duration<double>(Clock::now() - start).count();
       }
@@ -107,11 +107,10 @@ int main(int argc, char** argv) {
   }
   const int threads = std::atoi(argv[2]);
   const double seconds = std::atof(argv[3]);
-  speeder::best_instruction_set();  // asks Linux for AMX
 #if defined(__AMX_BF16__)
-  if (!halves) {
-    std::fprintf(stderr, "AMX multiplies no float32\n");
-    return 2;
+  if (!halves || speeder::best_instruction_set() != speeder::Isa::kAvx512Amx) {
+    std::fprintf(stderr, "peak: AMX multiplies no float32, or is not granted\n");
+    return 1;
   }
 #else
   if (!halves) std::printf("%.2f\n", peak<Packed<float>>(threads, seconds));

@@ -43,7 +43,7 @@ PYBIND11_MODULE(_host, module) {
       "avx512_amx.");
   module.def(
       "best_instruction_set", [] { return speeder::isa_name(speeder::best_instruction_set()); },
-      "The last of them that this processor has, which need not be its fastest.");
+      "The last of them that can be used here, which need not be the fastest.");
   module.def("plan_packing", &plan_packing, py::arg("lengths"), py::arg("max_tokens"),
              "First-fit decreasing; see speeder_kernels.plan_packing, which checks arguments.");
 }

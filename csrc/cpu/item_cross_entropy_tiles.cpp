@@ -57,7 +57,7 @@ void forward(const ItemLossArgs& args, const PackedHidden& packed, int64_t group
   const int64_t ld = padded_size(args.size) / kInLane<P>, depth = lanes_of<P>(args.size);
   const P* columns = reinterpret_cast<const P*>(packed.columns + group * group_floats(args.size));
   P* items = reinterpret_cast<P*>(at.items);
-  const TileRegisters registers;
+  TileRegisters registers;
   for (int64_t n = 0; n < kGroupRows; n += kWidth) {
     store(top + n, splat(-kInfinity));
     store(total + n, Vec{});
@@ -72,8 +72,8 @@ void forward(const ItemLossArgs& args, const PackedHidden& packed, int64_t group
         const int64_t tile = smaller(kTileRows, block - r);
         float shifts[kTileRows];
         load_shifts(args, i + r, tile, shifts);
-        product<false>(tile, vecs, depth, items + r * ld, ld, strip(columns, ld, n), kStrip,
-                       at.scores, kStrip, false);
+        product<false>(registers, tile, vecs, depth, items + r * ld, ld, strip(columns, ld, n),
+                       kStrip, at.scores, kStrip, false);
         add_scores(at.scores, tile, vecs, args.scale * kLog2E, shifts, top + n * kStrip,
                    total + n * kStrip);
       }
@@ -116,7 +116,6 @@ class Backward {
         depth_(lanes_of<P>(args_.size)) {}
 
   void run() {
-    const TileRegisters registers;
     for (int64_t i = part_.first; i < part_.first + part_.count; i += kBackwardItems) {
       block(i, smaller(kBackwardItems, part_.first + part_.count - i));
     }
@@ -166,8 +165,8 @@ class Backward {
         const int64_t tile = smaller(kTileRows, count - r);
         float shifts[kTileRows];
         load_shifts(args_, first + r, tile, shifts);
-        product<false>(tile, vecs, depth_, packed(at_.items) + r * ld_, ld_, strip(columns, ld_, n),
-                       kStrip, at_.scores, kStrip, false);
+        product<false>(registers_, tile, vecs, depth_, packed(at_.items) + r * ld_, ld_,
+                       strip(columns, ld_, n), kStrip, at_.scores, kStrip, false);
         for (int64_t v = 0; v < vecs; ++v) {
           const int64_t c = column + v * kWidth;
           Ints target;
@@ -199,6 +198,7 @@ class Backward {
 #if defined(__AVX512BF16__)
   // ... pairs of bfloat16 along the hidden rows, and along the items.
   void keep(int64_t r, int64_t tile, int64_t column, int64_t vecs, Pair* out) {
+    static_assert(kTileRows % 2 == 0, "a pair of items lies in one tile");
     for (int64_t v = 0; v < vecs; ++v) {
       const float* score = at_.scores + v * kWidth;
       BFloat16* row = reinterpret_cast<BFloat16*>(out + r * kGroupRows / 2) + column + v * kWidth;
@@ -221,6 +221,7 @@ class Backward {
   static constexpr int64_t pairs_at(int64_t row) { return row * kPairRow; }
   void keep_pairs(Vec* pairs, int64_t first, int64_t count, int64_t row) {
     static_assert(kTileRows == 2 * kWidth, "a tile's pairs are a square");
+    static_assert(kBackwardItems % kTileRows == 0, "squares fill a hidden row's pairs");
     for (int64_t i = count; i < kWidth; ++i) pairs[i] = Vec{};
     transpose(pairs);
     Pair* out = packed(at_.grads_depth) + pairs_at(row) + first;
@@ -243,9 +244,9 @@ class Backward {
     for (int64_t n = 0; n < strips_of(args_.size); ++n) {
       const P* hidden = strip(group_of(packed_.depth, group), depth, n);
       for (int64_t r = 0; r < count; r += kTileRows) {
-        product<false>(smaller(kTileRows, count - r), vecs_of(args_.size - n * kStrip), depth,
-                       grads + r * ld, ld, hidden, kStrip, at_.grad_items + r * width_ + n * kStrip,
-                       width_, group > 0);
+        product<false>(registers_, smaller(kTileRows, count - r), vecs_of(args_.size - n * kStrip),
+                       depth, grads + r * ld, ld, hidden, kStrip,
+                       at_.grad_items + r * width_ + n * kStrip, width_, group > 0);
       }
     }
   }
@@ -258,9 +259,9 @@ class Backward {
     for (int64_t n = 0; n < strips_of(args_.size); ++n) {
       const P* items = strip(packed(at_.items_depth), depth, n);
       for (int64_t r = 0; r < rows; r += kTileRows) {
-        product<kTransposed>(smaller(kTileRows, rows - r), vecs_of(args_.size - n * kStrip), depth,
-                             grads + pairs_at(r), kPairRow, items, kStrip,
-                             out + r * width_ + n * kStrip, width_, add);
+        product<kTransposed>(registers_, smaller(kTileRows, rows - r),
+                             vecs_of(args_.size - n * kStrip), depth, grads + pairs_at(r), kPairRow,
+                             items, kStrip, out + r * width_ + n * kStrip, width_, add);
       }
     }
   }
@@ -272,6 +273,7 @@ class Backward {
   const ItemLossScratch at_;
   const int64_t width_, ld_;  // of a packed row: in elements, in lanes
   const int64_t depth_;
+  TileRegisters registers_;
 };
 
 template <typename T>

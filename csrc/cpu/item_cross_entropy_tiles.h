@@ -48,7 +48,7 @@ namespace avx512_bf16 {
 extern const ItemLossKernels kItemLoss[3];  // for bfloat16 alone
 }
 namespace avx512_amx {
-extern const ItemLossKernels kItemLoss[3];
+extern const ItemLossKernels kItemLoss[3];  // for bfloat16 alone
 }
 
 namespace {
@@ -74,7 +74,8 @@ struct ItemLossScratch {
   float* scores;       // (tile rows, strip)
   float* items_depth;  // strips of (items, strip): right operands
   float* grads;        // (items, kGroupRows): the logits' gradient
-  float* grads_depth;  // the same in pairs of items, where lanes hold pairs
+  float* grads_depth;  // where lanes hold pairs, the same in pairs of items: (items / 2,
+                       // kGroupRows), on AMX turned
   float* grad_items;   // (items, width): sums
   int64_t floats = 0;
 

@@ -4,12 +4,13 @@
 
 #include <cstdint>
 
+#include "cpu/tile_limits.h"
+
 namespace speeder {
 namespace {
 
 constexpr int64_t kGroupRows = 256;   // hidden rows of a group
 constexpr int64_t kWidestStrip = 64;  // columns of the widest tile
-constexpr int64_t kMostTileRows = 32;
 
 inline int64_t groups_of(int64_t rows) { return (rows + kGroupRows - 1) / kGroupRows; }
 inline int64_t padded_size(int64_t size) {

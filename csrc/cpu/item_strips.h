@@ -12,7 +12,7 @@ namespace SPEEDER_ISA {
 namespace {
 
 constexpr int64_t kStrip = kTileVecs * kWidth;
-static_assert(kStrip <= kWidestStrip && kTileRows <= kMostTileRows, "scratch fits every tile");
+static_assert(kStrip <= kWidestStrip, "scratch fits every tile");
 
 inline int64_t strips_of(int64_t count) { return (count + kStrip - 1) / kStrip; }
 

@@ -1,4 +1,4 @@
-// Products of packed matrices by vector registers: kTileRows rows times kTileVecs vectors are
+// Products of packed matrices by vector registers: kRegisterRows rows times kTileVecs vectors are
 // summed in them, in float32.
 #pragma once
 
@@ -9,13 +9,8 @@ namespace SPEEDER_ISA {
 namespace {
 
 // As many sums as the registers hold beside the operands: 24 of 32, or 12 of 16.
-constexpr int kTileRows = 6;
+constexpr int kRegisterRows = 6;
 constexpr int kTileVecs = kWidth == 16 ? 4 : 2;
-
-// Instruction sets with registers of their own for products have them ready while one lives.
-struct TileRegisters {
-  TileRegisters() {}  // of our own, or compilers would call it unused
-};
 
 // c (kRows x kVecs vectors) = or += a (kRows x depth) b (depth x kVecs vectors). Where kTransposed,
 // a lies as (depth x kRows).
@@ -52,7 +47,7 @@ using Tile = void (*)(int64_t depth, const A* a, int64_t lda, const B* b, int64_
 
 template <int kVecs, bool kTransposed, typename A, typename B>
 inline Tile<A, B> tile_of(int64_t rows) {
-  static constexpr Tile<A, B> kByRows[kTileRows] = {
+  static constexpr Tile<A, B> kByRows[kRegisterRows] = {
       tile<1, kVecs, kTransposed, A, B>, tile<2, kVecs, kTransposed, A, B>,
       tile<3, kVecs, kTransposed, A, B>, tile<4, kVecs, kTransposed, A, B>,
       tile<5, kVecs, kTransposed, A, B>, tile<6, kVecs, kTransposed, A, B>};
@@ -76,13 +71,17 @@ inline Tile<A, B> find_tile(int64_t rows, int64_t vecs) {
   __builtin_unreachable();
 }
 
-// As tile(), for 1 .. kTileRows rows and any number of vectors.
+// As tile(), for any number of rows and vectors.
 template <bool kTransposed, typename A, typename B>
-inline void product(int64_t rows, int64_t vecs, int64_t depth, const A* a, int64_t lda, const B* b,
-                    int64_t ldb, float* c, int64_t ldc, bool add) {
-  for (int64_t v = 0; v < vecs; v += kTileVecs) {
-    const Tile<A, B> tile = find_tile<kTransposed, A, B>(rows, smaller(kTileVecs, vecs - v));
-    tile(depth, a, lda, b + v * kWidth, ldb, c + v * kWidth, ldc, add);
+inline void register_product(int64_t rows, int64_t vecs, int64_t depth, const A* a, int64_t lda,
+                             const B* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  for (int64_t r = 0; r < rows; r += kRegisterRows) {
+    const A* first = kTransposed ? a + r : a + r * lda;
+    for (int64_t v = 0; v < vecs; v += kTileVecs) {
+      const Tile<A, B> tile = find_tile<kTransposed, A, B>(smaller(kRegisterRows, rows - r),
+                                                           smaller(kTileVecs, vecs - v));
+      tile(depth, first, lda, b + v * kWidth, ldb, c + r * ldc + v * kWidth, ldc, add);
+    }
   }
 }
 

@@ -36,6 +36,7 @@ struct PairScores {
   float* tile_weights(int64_t) const { return at_.tile_weights; }
   float* tile_grads(int64_t) const { return at_.tile_grads; }
   void keep(int64_t r, int64_t tile, int64_t vecs) const {
+    static_assert(kTileRows % 2 == 0, "a pair of rows lies in one tile");
     for (int64_t n = 0; n < tile; n += 2) {
       Pair* weights = reinterpret_cast<Pair*>(at_.weights) + (r + n) / 2 * ld_;
       Pair* grads = reinterpret_cast<Pair*>(at_.grad_scores) + (r + n) / 2 * ld_;
@@ -117,7 +118,6 @@ class Backward {
   void run() {
     if (call_.grad_q != nullptr && first_ == end_) zero(grad_q_, queries_ * group_ * width_);
     const int64_t block = key_block(args_);
-    const TileRegisters registers;
     one_block_ = keys_ <= block;
     for (int64_t first = first_; first < end_; first += block) {
       key_block_pass(first, smaller(block, end_ - first));
@@ -219,13 +219,14 @@ class Backward {
       const int64_t vecs = round_up(most, kWidth) / kWidth;
       // The products over queries take a tile's keys at a time, which may reach past the last one
       // seen.
+      static_assert(kTileRows <= 2 * kMaxWidth, "two more vectors hold a tile's keys");
       const int64_t filled = smaller(vecs + 2, ld / kWidth);
       float* weights = scores.tile_weights(r);
       float* grads = scores.tile_grads(r);
-      product<false>(tile, vecs, depth_, packed(at_.q) + r * q_ld_, q_ld_, packed(at_.k_turned), ld,
-                     weights, ld, false);
+      product<false>(registers_, tile, vecs, depth_, packed(at_.q) + r * q_ld_, q_ld_,
+                     packed(at_.k_turned), ld, weights, ld, false);
       if (need_scores_) {
-        product<false>(tile, vecs, depth_, packed(at_.grad) + r * q_ld_, q_ld_,
+        product<false>(registers_, tile, vecs, depth_, packed(at_.grad) + r * q_ld_, q_ld_,
                        packed(at_.v_turned), ld, grads, ld, false);
       }
       int64_t i = first_query + r / group_, g = r % group_;
@@ -250,9 +251,9 @@ class Backward {
       }
       scores.keep(r, tile, filled);
       if (call_.grad_q != nullptr) {
-        product<false>(tile, size_vecs_, lanes_of<P>(most), scores.grad_rows(r), ld / kInLane<P>,
-                       packed(at_.k), width_, grad_q_ + (first_query * group_ + r) * width_, width_,
-                       add_q_);
+        product<false>(registers_, tile, size_vecs_, lanes_of<P>(most), scores.grad_rows(r),
+                       ld / kInLane<P>, packed(at_.k), width_,
+                       grad_q_ + (first_query * group_ + r) * width_, width_, add_q_);
       }
     }
     for (int64_t j = 0; j < count; j += kTileRows) {
@@ -263,12 +264,12 @@ class Backward {
       if (unseen == rows) break;
       const int64_t skip = unseen / kInLane<P>, depth = lanes_of<P>(rows) - skip;
       if (call_.grad_v != nullptr) {
-        product<true>(tile, size_vecs_, depth, scores.weights() + skip * ld + j, ld,
+        product<true>(registers_, tile, size_vecs_, depth, scores.weights() + skip * ld + j, ld,
                       scores.query_grads() + skip * width_, width_, at_.grad_v + j * width_, width_,
                       add_k_);
       }
       if (call_.grad_k != nullptr) {
-        product<true>(tile, size_vecs_, depth, scores.grads() + skip * ld + j, ld,
+        product<true>(registers_, tile, size_vecs_, depth, scores.grads() + skip * ld + j, ld,
                       scores.queries() + skip * width_, width_, at_.grad_k + j * width_, width_,
                       add_k_);
       }
@@ -383,6 +384,7 @@ class Backward {
   float* absolute_ = nullptr;
   bool need_scores_ = false;
   bool one_block_ = false;
+  TileRegisters registers_;
   bool add_q_ = false, add_k_ = false;  // whether products add to the gradients or set them
 };
 

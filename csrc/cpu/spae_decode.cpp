@@ -11,9 +11,9 @@ namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
-static_assert(kDecodeRows <= kTileRows, "a key head's rows are one tile");
+static_assert(kDecodeRows <= kRegisterRows, "a key head's rows are one tile");
 
-constexpr int kKeysAtOnce = 4;         // times kTileRows rows: as many sums as registers hold
+constexpr int kKeysAtOnce = 4;         // times kRegisterRows rows: as many sums as registers hold
 constexpr int64_t kKeysTogether = 32;  // of one head before the next head
 static_assert(kKeysTogether % kWidth == 0 && kWidth % kKeysAtOnce == 0, "whole vectors of keys");
 
@@ -84,8 +84,8 @@ void direct_sums(const float* weights, const T* values, int64_t stride, int64_t 
   for (int64_t d = 0; d < size; d += kTileVecs * kWidth) {
     const int64_t vecs = smaller(kTileVecs, (size - d) / kWidth);
     if (vecs < kTileVecs) {
-      product<false>(kRows, vecs, count, weights, kDecodeKeys, values + d, stride, sums + d, size,
-                     true);
+      register_product<false>(kRows, vecs, count, weights, kDecodeKeys, values + d, stride,
+                              sums + d, size, true);
       return;
     }
     Vec total[kRows][kTileVecs];
@@ -122,7 +122,7 @@ struct DirectKernels {
 
 template <typename T>
 inline DirectKernels<T> direct_kernels(int64_t rows) {
-  static constexpr DirectKernels<T> kByRows[kTileRows] = {
+  static constexpr DirectKernels<T> kByRows[kRegisterRows] = {
       {direct_products<1, T>, direct_sums<1, T>}, {direct_products<2, T>, direct_sums<2, T>},
       {direct_products<3, T>, direct_sums<3, T>}, {direct_products<4, T>, direct_sums<4, T>},
       {direct_products<5, T>, direct_sums<5, T>}, {direct_products<6, T>, direct_sums<6, T>}};
@@ -198,13 +198,13 @@ void decode(const AttentionForward& call, const BiasTables& tables, const Decode
     }
     for (int64_t h = 0; h < args.kv_heads; ++h) {
       float* scores = at.scores + h * rows * kDecodeKeys;
-      Vec most[kTileRows];
+      Vec most[kRegisterRows];
       for (int64_t n = 0; n < rows; ++n) {
         const int64_t seen = clamp(reach + step * (n / group) - first, 0, count);
         most[n] = bias_scores(scores + n * kDecodeKeys, seen, vecs, factor, bias,
                               h * group + n % group, args.rank_q[q0 + n / group]);
       }
-      float keep[kTileRows];
+      float keep[kRegisterRows];
       const int64_t row = h * rows;
       soften(scores, kDecodeKeys, rows, vecs, most, {top + row, at.total + row * kWidth}, scores,
              kDecodeKeys, keep);

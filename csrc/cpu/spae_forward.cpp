@@ -9,8 +9,6 @@ namespace speeder {
 namespace SPEEDER_ISA {
 namespace {
 
-static_assert(kTileRows <= kMostRowsAtOnce, "scratch fits every tile");
-
 template <typename T>
 Prefetch prefetch_of(const AttentionForward& call, const ForwardTask* task) {
   Prefetch prefetch;
@@ -66,7 +64,7 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
   const T* v = static_cast<const T*>(args.v.data) + task.kv_head * args.v.head_stride;
   Prefetch prefetch = prefetch_of<T>(call, next);
   const int64_t block = key_block(args);
-  const TileRegisters registers;
+  TileRegisters registers;
   for (int64_t first = 0; first < end; first += block) {
     const int64_t count = smaller(block, end - first), ld = padded(count);
     const int64_t weights_ld = ld / kInLane<P>;
@@ -81,8 +79,8 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
       if (most <= 0) continue;
       if (first + block >= end) prefetch.advance((tile + group - 1) / group);
       const int64_t vecs = round_up(most, kWidth) / kWidth;
-      product<false>(tile, vecs, depth, packed_q + r * q_ld, q_ld, packed_k, ld, at.scores, ld,
-                     false);
+      product<false>(registers, tile, vecs, depth, packed_q + r * q_ld, q_ld, packed_k, ld,
+                     at.scores, ld, false);
       Vec largest[kTileRows];
       int64_t i = r / group, g = r % group;
       for (int64_t n = 0; n < tile; ++n, ++g) {
@@ -105,8 +103,8 @@ void forward(const AttentionForward& call, const BiasTables& tables, const Forwa
           store(out + n * width + d, load(out + n * width + d) * keep[n]);
         }
       }
-      product<false>(tile, size_vecs, lanes_of<P>(most), weights, weights_ld, packed_v, width, out,
-                     width, first > 0);
+      product<false>(registers, tile, size_vecs, lanes_of<P>(most), weights, weights_ld, packed_v,
+                     width, out, width, first > 0);
     }
   }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/spae_attention.h"
+#include "cpu/tile_limits.h"
 
 namespace speeder {
 
@@ -83,13 +84,11 @@ extern const BackwardKernel kBackward[3];
 
 namespace {
 
-constexpr int64_t kMaxWidth = 16;  // floats in the widest vector; scratch is laid out in its units
-constexpr int64_t kMaxKeys = 256;  // in a block of keys
-constexpr int64_t kDecodeKeys = 128;     // in a block of keys of a DecodeTask
-constexpr int64_t kDecodeRows = 6;       // most query rows of one key head in a DecodeTask
-constexpr int64_t kForwardRows = 384;    // query rows (positions x heads of a group) of one task
-constexpr int64_t kMostRowsAtOnce = 32;  // of the tallest tile
-constexpr int64_t kBackwardRows = 128;   // query rows whose scores are held at once
+constexpr int64_t kMaxKeys = 256;       // in a block of keys
+constexpr int64_t kDecodeKeys = 128;    // in a block of keys of a DecodeTask
+constexpr int64_t kDecodeRows = 6;      // most query rows of one key head in a DecodeTask
+constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a group) of one task
+constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
 
 inline int64_t padded(int64_t n) { return (n + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
 
@@ -151,8 +150,8 @@ struct ForwardScratch {
     total = scratch.take(rows * kMaxWidth);
     k = scratch.take(width * keys);
     v = scratch.take(keys * width);
-    scores = scratch.take(kMostRowsAtOnce * keys);
-    weights = scratch.take(kMostRowsAtOnce * keys);
+    scores = scratch.take(kMostTileRows * keys);
+    weights = scratch.take(kMostTileRows * keys);
     floats = scratch.used();
   }
   float* q;        // (rows, width)
@@ -203,9 +202,9 @@ struct BackwardScratch {
     v_turned = scratch.take(width * keys);
     weights = scratch.take(rows * keys);
     grad_scores = scratch.take(rows * keys);
-    tile_weights = scratch.take(kMostRowsAtOnce * keys);
-    tile_grads = scratch.take(kMostRowsAtOnce * keys);
-    grad_rows = scratch.take(kMostRowsAtOnce * keys);
+    tile_weights = scratch.take(kMostTileRows * keys);
+    tile_grads = scratch.take(kMostTileRows * keys);
+    grad_rows = scratch.take(kMostTileRows * keys);
     grad_k = scratch.take(keys * width);
     grad_v = scratch.take(keys * width);
     absolute_sums = scratch.take(group * keys);

@@ -1,5 +1,5 @@
 // Copies rows of a tensor into the layouts that a register tile reads: as floats, or as pairs of
-// bfloat16 (see tile_product.h). `in` is rows x size elements, rows `stride` apart; leading
+// bfloat16 (see packed_lanes.h). `in` is rows x size elements, rows `stride` apart; leading
 // dimensions count lanes and are whole vectors; what lies past the data is zero. Included once for
 // each instruction set.
 #pragma once

@@ -139,15 +139,15 @@ void score(const TopkArgs& args, int64_t group, const float* columns, int64_t fi
   P* items = reinterpret_cast<P*>(scratch);
   float* scores = scratch + kMostTileRows * padded_size(args.size);
   const P* hidden = reinterpret_cast<const P*>(columns);
-  const TileRegisters registers;
+  TileRegisters registers;
   for (int64_t i = first; i < first + count; i += kTileRows) {
     const int64_t tile = smaller(kTileRows, first + count - i);
     const T* table = static_cast<const T*>(args.table) + i * args.size;
     pack_rows(table, args.size, tile, args.size, items, ld);
     for (int64_t n = 0; n < strips_of(rows); ++n) {
       const int64_t left = smaller(kStrip, rows - n * kStrip);
-      product<false>(tile, vecs_of(left), depth, items, ld, strip(hidden, ld, n), kStrip, scores,
-                     kStrip, false);
+      product<false>(registers, tile, vecs_of(left), depth, items, ld, strip(hidden, ld, n), kStrip,
+                     scores, kStrip, false);
       find_candidates(scores, tile, i, n * kStrip, left, sink);
     }
   }

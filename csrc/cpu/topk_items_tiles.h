@@ -40,7 +40,7 @@ namespace avx512_bf16 {
 extern const TopkKernels kTopk[3];  // for bfloat16 alone
 }
 namespace avx512_amx {
-extern const TopkKernels kTopk[3];
+extern const TopkKernels kTopk[3];  // for bfloat16 alone
 }
 
 namespace {
