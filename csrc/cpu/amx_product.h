@@ -4,6 +4,7 @@
 
 #include "cpu/register_product.h"
 #include "cpu/tile_limits.h"
+#include "cpu/tile_packing.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {
@@ -96,26 +97,6 @@ inline void columns(int64_t rows, int64_t vecs, int64_t depth, int64_t step, con
   if (v < vecs) one(depth, step, a, lda, b + v * kSide, ldb, c + v * kSide, ldc, add);
 }
 
-// Rows of lanes become columns, a depth of `lanes` to a row of `kDepth`.
-template <int64_t kDepth>
-inline void turn(const Pair* a, int64_t lda, int64_t rows, int64_t lanes, Pair* out) {
-  Vec square[kSide];
-  for (int64_t r = 0; r < rows; r += kSide) {
-    const __mmask16 there = static_cast<__mmask16>((1u << smaller(kSide, rows - r)) - 1);
-    for (int64_t d = 0; d < lanes; d += kSide) {
-      for (int64_t i = 0; i < kSide; ++i) {
-        const bool within = d + i < lanes;
-        const Pair* from = a + (within ? d + i : d) * lda + r;
-        square[i] = bitcast<Vec>(_mm512_maskz_loadu_epi32(within ? there : 0, from));
-      }
-      transpose(square);
-      for (int64_t i = 0; i < kSide; ++i) {
-        __builtin_memcpy(out + (r + i) * kDepth + d, &square[i], sizeof(Vec));
-      }
-    }
-  }
-}
-
 // c (rows x vecs vectors) = or += a (rows x depth) b (depth x vecs vectors), for 1 .. kTileRows
 // rows. Where kTransposed, a lies as (depth x rows).
 template <bool kTransposed>
@@ -131,7 +112,8 @@ inline void product(TileRegisters& registers, int64_t rows, int64_t vecs, int64_
     alignas(64) Pair turned[kTileRows * kDepth];
     for (int64_t first = 0; first < depth; first += kDepth) {
       const int64_t lanes = smaller(kDepth, depth - first);
-      turn<kDepth>(a + first * lda, lda, rows, lanes, turned);
+      pack_columns(reinterpret_cast<const float*>(a + first * lda), lda, lanes, rows,
+                   reinterpret_cast<float*>(turned), kDepth);  // lane by lane, whatever is in them
       product<false>(registers, rows, vecs, lanes, turned, kDepth, b + first * ldb, ldb, c, ldc,
                      add || first > 0);
     }

@@ -20,7 +20,7 @@ const ItemLossKernels& kernels(DType dtype) {
   switch (instruction_set()) {
     case Isa::kAvx512Amx:
       if (dtype == DType::kBFloat16) return avx512_amx::kItemLoss[type];
-      return avx512::kItemLoss[type];
+      [[fallthrough]];
     case Isa::kAvx512Bf16:
       if (dtype == DType::kBFloat16) return avx512_bf16::kItemLoss[type];
       [[fallthrough]];

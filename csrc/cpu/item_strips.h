@@ -6,6 +6,7 @@
 
 #include "cpu/item_groups.h"
 #include "cpu/tile_packing.h"
+#include "cpu/tile_product.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {

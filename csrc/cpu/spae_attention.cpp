@@ -33,7 +33,7 @@ Kernels kernels(DType dtype) {
     case Isa::kAvx512Amx:
       if (dtype == DType::kBFloat16)
         return {avx512_amx::kForward, avx512::kDecode, avx512_amx::kBackward};
-      return {avx512::kForward, avx512::kDecode, avx512::kBackward};
+      [[fallthrough]];
     case Isa::kAvx512Bf16:
       if (dtype == DType::kBFloat16)
         return {avx512_bf16::kForward, avx512::kDecode, avx512_bf16::kBackward};

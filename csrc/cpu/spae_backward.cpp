@@ -5,6 +5,7 @@
 #include "cpu/spae_prefetch.h"
 #include "cpu/spae_tasks.h"
 #include "cpu/tile_packing.h"
+#include "cpu/tile_product.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {

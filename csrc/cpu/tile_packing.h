@@ -4,7 +4,7 @@
 // each instruction set.
 #pragma once
 
-#include "cpu/tile_product.h"
+#include "cpu/packed_lanes.h"
 
 namespace speeder {
 namespace SPEEDER_ISA {

@@ -21,7 +21,7 @@ const TopkKernels& kernels(DType dtype) {
   switch (instruction_set()) {
     case Isa::kAvx512Amx:
       if (dtype == DType::kBFloat16) return avx512_amx::kTopk[type];
-      return avx512::kTopk[type];
+      [[fallthrough]];
     case Isa::kAvx512Bf16:
       if (dtype == DType::kBFloat16) return avx512_bf16::kTopk[type];
       [[fallthrough]];
