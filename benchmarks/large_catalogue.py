@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from speeder.bench.machine import peak_memory
-from speeder.data.files import read_json, write_json, write_text
-from speeder.machine import processor
+from speeder.io.files import read_json, write_json, write_text
+from speeder.io.machine import processor
+from speeder.studies.bench.machine import peak_memory
 
 # Items have a text encoder's width, and far fewer directions in it.
 CLUSTERS, LATENT, FEATURES = 2000, 24, 384
@@ -80,9 +80,9 @@ def make_backbone(folder: Path, width: int) -> None:
 def train_model(options: argparse.Namespace) -> str:
     """Some steps with sampled negatives, and the validation after them, which ranks all items."""
     from speeder.data import PreparedData
-    from speeder.recipe import recipe_from_dict
-    from speeder.run_folder import stage_logs
-    from speeder.training import train
+    from speeder.recipes.load import recipe_from_dict
+    from speeder.training.run import train
+    from speeder.training.run_folder import stage_logs
 
     make_backbone(options.out / "backbone", options.width)
     stage = {"name": "text", "open": ["text"], "steps": options.steps, "learning_rate": 2e-3}
@@ -106,8 +106,8 @@ def train_model(options: argparse.Namespace) -> str:
 
 
 def write_shards(options: argparse.Namespace) -> str:
-    from speeder.model import SpeederForCausalLM
-    from speeder.token_shards import write_token_shards
+    from speeder.model.modeling import SpeederForCausalLM
+    from speeder.retrieval.shards import write_token_shards
 
     model = SpeederForCausalLM.from_pretrained(options.out / "run" / "model")
     began = time.perf_counter()
@@ -121,9 +121,9 @@ def make_queries(options: argparse.Namespace) -> str:
     """Test users' queries, and recommendations by the shards as `speeder recommend --index` gives them."""
     from safetensors.torch import save_file
 
-    from speeder.commands.index import measuring_queries
-    from speeder.model import SpeederForCausalLM
-    from speeder.token_shards import TokenShards
+    from speeder.cli.index import measuring_queries
+    from speeder.model.modeling import SpeederForCausalLM
+    from speeder.retrieval.shards import TokenShards
 
     model = SpeederForCausalLM.from_pretrained(options.out / "run" / "model")
     model.use_item_store(TokenShards(options.out / "shards"))
@@ -138,9 +138,9 @@ def search(options: argparse.Namespace) -> str:
     """Build an index, and compare it with the exact top k over the shards."""
     from safetensors.torch import load_file
 
-    from speeder.ann import build_index
-    from speeder.commands.index import compared
-    from speeder.token_shards import TokenShards
+    from speeder.cli.index import compared
+    from speeder.retrieval.ann import build_index
+    from speeder.retrieval.shards import TokenShards
 
     shards = TokenShards(options.out / "shards")
     queries = load_file(options.out / "queries.safetensors")["queries"]

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from speeder.machine import processor
+from speeder.io.machine import processor
 from speeder_kernels import _host, backends
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc

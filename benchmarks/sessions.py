@@ -16,9 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.model import SpeederForCausalLM
-from speeder.prompts import pack_batch
-from speeder.sessions import UserSessions
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.sequences import pack_batch
+from speeder.serving.sessions import UserSessions
 
 ITEMS = 1682  # as many as MovieLens-100K has
 HISTORIES = (10, 50, 100, 200)

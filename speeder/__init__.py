@@ -6,7 +6,19 @@ The names below load on first use, so that `import speeder` and `speeder --help`
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from speeder.data import Interactions, ItemCatalogue, LeaveOneOut, PreparedData
+    from speeder.errors import SpeederError
+    from speeder.evaluation.protocols import evaluate
+    from speeder.model.config import SpeederConfig
+    from speeder.model.modeling import SpeederForCausalLM
+    from speeder.model.processor import SpeederProcessor
+    from speeder.recipes.load import load_recipe
+    from speeder.recipes.schema import Recipe
+    from speeder.serving.sessions import UserSessions
+    from speeder.training.run import train
 
 __version__ = "0.1.0"
 
@@ -15,18 +27,39 @@ _WHERE = {
     "ItemCatalogue": "speeder.data",
     "LeaveOneOut": "speeder.data",
     "PreparedData": "speeder.data",
-    "Recipe": "speeder.recipe",
-    "SpeederConfig": "speeder.config",
+    "Recipe": "speeder.recipes.schema",
+    "SpeederConfig": "speeder.model.config",
     "SpeederError": "speeder.errors",
-    "SpeederForCausalLM": "speeder.model",
-    "SpeederProcessor": "speeder.processor",
-    "UserSessions": "speeder.sessions",
-    "load_recipe": "speeder.recipe",
+    "SpeederForCausalLM": "speeder.model.modeling",
+    "SpeederProcessor": "speeder.model.processor",
+    "UserSessions": "speeder.serving.sessions",
+    "evaluate": "speeder.evaluation.protocols",
+    "load_recipe": "speeder.recipes.load",
+    "train": "speeder.training.run",
 }
-__all__ = sorted(_WHERE)
+__all__ = [
+    "Interactions",
+    "ItemCatalogue",
+    "LeaveOneOut",
+    "PreparedData",
+    "Recipe",
+    "SpeederConfig",
+    "SpeederError",
+    "SpeederForCausalLM",
+    "SpeederProcessor",
+    "UserSessions",
+    "evaluate",
+    "load_recipe",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'speeder' has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from speeder.assets import fetch
 from speeder.errors import SpeederError
+from speeder.io.assets import fetch
 
 
 def asset_folder(name: str) -> Path:

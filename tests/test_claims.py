@@ -3,11 +3,11 @@
 import pytest
 
 from speeder.baselines.popularity import Popularity
-from speeder.compare import compare
-from speeder.data.prepare import prepare_ml100k
-from speeder.evaluate import evaluate
-from speeder.recipe import Recipe, Stage
-from speeder.training import train
+from speeder.evaluation.compare import compare
+from speeder.evaluation.protocols import evaluate
+from speeder.prepare.pipeline import prepare_ml100k
+from speeder.recipes.schema import Recipe, Stage
+from speeder.training.run import train
 
 
 @pytest.mark.slow

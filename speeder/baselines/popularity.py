@@ -5,16 +5,19 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from speeder.evaluation.leaks import training_hash
+from speeder.data.fingerprints import training_hash
 
 
 class Popularity:
     """Scores an item by its count in the training sequences, whatever the history.
 
     Attributes:
+        label: what its row in a table is called.
         counts: (I,) float32.
         training_hash: what it was fitted on, for the leak check.
     """
+
+    label = "popularity"
 
     def __init__(self, training_sequences: Sequence[Sequence[int]], num_items: int) -> None:
         flat = np.concatenate(

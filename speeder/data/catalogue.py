@@ -5,13 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from speeder.data.files import (
+from speeder.errors import SpeederError
+from speeder.io.files import (
     atomic_folder,
     check_files,
     describe_files,
@@ -20,10 +19,8 @@ from speeder.data.files import (
     sha256_file,
     write_json,
 )
-from speeder.errors import SpeederError
 
 FORMAT = "speeder-catalogue-1"
-_ITEM_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "image")])
 _ROW_GROUP = 1 << 16
 _MODALITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -182,10 +179,14 @@ class ItemCatalogue:
 
     def _write_items(self, path: Path) -> None:
         """One row group after another, since a table of all items would hold every text a second time."""
-        with pq.ParquetWriter(path, _ITEM_SCHEMA) as writer:
+        import pyarrow as pa  # slow to import, and a model alone needs none of it
+        import pyarrow.parquet as pq
+
+        schema = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "image")])
+        with pq.ParquetWriter(path, schema) as writer:
             for start in range(0, len(self) or 1, _ROW_GROUP):
                 rows = [column[start : start + _ROW_GROUP] for column in self._columns()]
-                writer.write_table(pa.table(rows, schema=_ITEM_SCHEMA))
+                writer.write_table(pa.table(rows, schema=schema))
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = True) -> "ItemCatalogue":
@@ -194,6 +195,9 @@ class ItemCatalogue:
         Sizes are always compared with the manifest, and hashes too where `verify`. Raises `SpeederError`
         where a file is missing, truncated or changed.
         """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         folder = recover_folder(folder)
         manifest = read_json(folder / "manifest.json")
         if manifest.get("format") != FORMAT:

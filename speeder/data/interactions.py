@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from speeder.data.files import atomic_path
 from speeder.errors import SpeederError
+from speeder.io.files import atomic_path
 
 SPLITS = ("validation", "test")
 SPLIT_RULE = (
@@ -70,6 +68,9 @@ class Interactions:
 
     def save(self, file: str | Path) -> None:
         """Writes one Parquet row per user (`user_id`, `items`, `times`), atomically."""
+        import pyarrow as pa  # slow to import, and a model alone needs none of it
+        import pyarrow.parquet as pq
+
         offsets = pa.array(self._bounds(), pa.int64())
         table = pa.table(
             {
@@ -84,6 +85,9 @@ class Interactions:
     @classmethod
     def load(cls, file: str | Path) -> "Interactions":
         """Reads what `save` wrote; raises `SpeederError` where the file is missing or is something else."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         try:
             table = pq.read_table(file).combine_chunks()
             items, times = table["items"].combine_chunks(), table["times"].combine_chunks()

@@ -7,7 +7,10 @@ from pathlib import Path
 import torch
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.files import (
+from speeder.data.fingerprints import NO_INTERACTIONS, features_hash
+from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.errors import SpeederError
+from speeder.io.files import (
     atomic_folder,
     check_files,
     check_owned,
@@ -16,9 +19,6 @@ from speeder.data.files import (
     recover_folder,
     write_json,
 )
-from speeder.data.interactions import Interactions, LeaveOneOut
-from speeder.errors import SpeederError
-from speeder.evaluation.leaks import NO_INTERACTIONS, features_hash
 
 FORMAT = "speeder-prepared-1"
 _FILES = ["interactions.parquet", "catalogue/manifest.json"]
@@ -63,8 +63,8 @@ class PreparedData:
         Args:
             name, features, present: as `ItemCatalogue.with_features` takes them.
             made_by: what made the features, for the record.
-            training_hash: of the interactions that they were fitted on (`speeder.evaluate.training_hash`); it must be
-                that of the split's training part. None declares that no interaction was read to make them.
+            training_hash: of the interactions that they were fitted on (`fingerprints.training_hash`); it must be that
+                of the split's training part. None declares that no interaction was read to make them.
         """
         catalogue = self.catalogue.with_features(name, features, present)
         record: dict = {"name": made_by}

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from speeder.data.files import read_json, write_text
 from speeder.errors import SpeederError
+from speeder.io.files import read_json, write_text
 
 if TYPE_CHECKING:
     from speeder.data.interactions import LeaveOneOut

@@ -1,36 +1,20 @@
 """Checks that nothing to be predicted was trained on. They need no switch; docs/protocols.md says which runs where."""
 
-import hashlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from speeder.data.fingerprints import NO_INTERACTIONS, features_hash, training_hash
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
-    import torch
-
     from speeder.data import PreparedData
     from speeder.data.interactions import Interactions, LeaveOneOut
     from speeder.evaluation.candidates import Candidates
 
-NO_INTERACTIONS = "no interactions"  # a record's word for features that come from items alone
-_CHUNK_BYTES = 1 << 24
-
 
 class LeakError(SpeederError):
     """Something to be predicted was within reach of training."""
-
-
-def training_hash(sequences: Sequence[Sequence[int]]) -> str:
-    """SHA-256 over sequences of item indices, users in order: what a model or a feature was fitted on."""
-    digest = hashlib.sha256(b"speeder training sequences v1")
-    for sequence in sequences:
-        items = np.asarray(sequence, dtype="<i8")
-        digest.update(len(items).to_bytes(8, "little"))
-        digest.update(items.tobytes())
-    return digest.hexdigest()
 
 
 def check_split(split: "LeaveOneOut", interactions: "Interactions | None" = None) -> None:
@@ -130,22 +114,6 @@ def check_candidates(candidates: "Candidates", split: "LeaveOneOut", num_items: 
             f"user {candidates.users[differ.argmax()]}: the negatives are not those that seed {candidates.seed} "
             f"draws ({int(differ.sum())} users), so something else, such as the target, decided on them"
         )
-
-
-def features_hash(features: "torch.Tensor", present: "torch.Tensor") -> str:
-    """SHA-256 over `(I, F)` features as float32 and `(I,)` presence: which features a record speaks of.
-
-    They are read a few rows at a time, so that memory-mapped ones need not fit into memory.
-    """
-    count, width = features.shape
-    digest = hashlib.sha256(b"speeder features v1")
-    digest.update(np.array([count, width], dtype="<i8").tobytes())
-    rows = max(1, _CHUNK_BYTES // (4 * width))
-    for start in range(0, count, rows):
-        chunk = features[start : start + rows].detach().cpu().float().numpy()
-        digest.update(np.ascontiguousarray(chunk, dtype="<f4"))
-    digest.update(present.cpu().numpy().astype(np.uint8))
-    return digest.hexdigest()
 
 
 def check_features(data: "PreparedData") -> None:

@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from speeder.evaluation.metrics import candidate_ranks, target_ranks
-from speeder.evaluation.titles import named_candidate
+from speeder.evaluation.written_titles import named_candidate
 
 if TYPE_CHECKING:
-    from speeder.evaluate import Scorer, TitleGenerator
+    from speeder.evaluation.scorer import Scorer, TitleGenerator
 
 Columns = dict[str, np.ndarray]
 """Name -> `(n,)` int64, a number for each user."""

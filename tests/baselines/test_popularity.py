@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speeder.baselines import Popularity
-from speeder.evaluate import training_hash
+from speeder.data.fingerprints import training_hash
 
 sequences = st.lists(st.lists(st.integers(0, 9), max_size=8), max_size=6)
 

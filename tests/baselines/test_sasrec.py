@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speeder.baselines import Popularity, SASRec, SASRecConfig
-from speeder.baselines.sasrec_training import cut_windows, length_batches
+from speeder.baselines.sasrec.fit import cut_windows, fit_sasrec, length_batches
+from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
-from speeder.evaluate import evaluate, training_hash
 from speeder.evaluation.metrics import metric_values, target_ranks
+from speeder.evaluation.protocols import evaluate
 
 NUM_ITEMS = 24
 SMALL = SASRecConfig(32, max_length=12, dropout=0.1, learning_rate=5e-3, batch_size=32, epochs=30)
@@ -33,7 +34,7 @@ def world():
 @pytest.fixture(scope="module")
 def trained(world):
     records = []
-    model = SASRec.fit(
+    model = fit_sasrec(
         world.training(),
         NUM_ITEMS,
         replace(SMALL, epochs=60, patience=60),  # where learning is nearly done, the ranking moves little
@@ -66,7 +67,7 @@ def cycle():
 
 @pytest.fixture(scope="module")
 def model(cycle):
-    return SASRec.fit(cycle, NUM_ITEMS, SMALL, epochs=12)
+    return fit_sasrec(cycle, NUM_ITEMS, SMALL, epochs=12)
 
 
 def test_it_learns_a_cycle(model):
@@ -96,11 +97,11 @@ def test_the_padding_value_and_later_items_have_no_effect(model):
 
 def test_the_seed_decides_and_the_callers_random_state_is_left_alone(cycle):
     state = torch.get_rng_state()
-    first, second = (SASRec.fit(cycle, NUM_ITEMS, SMALL, epochs=2, seed=5) for _ in range(2))
+    first, second = (fit_sasrec(cycle, NUM_ITEMS, SMALL, epochs=2, seed=5) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    third = SASRec.fit(cycle, NUM_ITEMS, SMALL, epochs=2, seed=5)
-    other = SASRec.fit(cycle, NUM_ITEMS, SMALL, epochs=2, seed=6)
+    third = fit_sasrec(cycle, NUM_ITEMS, SMALL, epochs=2, seed=5)
+    other = fit_sasrec(cycle, NUM_ITEMS, SMALL, epochs=2, seed=6)
     histories = [[1, 2, 3], [7]]
     assert torch.equal(first.score(histories), second.score(histories))
     assert torch.equal(first.score(histories), third.score(histories))
@@ -143,12 +144,12 @@ def test_early_stopping_keeps_the_best_epoch(cycle):
     records = []
     config = replace(SMALL, epochs=40, patience=2, dropout=0.0)
     wrong = np.random.default_rng(0).permutation(targets)  # nothing to learn, so it soon stops getting better
-    model = SASRec.fit(cycle, NUM_ITEMS, config, validation=(histories, wrong), log=records.append)
+    model = fit_sasrec(cycle, NUM_ITEMS, config, validation=(histories, wrong), log=records.append)
     values = [record["NDCG@10"] for record in records]
     best = int(np.argmax(values))
     assert len(values) == best + 1 + config.patience < 40
     again = []
-    SASRec.fit(cycle, NUM_ITEMS, config, validation=(histories, wrong), log=again.append)
+    fit_sasrec(cycle, NUM_ITEMS, config, validation=(histories, wrong), log=again.append)
     assert again == records
     ranks = target_ranks(model.score(histories), torch.from_numpy(wrong), histories)
     assert metric_values(ranks.numpy(), "NDCG@10").mean() == pytest.approx(values[best])
@@ -178,11 +179,11 @@ def test_wrong_input_is_named(model, cycle):
     with pytest.raises(IndexError, match=r"expected items in 0\.\.23, number 1 has 3\.\.24"):
         model.score([[1], [3, 24]])
     with pytest.raises(IndexError, match="training_sequences"):
-        SASRec.fit(cycle, 5, SMALL)
+        fit_sasrec(cycle, 5, SMALL)
     with pytest.raises(ValueError, match="two items"):
-        SASRec.fit([[1], [2]], NUM_ITEMS, SMALL)
+        fit_sasrec([[1], [2]], NUM_ITEMS, SMALL)
     with pytest.raises(ValueError, match="epochs"):
-        SASRec.fit(cycle, NUM_ITEMS, SMALL, epochs=0)
+        fit_sasrec(cycle, NUM_ITEMS, SMALL, epochs=0)
     assert model.score([]).shape == (0, NUM_ITEMS)
 
 

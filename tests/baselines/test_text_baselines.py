@@ -7,19 +7,22 @@ import pytest
 import torch
 
 from speeder.baselines import Popularity
-from speeder.baselines.registry import baseline_class, load_recommender
-from speeder.baselines.text_model import packs, text_sequence
-from speeder.baselines.text_prompt import TextPrompt
-from speeder.baselines.title_generation import TitleGeneration
-from speeder.baselines.yes_no import YesNo
-from speeder.cli import main
+from speeder.baselines.auto import baseline_class, load_recommender
+from speeder.baselines.text.base import packs, text_sequence
+from speeder.baselines.text.text_prompt import TextPrompt
+from speeder.baselines.text.title_generation import TitleGeneration
+from speeder.baselines.text.yes_no import YesNo
+from speeder.cli.main import main
 from speeder.data import ItemCatalogue
 from speeder.errors import SpeederError
-from speeder.evaluate import Candidates, LeakError, evaluate, evaluate_candidates, evaluate_titles
-from speeder.prompts import pack_batch
-from speeder.recipe import recipe_from_dict
-from speeder.title_writer import written_title
-from speeder.training import TrainingSequences, train
+from speeder.evaluation.candidates import Candidates
+from speeder.evaluation.leaks import LeakError
+from speeder.evaluation.protocols import evaluate, evaluate_candidates, evaluate_titles
+from speeder.model.sequences import pack_batch
+from speeder.model.title_writer import written_title
+from speeder.recipes.load import recipe_from_dict
+from speeder.training.dataset import TrainingSequences
+from speeder.training.run import train
 from tests.baselines.text_worlds import NAMES, cycle_world, save_text_backbone, train_with_a_stop
 
 ITEMS = len(NAMES)

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.interactions import Interactions
-from speeder.model import SpeederForCausalLM
-from speeder.recipe import Recipe
-from speeder.trainer import CheckpointMarker
-from speeder.training import train
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.recipes.schema import Recipe
+from speeder.training.callbacks import CheckpointMarker
+from speeder.training.run import train
 
 NAMES = (
     "Amber",

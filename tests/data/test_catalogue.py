@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from speeder.data import ItemCatalogue
 from speeder.errors import SpeederError
-from tests.data.killing import killed_at
+from tests.io.killing import killed_at
 
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 

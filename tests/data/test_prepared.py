@@ -7,7 +7,7 @@ import torch
 
 from speeder.data import Interactions, ItemCatalogue, PreparedData
 from speeder.errors import SpeederError
-from tests.data.killing import killed_at
+from tests.io.killing import killed_at
 
 
 def prepared(items: int = 3) -> PreparedData:

@@ -9,13 +9,12 @@ import torch
 from tqdm import tqdm
 
 from speeder.data import PreparedData
-from speeder.data.prepare import prepare
-from speeder.encoders.image import ImageEncoder  # noqa: F401  (so that forked processes have it)
-from speeder.encoders.text import TextEncoder
 from speeder.errors import SpeederError
-from speeder.recipe import load_recipe
-from speeder.trainer import SpeederTrainer
-from speeder.training import train
+from speeder.prepare.encoders.text import TextEncoder
+from speeder.prepare.pipeline import prepare
+from speeder.recipes.load import load_recipe
+from speeder.training.run import train
+from speeder.training.trainer import SpeederTrainer
 
 
 def begin(log: Path) -> None:

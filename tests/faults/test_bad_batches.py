@@ -8,16 +8,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from speeder.averaging import AVERAGE_FILE
-from speeder.bad_batches import check_weights
 from speeder.data import PreparedData
-from speeder.data.synthetic import synthetic_world
 from speeder.errors import SpeederError
-from speeder.model import SpeederForCausalLM
-from speeder.recipe import load_recipe, recipe_from_dict
-from speeder.run_folder import stage_logs
-from speeder.trainer import SpeederTrainer
-from speeder.training import train
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.prepare.synthetic import synthetic_world
+from speeder.recipes.load import load_recipe, recipe_from_dict
+from speeder.training.bad_batches import check_weights
+from speeder.training.ema import AVERAGE_FILE
+from speeder.training.run import train
+from speeder.training.run_folder import stage_logs
+from speeder.training.trainer import SpeederTrainer
 from tests.faults import jobs
 from tests.faults.processes import free_port, start
 from tests.model.worlds import save_tiny_backbone
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch):
     """`jobs.spoil`, undone after the test; meanwhile all checkpoints stay."""
-    monkeypatch.setattr("speeder.trainer.remove_checkpoint", lambda folder: None)
+    monkeypatch.setattr("speeder.training.trainer.remove_checkpoint", lambda folder: None)
     monkeypatch.setattr(SpeederTrainer, "compute_loss", SpeederTrainer.compute_loss)
     return jobs.spoil
 

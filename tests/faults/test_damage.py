@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from speeder.cli import main
+from speeder.cli.main import main
 from speeder.data import PreparedData
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.features import add_features
-from speeder.data.synthetic import synthetic_world
-from speeder.encoders.cache import FeatureCache, content_key, write_shard
-from speeder.encoders.text import TextEncoder
 from speeder.errors import SpeederError
-from speeder.items import encode_items
-from speeder.model import SpeederForCausalLM
-from speeder.token_shards import TokenShards, write_token_shards
-from tests.encoders.tiny import save_bert
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.prepare.encoders.cache import FeatureCache, content_key, write_shard
+from speeder.prepare.encoders.text import TextEncoder
+from speeder.prepare.features import add_features
+from speeder.prepare.new_items import encode_items
+from speeder.prepare.synthetic import synthetic_world
+from speeder.retrieval.shards import TokenShards, write_token_shards
 from tests.model.worlds import tiny_model
+from tests.prepare.encoders.tiny import save_bert
 
 
 def cut(path: Path) -> None:
@@ -202,7 +202,7 @@ def test_features_that_are_not_finite_in_a_file(tmp_path: Path) -> None:
     """Someone's own file with a manifest in order: refused on loading, the item named."""
     from safetensors.torch import load_file, save_file
 
-    from speeder.data.files import describe_files
+    from speeder.io.files import describe_files
 
     folder = tmp_path / "catalogue"
     ItemCatalogue(["a", "b"], features={"text": torch.ones(2, 3)}).save(folder)

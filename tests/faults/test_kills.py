@@ -18,18 +18,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from speeder.checkpoints import COMPLETE
 from speeder.data import PreparedData
-from speeder.data.synthetic import synthetic_world
-from speeder.encoders.cache import FeatureCache
-from speeder.encoders.text import TextEncoder
-from speeder.evaluate import evaluate
-from speeder.model import SpeederForCausalLM
-from speeder.run_folder import stage_logs
-from tests.encoders.tiny import WORDS, save_bert
+from speeder.evaluation.protocols import evaluate
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.prepare.encoders.cache import FeatureCache
+from speeder.prepare.encoders.text import TextEncoder
+from speeder.prepare.synthetic import synthetic_world
+from speeder.training.checkpoints import COMPLETE
+from speeder.training.run_folder import stage_logs
 from tests.faults import jobs
 from tests.faults.processes import killed, run, start
 from tests.model.worlds import save_tiny_backbone
+from tests.prepare.encoders.tiny import WORDS, save_bert
 
 SEED = int(os.environ.get("SPEEDER_KILL_SEED", "8"))
 RECIPE = {

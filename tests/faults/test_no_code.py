@@ -11,22 +11,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from speeder.assets import unpack
-from speeder.baselines.registry import load_recommender
-from speeder.cli import main
+from speeder.baselines.auto import load_recommender
+from speeder.cli.main import main
 from speeder.data import PreparedData
-from speeder.data.synthetic import synthetic_world
-from speeder.encoders.image import ImageEncoder
-from speeder.encoders.text import TextEncoder
 from speeder.errors import SpeederError
-from speeder.loading import load_backbone, load_tokenizer
-from speeder.model import SpeederForCausalLM
-from speeder.processor import SpeederProcessor
-from speeder.recipe import recipe_from_dict
-from speeder.trainer import CheckpointMarker
-from speeder.training import train
-from tests.encoders.tiny import save_bert, save_clip
+from speeder.io.assets import unpack
+from speeder.model.loading import load_backbone, load_tokenizer
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.processor import SpeederProcessor
+from speeder.prepare.encoders.image import ImageEncoder
+from speeder.prepare.encoders.text import TextEncoder
+from speeder.prepare.synthetic import synthetic_world
+from speeder.recipes.load import recipe_from_dict
+from speeder.training.callbacks import CheckpointMarker
+from speeder.training.run import train
 from tests.model.worlds import save_tiny_backbone, tiny_model
+from tests.prepare.encoders.tiny import save_bert, save_clip
 
 AUTO = {
     name: f"evil.Evil{name.removeprefix('Auto')}"

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from speeder.config import CACHE_NAME
 from speeder.errors import SpeederError
-from speeder.model import SpeederForCausalLM
+from speeder.model.config import CACHE_NAME
+from speeder.model.modeling import SpeederForCausalLM
 from tests.model.worlds import FAMILIES, TEXT, tiny_backbone, tiny_catalogue, tiny_model
 
 NEAR = dict(atol=2e-6, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speeder.mrc import CLOSED, drop_fitted
+from speeder.model.mrc import CLOSED, drop_fitted
 from tests.model.worlds import tiny_model
 
 FITTED = torch.tensor([False, False, True, True])

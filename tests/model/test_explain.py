@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speeder.explain import explain, leave_one_out
+from speeder.model.explain import explain, leave_one_out
 from tests.model.worlds import tiny_model
 
 ITEMS = 20

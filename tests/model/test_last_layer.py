@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speeder.last_layer import last_layer_computes
-from speeder.prompts import pack_batch
+from speeder.model.last_layer import last_layer_computes
+from speeder.model.sequences import pack_batch
 from tests.model.worlds import FAMILIES, tiny_model
 
 NEAR = dict(atol=2e-6, rtol=1e-5)

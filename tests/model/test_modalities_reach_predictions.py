@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
-from speeder.data.synthetic import synthetic_world
-from speeder.model import SpeederForCausalLM
-from speeder.mrc import CLOSED
-from speeder.prompts import build_sequence, pack_batch
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.mrc import CLOSED
+from speeder.model.sequences import build_sequence, pack_batch
+from speeder.prepare.synthetic import synthetic_world
 from tests.model.worlds import TEXT, tiny_backbone
 
 CHANCE = 1 / 6

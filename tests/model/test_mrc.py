@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
-from speeder.mrc import CLOSED, drop_modalities
+from speeder.model.mrc import CLOSED, drop_modalities
 from tests.model.worlds import tiny_catalogue, tiny_model
 
 
@@ -166,7 +166,7 @@ def test_catalogues_that_do_not_fit_are_refused_and_change_nothing():
 
 
 def test_a_model_without_a_catalogue_says_so():
-    from speeder.model import SpeederForCausalLM
+    from speeder.model.modeling import SpeederForCausalLM
 
     model = SpeederForCausalLM(tiny_model().config)
     with pytest.raises(SpeederError, match="no catalogue"):

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from speeder.config import SpeederConfig
-from speeder.data.synthetic import synthetic_world
 from speeder.evaluation.metrics import target_ranks
-from speeder.negatives import NegativeSampler, candidate_cross_entropy
-from speeder.recipe import recipe_from_dict
-from speeder.run_folder import stage_logs
-from speeder.streamed_ranking import streamed_ranks
-from speeder.training import train
+from speeder.model.config import SpeederConfig
+from speeder.model.negatives import NegativeSampler, candidate_cross_entropy
+from speeder.model.streamed_ranking import streamed_ranks
+from speeder.prepare.synthetic import synthetic_world
+from speeder.recipes.load import recipe_from_dict
+from speeder.training.run import train
+from speeder.training.run_folder import stage_logs
 from speeder_kernels import item_cross_entropy
 from tests.model.worlds import TEXT, save_tiny_backbone, tiny_model
 

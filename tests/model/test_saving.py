@@ -9,11 +9,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from speeder.config import SpeederConfig
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
-from speeder.model import SpeederForCausalLM
-from speeder.processor import SpeederProcessor, template_ids
+from speeder.model.config import SpeederConfig
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.processor import SpeederProcessor, template_ids
 from tests.model.worlds import TEXT, save_tiny_backbone, tiny_catalogue, tiny_model
 
 HISTORIES = [[1, 2, 3], [4], list(range(10, 19))]

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import StaticCache
 
-from speeder.config import CACHE_NAME
-from speeder.layout import cu_seqlens, item_ranks, item_slots
-from speeder.prompts import TokenSequence, build_sequence, pack_batch, pad_batch
+from speeder.model.config import CACHE_NAME
+from speeder.model.packing import cu_seqlens, item_ranks, item_slots
+from speeder.model.sequences import TokenSequence, build_sequence, pack_batch, pad_batch
 from tests.model.worlds import TEXT, tiny_model
 
 NEAR = dict(atol=5e-5, rtol=1e-4)  # logits reach 7: some roundings of float32 at that size

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.model import SpeederForCausalLM
+from speeder.model.modeling import SpeederForCausalLM
 
 TEXT = 64  # text tokens of the tiny backbones
 FAMILIES = {

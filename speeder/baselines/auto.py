@@ -1,0 +1,51 @@
+"""The text baselines by name, and the right class for a saved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from speeder.baselines.sasrec.model import SASRec
+from speeder.baselines.text.base import TextBaseline, TextBaselineConfig
+from speeder.baselines.text.text_prompt import TextPrompt
+from speeder.baselines.text.title_generation import TitleGeneration
+from speeder.baselines.text.yes_no import YesNo
+from speeder.errors import SpeederError
+from speeder.io.files import read_json
+from speeder.model.modeling import SpeederForCausalLM
+
+_CLASSES: dict[str, type[TextBaseline]] = {kind.name: kind for kind in (TextPrompt, TitleGeneration, YesNo)}
+
+
+def baseline_class(name: str) -> type[TextBaseline]:
+    """The class of a baseline.
+
+    Raises:
+        SpeederError: there is none of that name.
+    """
+    if name not in _CLASSES:
+        raise SpeederError(f"baseline: expected one of {', '.join(_CLASSES)}, got {name!r}")
+    return _CLASSES[name]
+
+
+def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
+    """A saved recommender, be it Speeder, a text baseline or SASRec.
+
+    Raises:
+        SpeederError: the folder holds neither, or it is damaged.
+    """
+    config = read_json(Path(folder) / "config.json")
+    if config.get("model_type") == TextBaselineConfig.model_type:
+        return baseline_class(config.get("baseline", "")).from_pretrained(folder)
+    if "model_type" not in config:  # theirs is no Hugging Face model
+        return SASRec.load(folder)
+    return SpeederForCausalLM.from_pretrained(folder)
+
+
+def load_model(folder: Path) -> SpeederForCausalLM | SASRec:
+    """The recommender in a folder; SpeederError where a file of it is missing or damaged."""
+    try:
+        return load_recommender(folder)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise SpeederError(f"{folder}: not a readable recommender: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,1 @@
+"""SASRec with cross-entropy over the whole catalogue: the sequential baseline."""

@@ -1,0 +1,102 @@
+"""One file that holds all that SASRec's training needs to go on after a stop, to the same result."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from speeder.errors import SpeederError
+from speeder.io.files import atomic_path
+
+
+@dataclass
+class Progress:
+    """How far training has come.
+
+    Attributes:
+        epoch, step: finished ones. best, best_epoch: the highest validation NDCG@10 and its epoch.
+        records: what was logged after each epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = 0
+    records: list[dict] = field(default_factory=list)
+
+
+def save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    best_weights: dict[str, Tensor] | None,
+    progress: Progress,
+    rng: np.random.Generator,
+    identity: str,
+) -> None:
+    """Write everything, random states included, into one safetensors file, whole or not at all.
+
+    Args:
+        identity: tells this training from others; `load_checkpoint` wants the same.
+    """
+    groups = {"model": model.state_dict(), "best": best_weights or {}}
+    for number, weight in enumerate(model.parameters()):
+        groups[f"optimizer/{number}"] = optimizer.state[weight]
+    tensors = {
+        f"{group}/{name}": value.detach().cpu().contiguous()
+        for group, values in groups.items()
+        for name, value in values.items()
+    }
+    tensors["random/cpu"] = torch.get_rng_state()
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+    state = {"identity": identity, "progress": asdict(progress), "rng": rng.bit_generator.state}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"state": json.dumps(state)})
+
+
+def load_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rng: np.random.Generator,
+    identity: str,
+) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Put a model, an optimizer and both random states where `save_checkpoint` found them.
+
+    Returns:
+        the progress, and the best epoch's weights (None where there was no validation).
+
+    Raises:
+        SpeederError: the file is damaged, or of another training.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            state = json.loads(file.metadata()["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        if state["identity"] != identity:
+            raise SpeederError(f"{path}: is of another training (settings, seed or data differ)")
+        device = next(model.parameters()).device
+        model.load_state_dict(_group(tensors, "model"))
+        for number, weight in enumerate(model.parameters()):
+            moments = _group(tensors, f"optimizer/{number}")
+            optimizer.state[weight] = {name: value.to(weight.device) for name, value in moments.items()}
+        torch.set_rng_state(tensors["random/cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random/cuda"], device)
+        rng.bit_generator.state = state["rng"]
+        best = {name: value.to(device) for name, value in _group(tensors, "best").items()}
+        return Progress(**state["progress"]), best or None
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise SpeederError(f"{path}: not a checkpoint of this SASRec: {error}") from error
+
+
+def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
+    start = group + "/"
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}

@@ -1,0 +1,167 @@
+"""SASRec trained with cross-entropy over the whole catalogue: the sequential baseline, tuned to be strong.
+
+A causal pre-norm transformer over item embeddings with learned positions; scores are dot products with the
+same item embeddings. The architecture is that of Kang and McAuley (2018, arXiv 1808.09781); the full softmax
+in place of its sampled binary loss is what makes it a hard baseline to beat (Klenitskiy and Vasilev 2023,
+arXiv 2309.07602).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from speeder.errors import SpeederError
+from speeder.io.files import atomic_path, read_json, sha256_file, write_json
+from speeder.recipes.sasrec import SASRecConfig
+
+
+class SASRec(nn.Module):
+    """The model. ``fit_sasrec`` makes a trained one.
+
+    Attributes:
+        label: what its row in a table is called.
+        training_hash: what it was fitted on, for the leak check; None where it was not fitted by ``fit``.
+    """
+
+    label = "SASRec (cross-entropy)"
+
+    def __init__(self, num_items: int, config: SASRecConfig | None = None) -> None:
+        super().__init__()
+        if num_items < 1:
+            raise ValueError(f"num_items: expected at least 1, got {num_items}")
+        config = config or SASRecConfig()
+        self.num_items, self.config = num_items, config
+        self.training_hash: str | None = None
+        self.items = nn.Embedding(num_items, config.hidden_size)
+        self.positions = nn.Embedding(config.max_length, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        for embedding in (self.items, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, items_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        """Items (B, L) int64, padded on the right with any item -> hidden states (B, L, hidden_size).
+
+        Attention is causal, so what stands on the right of a position, padding included, does not touch it.
+        Positions count from a sequence's end, so that the place from which the future is predicted is always
+        one that training has met, however much longer histories have become since.
+        """
+        steps_L = torch.arange(items_BL.shape[1], device=items_BL.device)
+        from_end_BL = (lengths_B[:, None] - 1 - steps_L).clamp_min(0)
+        # as in the paper's code: else the blocks' outputs drown the items
+        scale = self.config.hidden_size**0.5
+        hidden = self.dropout(self.items(items_BL) * scale + self.positions(from_end_BL))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.norm(hidden)
+
+    @torch.inference_mode()
+    def score(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """Histories of item indices, oldest first -> (n, I) float32 scores on the CPU.
+
+        Raises:
+            ValueError: an empty history.
+            IndexError: an item outside the catalogue.
+        """
+        if not len(histories):
+            return torch.empty(0, self.num_items)
+        device = self.items.weight.device
+        tails = [np.asarray(history, dtype=np.int64)[-self.config.max_length :] for history in histories]
+        check_sequences("histories", tails, self.num_items)
+        lengths = torch.tensor([len(tail) for tail in tails], device=device)
+        if not lengths.all():
+            raise ValueError(
+                f"histories: expected at least one item each, number {int(lengths.argmin())} is empty"
+            )
+        was_training = self.training
+        self.eval()
+        hidden = self(pad(tails).to(device), lengths)
+        self.train(was_training)
+        last = hidden[torch.arange(len(tails), device=device), lengths - 1]
+        return (last @ self.items.weight.T).float().cpu()
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write ``model.safetensors`` and ``config.json`` into a folder, each atomically.
+
+        The configuration holds the weights' SHA-256, so that an interrupted save is noticed when it is
+        loaded.
+        """
+        folder = Path(folder)
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        with atomic_path(folder / "model.safetensors") as temporary:
+            save_file(weights, temporary)
+        config = {
+            "num_items": self.num_items,
+            "training_hash": self.training_hash,
+            "config": asdict(self.config),
+        }
+        write_json(folder / "config.json", config | {"weights": sha256_file(folder / "model.safetensors")})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> SASRec:
+        """Read what ``save`` wrote, in evaluation mode on the CPU.
+
+        Raises:
+            SpeederError: a file is missing or damaged, or the two do not belong together.
+        """
+        folder = Path(folder)
+        saved = read_json(folder / "config.json")
+        try:
+            if sha256_file(folder / "model.safetensors") != saved["weights"]:
+                raise ValueError("model.safetensors is not the file that config.json was saved with")
+            model = cls(saved["num_items"], SASRecConfig(**saved["config"]))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model.training_hash = saved["training_hash"]
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+            raise SpeederError(f"{folder}: not a saved SASRec: {error}") from error
+        return model.eval()
+
+
+class _Block(nn.Module):
+    """Pre-norm causal attention and a GELU feed-forward layer, each with a residual connection."""
+
+    def __init__(self, config: SASRecConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.dropout = config.heads, config.dropout
+        self.attention_norm, self.forward_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        batch, length, _ = x_BLC.shape
+        qkv = self.qkv(self.attention_norm(x_BLC)).view(batch, length, 3, self.heads, -1)
+        q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4)
+        # No dropout inside the attention: it would cost the fused kernel.
+        mixed_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=True)
+        x_BLC = x_BLC + self._drop(self.out(mixed_BHLD.transpose(1, 2).flatten(2)))
+        return x_BLC + self._drop(self.down(F.gelu(self.up(self.forward_norm(x_BLC)))))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def pad(sequences: Sequence[np.ndarray]) -> Tensor:
+    """Sequences of items -> (n, longest) int64, padded on the right with item 0, which nothing reads."""
+    return nn.utils.rnn.pad_sequence([torch.from_numpy(sequence) for sequence in sequences], batch_first=True)
+
+
+def check_sequences(name: str, sequences: Sequence[np.ndarray], num_items: int) -> None:
+    """Raise IndexError unless every item of every sequence lies in ``0..num_items-1``."""
+    for number, sequence in enumerate(sequences):
+        if len(sequence) and not 0 <= sequence.min() <= sequence.max() < num_items:
+            raise IndexError(
+                f"{name}: expected items in 0..{num_items - 1}, "
+                f"number {number} has {sequence.min()}..{sequence.max()}"
+            )

@@ -1,0 +1,1 @@
+"""Baselines that read items as text, on the backbone that Speeder wraps."""

@@ -1,0 +1,185 @@
+"""What the three text baselines share: the backbone that Speeder wraps, reading items as titles in place of tokens.
+
+They run through Speeder's own packed forward pass, attention kernel, losses and trainer, with SPAE's tables left out.
+What separates them from Speeder is therefore how an item is read and how an answer is given, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.errors import SpeederError
+from speeder.model.config import SpeederConfig
+from speeder.model.loading import catalogue_folder, from_backbone, load_tokenizer
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.processor import HISTORY
+from speeder.model.sequences import IGNORED, TokenSequence
+from speeder.model.title_prompts import line_end, text_ids, title_rows
+
+_PACK_TOKENS = 16_384  # tokens that run through the backbone at once
+
+
+class TextBaselineConfig(SpeederConfig):
+    """Configuration of a text baseline.
+
+    Args:
+        baseline: which one: `text-prompt`, `title-generation` or `yes-no`.
+        template: the prompt, with the fields of its baseline in braces.
+        max_title_tokens: a longer title is cut.
+        num_candidates: items to choose from, target included, in the examples that title generation trains on.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    model_type = "speeder-baseline"
+
+    baseline: str = ""
+    template: str = HISTORY
+    max_title_tokens: int = 32
+    num_candidates: int = 20
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name, least in (("max_title_tokens", 1), ("num_candidates", 2)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)!r}")
+
+
+class TextBaseline(SpeederForCausalLM):
+    """A causal language model over titles. Subclasses say what a prompt looks like and how it is answered.
+
+    Attributes:
+        name: as recipes call it.
+        label: as tables call it.
+        fields: of the template, in order.
+        usual_template: the prompt where the recipe gives none.
+    """
+
+    config_class = TextBaselineConfig
+    name: ClassVar[str]
+    label: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]] = ("history",)
+    usual_template: ClassVar[str] = HISTORY
+    settings: ClassVar[dict] = {}
+
+    def __init__(self, config: TextBaselineConfig):
+        if config.baseline != self.name:
+            raise SpeederError(f"expected a {self.name!r} baseline, got {config.baseline!r}")
+        super().__init__(config)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._titles: list[list[int]] = []
+
+    @classmethod
+    def from_backbone(
+        cls,
+        name_or_model: str | Path | PreTrainedModel,
+        catalogue: ItemCatalogue,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: str = HISTORY,
+        **config,
+    ):
+        """Wrap a causal language model, as `SpeederForCausalLM.from_backbone` does.
+
+        Args:
+            tokenizer: the backbone's; by default the one that lies with it.
+            template: the prompt; `"{history}"` alone means the baseline's usual one.
+
+        Raises:
+            SpeederError: as there, or the template lacks a field of the baseline.
+        """
+        plain = dict(position_prompts=False, absolute_bias=False, relative_bias=False, modalities=[])
+        template = cls.usual_template if template == HISTORY else template
+        own = plain | cls.settings | {"baseline": cls.name, "template": template}
+        model = from_backbone(cls, name_or_model, catalogue, **own | config)
+        model.set_tokenizer(load_tokenizer(name_or_model) if tokenizer is None else tokenizer)
+        return model
+
+    # ---- titles and prompts ---------------------------------------------------------------------------------
+
+    def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take the tokenizer, and with it the prompt's pieces and the titles' tokens.
+
+        Raises:
+            SpeederError: it has no token that could end a title, or the template lacks a field.
+        """
+        self.tokenizer, self.title_end = tokenizer, line_end(tokenizer)
+        rest, self.pieces = self.config.template, []
+        for field in self.fields:
+            before, found, rest = rest.partition("{" + field + "}")
+            if not found:
+                wanted = ", then ".join("{" + name + "}" for name in self.fields)
+                raise SpeederError(f"template: expected {wanted}, got {self.config.template!r}")
+            self.pieces.append(text_ids(tokenizer, before))
+        self.pieces.append(text_ids(tokenizer, rest))
+        self._titles = []
+
+    def title(self, item: int) -> list[int]:
+        """An item's title (its id, where it has none) as token ids, and the line's end after it."""
+        if not self._titles:
+            self._titles = title_rows(self.tokenizer, self.catalogue, self.config.max_title_tokens)
+        return self._titles[item]
+
+    def lines(self, items: Sequence[int]) -> list[int]:
+        """Titles one a line; of a history, give the newest `config.max_history` items."""
+        return [token for item in items for token in self.title(item)]
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Attach the catalogue whose titles are read."""
+        self.catalogue, self._titles = catalogue, []
+        self.config.num_items = 0  # no item is a token: the vocabulary is the backbone's
+
+    def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
+        """None: no modality is weighed."""
+        return {}
+
+    # ---- saving and loading ---------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """Save weights, configuration, catalogue and tokenizer."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, catalogue: ItemCatalogue | None = None, **kwargs
+    ):
+        """Load a saved baseline; see `SpeederForCausalLM.from_pretrained`."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, catalogue=catalogue, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.catalogue is None:
+            folder = catalogue_folder(pretrained_model_name_or_path)
+            model.set_catalogue(ItemCatalogue.load(folder) if catalogue is None else catalogue)
+        model.set_tokenizer(
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False)
+        )
+        return loaded
+
+
+def text_sequence(prompt: Sequence[int], answer: Sequence[int] = ()) -> TokenSequence:
+    """A prompt, and in training the text that is to follow it."""
+    ids = [*prompt, *answer]
+    return TokenSequence(ids, [-1] * len(ids), [IGNORED] * len(prompt) + list(answer))
+
+
+def packs(sequences: Sequence[TokenSequence], tokens: int = _PACK_TOKENS) -> Iterator[list[TokenSequence]]:
+    """Sequences in order, as many at a time as have no more than so many tokens together (but at least one)."""
+    pack, size = [], 0
+    for sequence in sequences:
+        if pack and size + len(sequence.ids) > tokens:
+            yield pack
+            pack, size = [], 0
+        pack.append(sequence)
+        size += len(sequence.ids)
+    if pack:
+        yield pack
+
+
+AutoConfig.register("speeder-baseline", TextBaselineConfig)

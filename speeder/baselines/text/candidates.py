@@ -1,0 +1,55 @@
+"""What title generation and yes/no share: they choose among candidates, so they train and are checked on some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from speeder.baselines.text.base import TextBaseline
+from speeder.data.interactions import LeaveOneOut
+from speeder.errors import SpeederError
+from speeder.evaluation.candidates import Candidates, draw_items
+from speeder.evaluation.metrics import metric_values
+
+VALIDATION_USERS = 100  # of those that checkpoints are chosen by: one user costs these baselines many passes
+
+
+class CandidateBaseline(TextBaseline):
+    """A text baseline that cannot rank a whole catalogue."""
+
+    ranks_catalogue = False
+
+    def training_negatives(self, number: int, count: int, whole: np.ndarray) -> list[int]:
+        """Negatives of the training example of that number: the same in every epoch and after every resume.
+
+        They lie outside what the user's training part holds; that a held-out item may be among them is right, since
+        leaving it out would tell of it.
+        """
+        known = set(whole.tolist())
+        count = min(count, len(self.catalogue) - len(known))
+        return draw_items(0, "training", number, count, len(self.catalogue), known)
+
+    def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
+        """NDCG@10 and HR@10 among 1 + 19 candidates of some validation users, evenly taken."""
+        targets, histories = np.asarray(split.targets("validation")), split.histories("validation")
+        count = min(self.config.num_candidates - 1, len(self.catalogue) - max(map(len, histories)) - 1)
+        if count < 1:
+            raise SpeederError("validation: a user has seen all items, which leaves no negatives")
+        rows = np.unique(np.linspace(0, len(targets) - 1, min(VALIDATION_USERS, len(targets))).astype(int))
+        drawn = Candidates.draw(split, "validation", len(self.catalogue), count, rows=rows)
+        histories, targets = [histories[row] for row in rows], targets[rows]
+        ranks = self.target_places(histories, drawn.listed(targets), targets)
+        return {name: float(metric_values(ranks, name).mean()) for name in ("NDCG@10", "HR@10")}
+
+    def target_places(
+        self, histories: Sequence[np.ndarray], candidates: np.ndarray, targets: np.ndarray
+    ) -> np.ndarray:
+        """Each target's rank among its candidates, `(n,)` int64."""
+        raise NotImplementedError
+
+    def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
+        raise SpeederError(f"{self.name} ranks candidates alone, not a whole catalogue")
+
+    def _newest(self, history: Sequence[int]) -> list[int]:
+        return [int(item) for item in history][-self.config.max_history :]

@@ -1,0 +1,51 @@
+"""`speeder compare`: its arguments, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from speeder.cli.shared import protocol_arguments
+from speeder.errors import SpeederError
+
+SUMMARY = (
+    "Test whether evaluated runs differ: paired bootstrap and permutation test over users, corrected by Holm."
+)
+EXAMPLE = "speeder compare runs/first runs/second --out runs/comparison"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `speeder compare`."""
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, or files of their evaluations/"
+    )
+    protocol_arguments(parser)
+    parser.add_argument("--metric", help="which one (default: NDCG@10, or VHR@1 with --protocol vhr)")
+    parser.add_argument(
+        "--seen", choices=["masked", "allowed"], default="masked", help="items of the history"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.md, .tex and .json there")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Test whether evaluated runs differ, and print the report.
+
+    Raises:
+        SpeederError: with one readable line, for what a user can get wrong.
+    """
+    from speeder.baselines import Popularity, SASRec
+    from speeder.evaluation.compare import compare, comparison_report, load_baselines, load_runs
+    from speeder.studies.evaluate_run import check_protocol, measure_folder
+
+    count = options.negatives
+    check_protocol(options.protocol, count, options.candidates_seed)
+    folder = measure_folder(options.split, options.protocol, count, options.candidates_seed)
+    evaluations = load_runs(options.runs, folder)
+    metric = options.metric or next(iter(evaluations.values())).main_metric
+    try:
+        tests = compare(evaluations, metric, options.seen)
+    except ValueError as error:
+        raise SpeederError(f"compare: {error}") from error
+    names = (Popularity.label, SASRec.label)
+    others = load_baselines(options.runs, folder, next(iter(evaluations.values())).task, names)
+    print(comparison_report(evaluations, tests, metric, options.seen, options.out, others))

@@ -1,0 +1,37 @@
+"""`speeder describe`: its arguments, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from speeder.errors import SpeederError
+
+SUMMARY = "Print what prepared data hold: sizes, history lengths, modalities, costs in tokens."
+EXAMPLE = "speeder describe data/beauty --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `speeder describe`."""
+    parser.add_argument("data", type=Path, metavar="DIR", help="prepared data")
+    parser.add_argument(
+        "--tokenizer",
+        default="smollm2-135m",
+        metavar="MODEL",
+        help="counts what a text costs: an asset, a folder or a Hub id (default: %(default)s)",
+    )
+    parser.add_argument("--tokens-per-item", type=int, default=1, metavar="K", help="of Speeder (default: 1)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print what prepared data hold.
+
+    Raises:
+        SpeederError: with one readable line, for what a user can get wrong.
+    """
+    from speeder.data.describe import describe
+    from speeder.data.prepared import PreparedData
+
+    if options.tokens_per_item < 1:
+        raise SpeederError(f"--tokens-per-item: expected at least 1, got {options.tokens_per_item}")
+    print(describe(PreparedData.load(options.data), options.tokenizer, options.tokens_per_item))

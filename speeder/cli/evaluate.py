@@ -1,0 +1,82 @@
+"""`speeder evaluate`: its arguments, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from speeder.cli.shared import protocol_arguments, ray_arguments, runner_for
+from speeder.errors import SpeederError
+
+SUMMARY = "Rank the catalogue, or candidates, for every test user, beside popularity and SASRec."
+EXAMPLE = "speeder evaluate runs/first --protocol vhr"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `speeder evaluate`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of a finished training")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="where the run's data lie now, if they were moved"
+    )
+    protocol_arguments(parser)
+    parser.add_argument(
+        "--answers",
+        choices=["ranking", "titles"],
+        default="ranking",
+        help="titles: with --protocol vhr, Speeder also answers by writing a title, in a row of its own"
+        " (for recipes whose stages have `titles`; default: ranking)",
+    )
+    parser.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
+    ray_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Rank for every user, keep the results in the run, and print them.
+
+    Raises:
+        SpeederError: with one readable line, for what a user can get wrong.
+    """
+    from speeder.baselines.auto import load_model
+    from speeder.baselines.sasrec.model import SASRec
+    from speeder.data.runs import data_folder_of, find_model
+    from speeder.prepare.new_items import without_added
+    from speeder.studies.cold_start import evaluate_cold_run
+    from speeder.studies.evaluate_run import (
+        ask_here,
+        baselines,
+        check_protocol,
+        evaluate_answers,
+        measure_folder,
+        measure_for,
+        run_data,
+        write_results,
+    )
+
+    model_folder = find_model(options.run)
+    run, runner = model_folder.parent, runner_for(options)
+    check_protocol(options.protocol, options.negatives, options.candidates_seed, options.answers)
+    data = run_data(run, options.data)
+    model = load_model(model_folder)
+    if added := without_added(model, data.catalogue):
+        print(f"Note: {added} items that were added after training are left out")
+    cold, folder, ask_for = options.protocol == "cold-items", data_folder_of(run, options.data), ask_here
+    if runner is not None:
+        from speeder.studies.evaluate_in_parts import RunAsked
+
+        ask_for = RunAsked(run, model_folder, folder, runner, cold)
+    if cold:
+        measure_folder(options.split, options.protocol)  # refuses another split
+        how = {"with_baselines": not options.no_baselines, "ask_for": ask_for}
+        print(evaluate_cold_run(run, model, data, folder, **how))
+        return
+    measure = measure_for(
+        run, data, options.split, options.protocol, options.negatives, options.candidates_seed, ask_for
+    )
+    with_sasrec = not isinstance(model, SASRec)
+    try:
+        rows = evaluate_answers(run, model, measure, options.answers)
+        others = {} if options.no_baselines else baselines(run, measure, with_sasrec=with_sasrec)
+        table = write_results(run, others | rows, measure.folder)
+    except ValueError as error:  # such as a model over another catalogue than the data's
+        raise SpeederError(f"evaluate: {error}") from error
+    print(table)

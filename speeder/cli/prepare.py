@@ -1,0 +1,139 @@
+"""`speeder prepare`: its arguments, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from speeder.cli.shared import ray_arguments, runner_for
+from speeder.errors import SpeederError
+
+SUMMARY = (
+    "Make a catalogue with features and a split from raw files, or from an asset (ml-100k without PATH)."
+)
+EXAMPLE = (
+    "speeder prepare amazon-2018 raw/ --out data/beauty --k-core 5"
+    "\n  speeder prepare ml-100k --out data/ml-100k --posters posters/"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `speeder prepare`."""
+    parser.add_argument(
+        "name",
+        choices=["amazon-2014", "amazon-2018", "amazon-2023", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-latest",
+                 "microlens", "plain", "sequences"],
+        metavar="NAME",
+        help="the raw format: %(choices)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "path", type=Path, nargs="?", metavar="PATH", help="file of interactions, or the folder of all files"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--items", type=Path, metavar="FILE", help="file of items, if PATH is no folder with it"
+    )
+    parser.add_argument(
+        "--images",
+        "--posters",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures named by item id, for the image modality",
+    )
+    parser.add_argument(
+        "--k-core",
+        type=int,
+        metavar="K",
+        help="drop users and items with fewer interactions, again and again; 1 keeps all"
+        " (default: 5 for amazon-*, else 1)",
+    )
+    parser.add_argument("--min-rating", type=float, metavar="STARS", help="drop interactions rated lower")
+    parser.add_argument(
+        "--repeats",
+        action="store_true",
+        help="let a user take an item several times (default: the earliest counts)",
+    )
+    parser.add_argument(
+        "--time-unit",
+        choices=["s", "ms", "us", "ns"],
+        default="s",
+        help="of the times of plain data (default: s)",
+    )
+    parser.add_argument(
+        "--without",
+        nargs="+",
+        default=[],
+        choices=["text", "image", "collaborative"],
+        metavar="MODALITY",
+        help="leave out text, image or collaborative features",
+    )
+    parser.add_argument(
+        "--text-encoder",
+        metavar="MODEL",
+        help="an asset, a folder or a Hub id, or backbone:MODEL for the mean of a language model's own word"
+        " embeddings (default: minilm)",
+    )
+    parser.add_argument(
+        "--image-encoder",
+        metavar="MODEL",
+        help="an asset, a folder or a Hub id (default: efficientnet-lite0)",
+    )
+    ray_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Make prepared data, and say what is in them.
+
+    Raises:
+        SpeederError: with one readable line, for what a user can get wrong.
+    """
+    from speeder.prepare.pipeline import prepare, prepare_ml100k
+    from speeder.recipes.schema import MODALITIES
+
+    modalities = [name for name in MODALITIES if name not in options.without]
+    runner = runner_for(options)
+    settings: dict = {"modalities": modalities, "runner": runner}
+    if options.text_encoder and "text" in modalities:
+        from speeder.prepare.encoders.text import TextEncoder
+
+        settings["text_encoder"] = TextEncoder(options.text_encoder, runner=runner)
+    if options.image_encoder and "image" in modalities:
+        from speeder.prepare.encoders.image import ImageEncoder
+
+        settings["image_encoder"] = ImageEncoder(options.image_encoder, runner=runner)
+    filters = {
+        "core": options.k_core,
+        "min_rating": options.min_rating,
+        "repeats": options.repeats,
+        "time_unit": options.time_unit,
+    }
+    if options.path is not None:
+        data = prepare(
+            options.name,
+            options.path,
+            options.out,
+            items=options.items,
+            images=options.images,
+            **filters,
+            **settings,
+        )
+    elif options.name != "ml-100k":
+        raise SpeederError(f"prepare: expected the PATH of the raw files of {options.name}")
+    elif options.items or filters != {"core": None, "min_rating": None, "repeats": False, "time_unit": "s"}:
+        raise SpeederError(
+            "prepare: ml-100k is taken whole without PATH; filters need its raw files (u.data, u.item)"
+        )
+    else:
+        data = prepare_ml100k(options.out, posters=options.images, **settings)
+    modalities = ", ".join(
+        f"{name} ({int(data.catalogue.present[name].sum())} of {len(data.catalogue)} items)"
+        for name in data.catalogue.modalities
+    )
+    print(
+        f"{options.out}: {len(data.interactions)} interactions of {len(data.interactions.user_ids)} users with"
+        f" {len(data.catalogue)} items, modalities: {modalities or 'none'}"
+    )
+    dropped = data.manifest["interactions"]["dropped"]
+    if dropped:
+        reasons = ", ".join(f"{lines} {reason}" for reason, lines in sorted(dropped.items()))
+        print(f"dropped: {reasons}; more: speeder describe {options.out}")

@@ -1,0 +1,88 @@
+"""`speeder recommend`: its arguments, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from speeder.cli.shared import ray_arguments, runner_for
+from speeder.errors import SpeederError
+
+SUMMARY = "Recommend the next items for a history of item ids, or for a user of the data."
+EXAMPLE = "speeder recommend runs/first --history 50 172 133 -k 5"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `speeder recommend`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a saved recommender's folder")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--history", nargs="+", metavar="ID", help="item ids, oldest first")
+    who.add_argument("--user", metavar="ID", help="a user of the run's data, with all interactions")
+    who.add_argument(
+        "--histories",
+        type=Path,
+        metavar="PARQUET",
+        help="a file, or a folder of them, of users' histories: columns user and items (lists of ids, oldest first)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="PARQUET",
+        help="with --histories: the file to write (user, items, scores)",
+    )
+    ray_arguments(parser)
+    parser.add_argument(
+        "--index",
+        type=Path,
+        metavar="DIR",
+        help="find items by an index, or by token shards, that `speeder index` wrote",
+    )
+    parser.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
+    parser.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print recommendations for one history, or write those for a file of histories.
+
+    Raises:
+        SpeederError: with one readable line, for what a user can get wrong.
+    """
+    from speeder.baselines.auto import load_model
+    from speeder.data.runs import find_model, run_data
+
+    if options.k < 1:
+        raise SpeederError(f"-k: expected at least 1, got {options.k}")
+    if (options.histories is None) != (options.out is None):
+        raise SpeederError("recommend: expected --histories and --out together")
+    runner = runner_for(options)
+    if runner is not None and options.histories is None:
+        raise SpeederError("--ray: expected --histories, whose users are parted among workers")
+    if options.index is not None and options.histories is not None:
+        raise SpeederError("--index: expected --history or --user, got --histories")
+    model_folder = find_model(options.run)
+    if options.histories is not None:
+        from speeder.serving.recommend_file import recommend_file
+
+        how = {"exclude_seen": not options.include_seen} | ({"runner": runner} if runner else {})
+        users = recommend_file(model_folder, options.histories, options.out, options.k, **how)
+        print(f"{options.out}: {options.k} items for each of {users} users")
+        return
+    history: list[int | str] = options.history
+    if options.user is not None:
+        interactions = run_data(model_folder.parent).interactions
+        if options.user not in interactions.user_ids:
+            raise SpeederError(f"--user: no user {options.user!r} among {len(interactions.user_ids)}")
+        history = interactions.sequences()[interactions.user_ids.index(options.user)].tolist()
+    model = load_model(model_folder)
+    if not hasattr(model, "recommend"):
+        raise SpeederError(f"recommend: expected a run of a language model, got {type(model).__name__}")
+    if options.index is not None:
+        from speeder.retrieval.ann import open_store
+
+        model.use_item_store(open_store(options.index))
+    try:
+        recommended = model.recommend([history], options.k, exclude_seen=not options.include_seen)[0]
+    except (KeyError, ValueError) as error:
+        raise SpeederError(f"recommend: {error.args[0]}") from error
+    for place, item in enumerate(recommended, 1):
+        print(f"{place:3}. {item.id:>10}  {item.score:8.3f}  {item.title}")

@@ -1,0 +1,40 @@
+"""The command `speeder report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+SUMMARY = "Write what a run holds as one HTML file: curves, tables, slices, gates, and users with pictures."
+EXAMPLE = "speeder report runs/first\n  speeder report runs/demo --out demo.html --pictures docs/pictures"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a demo's")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page to write (default: report.html in RUN)"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="where the run's data lie now, if they were moved"
+    )
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="write every chart there too, as PNG and SVG"
+    )
+    parser.add_argument(
+        "--users", type=int, default=4, metavar="N", help="test users that are shown (default: 4)"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    """Do the command's work."""
+    from speeder.studies.report.build import write_report
+
+    path = write_report(
+        options.run,
+        options.out,
+        data_folder=options.data,
+        pictures=options.pictures,
+        users=options.users,
+    )
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")

@@ -1,0 +1,66 @@
+"""`speeder train`: its arguments, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from speeder.cli.shared import recipe_path
+from speeder.errors import SpeederError
+
+SUMMARY = "Train a recommender by a recipe of MPO stages; stop it at any moment, go on with --resume."
+EXAMPLE = "speeder train --data data/ml-100k --recipe ml-100k --out runs/first"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `speeder train`."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (with --resume: as before)")
+    parser.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train by a recipe, or go on with a run.
+
+    Raises:
+        SpeederError: with one readable line, for what a user can get wrong.
+    """
+    from speeder.data.prepared import PreparedData
+    from speeder.data.runs import run_data
+    from speeder.io.files import read_json
+    from speeder.recipes.load import load_recipe, recipe_from_dict
+    from speeder.recipes.sasrec import SASRecRecipe
+    from speeder.studies.evaluate_run import write_training_plots
+    from speeder.training.distributed import processes
+    from speeder.training.run import train
+    from speeder.training.sasrec import train_sasrec
+
+    # torchrun --max-restarts starts all processes again, by the same command
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    options.resume |= restarted and (options.out / "recipe.json").exists()
+    if options.resume and not (options.out / "recipe.json").exists():
+        raise SpeederError(f"{options.out}: expected a run to resume, found none")
+    if not options.resume and (options.data is None or options.recipe is None):
+        raise SpeederError("train: expected --data and --recipe (or --resume)")
+    data = run_data(options.out) if options.data is None else PreparedData.load(options.data)
+    if options.recipe is None:
+        recipe, notes = recipe_from_dict(read_json(options.out / "recipe.json")["recipe"]), []
+    else:
+        recipe, notes = load_recipe(recipe_path(options.recipe)).for_modalities(
+            list(data.catalogue.modalities)
+        )
+    together = processes()
+    if together.use_distributed and isinstance(recipe, SASRecRecipe):
+        raise SpeederError("train: SASRec trains on one process; start it without torchrun")
+    for note in notes if together.is_main_process else []:
+        print(f"Note: {note}")
+    folder = options.data or read_json(options.out / "recipe.json")["data"]
+    train_by = train_sasrec if isinstance(recipe, SASRecRecipe) else train
+    model = train_by(recipe, data, options.out, resume=options.resume, data_folder=folder)
+    if together.is_main_process:
+        write_training_plots(options.out, options.out, model)
+        print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
+        print(f"Look at the run as a page with: speeder report {options.out}")
+    together.destroy_process_group()

@@ -1,0 +1,41 @@
+"""Hashes by which records say what a model or a feature was fitted on, and which features they speak of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+NO_INTERACTIONS = "no interactions"  # a record's word for features that come from items alone
+_CHUNK_BYTES = 1 << 24
+
+
+def training_hash(sequences: Sequence[Sequence[int]]) -> str:
+    """SHA-256 over sequences of item indices, users in order: what a model or a feature was fitted on."""
+    digest = hashlib.sha256(b"speeder training sequences v1")
+    for sequence in sequences:
+        items = np.asarray(sequence, dtype="<i8")
+        digest.update(len(items).to_bytes(8, "little"))
+        digest.update(items.tobytes())
+    return digest.hexdigest()
+
+
+def features_hash(features: torch.Tensor, present: torch.Tensor) -> str:
+    """SHA-256 over `(I, F)` features as float32 and `(I,)` presence: which features a record speaks of.
+
+    They are read a few rows at a time, so that memory-mapped ones need not fit into memory.
+    """
+    count, width = features.shape
+    digest = hashlib.sha256(b"speeder features v1")
+    digest.update(np.array([count, width], dtype="<i8").tobytes())
+    rows = max(1, _CHUNK_BYTES // (4 * width))
+    for start in range(0, count, rows):
+        chunk = features[start : start + rows].detach().cpu().float().numpy()
+        digest.update(np.ascontiguousarray(chunk, dtype="<f4"))
+    digest.update(present.cpu().numpy().astype(np.uint8))
+    return digest.hexdigest()

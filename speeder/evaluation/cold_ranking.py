@@ -1,0 +1,166 @@
+"""Protocol "cold-items": users whose next item no model was trained on, ranked among all items and among the new ones.
+
+The recommender is given the cold items as `add_items` takes them, without training. See `speeder/data/cold.py`.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.evaluation.cold_split import ColdItems
+from speeder.evaluation.evaluation import COLD_ITEMS, COLD_ONLY, NOT_TOLD, TRAINING_PART, Evaluation
+from speeder.evaluation.leaks import (
+    LeakError,
+    check_features,
+    check_model_features,
+    check_split,
+    check_training_hash,
+)
+from speeder.evaluation.metrics import target_ranks
+from speeder.evaluation.scorer import Scorer
+from speeder.evaluation.users import Columns, UserMap, Users, in_this_process
+
+
+def check_cold_items(cold: ColdItems, warm: PreparedData) -> None:
+    """Check that nothing of a cold item, nor what came after it, was within reach of training.
+
+    Raises:
+        LeakError: a cold item is also a warm one or carries features that interactions made; a training part holds
+            what its user took after the target; or the warm set leaks by itself.
+    """
+    check_split(warm.split, warm.interactions)
+    check_features(warm)
+    both = sorted(set(cold.catalogue.ids) & set(warm.catalogue.ids))
+    if both:
+        raise LeakError(
+            f"cold items: {both[0]!r} is in the catalogue that is trained on ({len(both)} in all)"
+        )
+    records = warm.manifest.get("encoders", {})
+    for name in cold.catalogue.features:
+        if records.get(name, {}).get("training_hash") is not None:
+            raise LeakError(f"cold items: their {name} features were fitted on interactions")
+    sequences, training = warm.interactions.sequences(), warm.split.training()
+    for user, length in zip(cold.users.tolist(), cold.lengths.tolist(), strict=True):
+        if not len(training[user]) <= length <= len(sequences[user]):
+            raise LeakError(
+                f"user {user}: {len(training[user])} items are trained on, but {length} came before the cold item"
+            )
+
+
+def check_never_saw(model: object, cold: ColdItems, warm: PreparedData) -> None:
+    """Check that a model was trained on the warm set and over a catalogue without the cold items.
+
+    Raises:
+        LeakError: its catalogue has other items or features, or it was fitted on other interactions.
+    """
+    catalogue = getattr(model, "catalogue", None)
+    if catalogue is not None and catalogue.ids != warm.catalogue.ids:
+        known = set(catalogue.ids) & set(cold.catalogue.ids)
+        what = f"holds {len(known)} of the cold items" if known else "is not the warm data's"
+        raise LeakError(f"{type(model).__name__}: the catalogue that it was trained over {what}")
+    check_model_features(model, warm)
+    recorded = getattr(model, "training_hash", None)
+    if recorded is not None:
+        check_training_hash(recorded, warm.split, type(model).__name__)
+
+
+def evaluate_cold(
+    model: Scorer,
+    cold: ColdItems,
+    warm: PreparedData,
+    batch_size: int = 256,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    ask: UserMap = in_this_process,
+) -> dict[str, Evaluation]:
+    """Rank each user's cold target among all items, and among the cold items alone.
+
+    Args:
+        model: scores `(n, W + C)` items, the warm ones first, for histories of warm items; checked before by
+            `check_never_saw`.
+        batch_size: users scored at once.
+        resamples, seed: of the bootstrap.
+        ask: who asks the model: this process, or others that have it too.
+
+    Returns:
+        `COLD_ITEMS` -> among all items, `COLD_ONLY` -> among the cold ones.
+
+    Raises:
+        LeakError: see `check_cold_items`.
+        ValueError: the scores have another shape, or NaN.
+    """
+    check_cold_items(cold, warm)
+    histories = cold.histories(warm)
+    num_warm, num_all = len(warm.catalogue), len(warm.catalogue) + len(cold.catalogue)
+    rank = partial(_cold_ranks, num_warm=num_warm, num_all=num_all)
+    made = ask(rank, model, Users(histories, cold.targets), batch_size, "evaluate (cold items)")
+    ranks = {
+        COLD_ITEMS: {seen: made[seen] for seen in ("masked", "allowed")},
+        # none of them is in a history
+        COLD_ONLY: dict.fromkeys(("masked", "allowed"), made["among_cold"]),
+    }
+    fitted_on = NOT_TOLD if getattr(model, "training_hash", None) is None else TRAINING_PART
+    return {
+        protocol: Evaluation(
+            split="test",
+            split_hash=cold.hash(warm),
+            num_items=num_all,
+            users=cold.users,
+            targets=cold.targets + num_warm,
+            history_lengths=np.array([len(history) for history in histories], dtype=np.int64),
+            target_counts=_training_counts(warm.split.training(), cold.targets + num_warm, num_all),
+            ranks=found,
+            resamples=resamples,
+            seed=seed,
+            protocol=protocol,
+            num_ranked=num_all if protocol == COLD_ITEMS else len(cold.catalogue),
+            fitted_on=fitted_on,
+        )
+        for protocol, found in ranks.items()
+    }
+
+
+def _cold_ranks(model: Scorer, users: Users, num_warm: int, num_all: int) -> Columns:
+    """Ranks of cold targets among all items, "masked" and "allowed", and "among_cold" ones alone."""
+    scores = model.score(users.histories)
+    if scores.shape != (len(users), num_all):
+        raise ValueError(f"scores: expected {(len(users), num_all)}, got {tuple(scores.shape)}")
+    targets = torch.from_numpy(users.targets)
+    return {
+        "masked": target_ranks(scores, targets + num_warm, users.histories).numpy(),
+        "allowed": target_ranks(scores, targets + num_warm).numpy(),
+        "among_cold": target_ranks(scores[:, num_warm:], targets).numpy(),
+    }
+
+
+def _training_counts(training: Sequence[np.ndarray], targets: np.ndarray, num_items: int) -> np.ndarray:
+    """How often each target occurs in training: never, which is looked at and not taken for granted.
+
+    Raises:
+        LeakError: one does.
+    """
+    counts = np.bincount(np.concatenate(training), minlength=num_items)[targets].astype(np.int64)
+    if counts.any():
+        raise LeakError(f"cold items: {int((counts > 0).sum())} targets occur in training")
+    return counts
+
+
+def with_cold_items(model: object, cold: ColdItems, warm: PreparedData) -> object:
+    """The recommender with the cold items added, once it is sure that it never saw them.
+
+    Raises:
+        SpeederError: it cannot take in new items, or reads none of the features that they have.
+        LeakError: see `check_never_saw`.
+    """
+    if not hasattr(model, "add_items"):
+        raise SpeederError(
+            f"{type(model).__name__} cannot take in new items, so the protocol 'cold-items' is not for it"
+        )
+    check_never_saw(model, cold, warm)
+    model.add_items(cold.catalogue)
+    return model

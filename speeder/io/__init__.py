@@ -1,0 +1,1 @@
+"""Files, machines, downloads and Ray: what every room builds on."""

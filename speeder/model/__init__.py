@@ -1,0 +1,1 @@
+"""`SpeederForCausalLM`: an item is one token."""

@@ -1,0 +1,218 @@
+"""Packed forward passes that continue from kept keys and values, and how it is known that these still hold.
+
+A pass computes the last tokens of its sequences alone. Every sequence's keys are the kept ones and its own new ones,
+end to end and without padding, which is the form that `spae_attention` reads; places and ranks are those of the whole
+sequence. So the states equal those of a pass over everything, but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import Cache
+
+from speeder.model.config import CACHE_NAME
+from speeder.model.item_store import ItemStore
+from speeder.model.packing import SequenceLayout
+from speeder.model.sequences import TokenSequence
+
+if TYPE_CHECKING:
+    from speeder.model.modeling import SpeederForCausalLM
+
+Rows = tuple[torch.Tensor, torch.Tensor]  # keys (N, Hkv, D) and values (N, Hkv, Dv) of N tokens in one layer
+
+
+class PackedCache(Cache):
+    """What the backbone's layers see as their cache in such a pass.
+
+    Args:
+        write: takes a layer's number and its new tokens' rows, and returns the rows, kept and new, to choose from.
+        order: `(Tk,)` int64, which of those rows are the packed sequences' keys; None: all, as they come.
+    """
+
+    def __init__(self, write: Callable[[int, torch.Tensor, torch.Tensor], Rows], order: torch.Tensor | None):
+        super().__init__(layers=[])
+        self.write, self.order = write, order
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs) -> Rows:
+        """`(1, Hkv, Tq, D)` new keys and values to the `(1, Hkv, Tk, D)` that attention reads."""
+        # as attention does: under autocast the rotary embedding leaves keys in float32 beside bfloat16 values
+        key_states = key_states.to(value_states.dtype)
+        rows = self.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+        if self.order is not None:
+            rows = tuple(part.index_select(0, self.order) for part in rows)
+        return tuple(part.transpose(0, 1)[None] for part in rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: sequences differ in length, and positions are given to the backbone."""
+        return 0
+
+
+def as_tokens(sequence: TokenSequence) -> np.ndarray:
+    """A sequence's ids and ranks, `(2, S)` int64."""
+    return np.array([sequence.ids, sequence.ranks], dtype=np.int64)
+
+
+def prefix_tokens(model: SpeederForCausalLM) -> np.ndarray:
+    """The text that every sequence begins with, `(2, P)` ids and ranks."""
+    return as_tokens(TokenSequence(model.shared_prefix, [-1] * len(model.shared_prefix), []))
+
+
+def common_length(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens `(2, S)` two sequences have in common from the start, ranks included."""
+    shorter = min(one.shape[1], other.shape[1])
+    differ = (one[:, :shorter] != other[:, :shorter]).any(axis=0)
+    return int(differ.argmax()) if differ.any() else shorter
+
+
+@torch.no_grad()
+def continued_states(
+    model: SpeederForCausalLM,
+    item_table: torch.Tensor | ItemStore,
+    sequences: Sequence[np.ndarray],
+    kept: Sequence[int],
+    cache: PackedCache,
+) -> torch.Tensor:
+    """Run the tokens of whole sequences that are not kept, and return each sequence's last final state.
+
+    Args:
+        item_table: `(I, K, H)` item tokens, or where they are read from.
+        sequences: `(2, S)` ids and ranks of each whole sequence.
+        kept: how many of each sequence's first tokens have their keys and values in `cache`; fewer than all.
+
+    Returns:
+        `(B, H)`.
+    """
+
+    def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        return torch.as_tensor(np.concatenate(parts), dtype=dtype).to(model.device)
+
+    lengths = np.array([tokens.shape[1] for tokens in sequences])
+    new = lengths - np.array(kept)
+    pairs = list(zip(sequences, kept, strict=True))
+    borders = tensor([[0], new.cumsum()], torch.int32)
+    layout = SequenceLayout(
+        borders,
+        tensor([[0], lengths.cumsum()], torch.int32),
+        int(new.max()),
+        int(lengths.max()),
+        tensor([tokens[1, past:] for tokens, past in pairs], torch.int32),
+        tensor([tokens[1] for tokens in sequences], torch.int32),
+        tensor([np.arange(past, tokens.shape[1]) for tokens, past in pairs]),
+    )
+    ids = tensor([tokens[0, past:] for tokens, past in pairs])
+    model._check_arguments(ids[None], None, None, None)
+    hidden = model.backbone.get_decoder()(
+        inputs_embeds=model._embed(ids, layout, item_table)[None],
+        position_ids=layout.position_ids[None],
+        **{CACHE_NAME: cache},
+        use_cache=True,
+        spae=model.spae.context(layout),
+    ).last_hidden_state
+    return hidden[0, borders[1:].long() - 1]
+
+
+class ModelState:
+    """What kept keys and values depend on: weights, item tokens, autocast's dtype and the prompt.
+
+    To be made in evaluation mode. Weights that were made in inference mode keep no version, so no two states of such
+    a model are the same. Fused optimizers change weights without a new version; what tells of them is the table of
+    item tokens, which a model forgets whenever its mode changes or gradients are recorded.
+    """
+
+    def __init__(self, model: SpeederForCausalLM):
+        self.item_table = model.item_table()
+        device, config = model.device.type, model.config
+        tensors = [*model.parameters(), *model.buffers()]
+        self._facts = (
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            tuple(model.shared_prefix),
+            config.tokens_per_item,
+            object() if any(tensor.is_inference() for tensor in tensors) else None,
+            *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
+        )
+
+    def same(self, other: ModelState | None) -> bool:
+        """Whether what was kept in the other state still holds in this one."""
+        return other is not None and self.item_table is other.item_table and self._facts == other._facts
+
+
+class KeyValuePool:
+    """Keys and values of single tokens in all layers, in one reserved block a layer.
+
+    Args:
+        capacity: tokens that fit.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = self.free = capacity
+        self._stack = np.arange(capacity)[::-1].copy()  # its first `free` entries are the free slots
+        self._layers: dict[int, Rows] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved: 0 before the first pass. A CPU's system hands them out as they are first written."""
+        return sum(part.nbytes for rows in self._layers.values() for part in rows)
+
+    def take(self, count: int) -> np.ndarray:
+        """`count` free slots; there must be as many. Those given back last come first."""
+        self.free -= count
+        return self._stack[self.free : self.free + count][::-1].copy()
+
+    def give_back(self, slots: np.ndarray) -> None:
+        """Free slots again."""
+        self._stack[self.free : self.free + len(slots)] = slots[::-1]
+        self.free += len(slots)
+
+    def write(self, slots: torch.Tensor, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+        """Store one layer's rows of new tokens at their slots; returns all rows of the layer."""
+        if layer not in self._layers:
+            with torch.inference_mode(False):  # what is made in inference mode can only be written in it
+                self._layers[layer] = tuple(
+                    torch.empty(self.capacity, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+                    for rows in (keys, values)
+                )
+        for stored, rows in zip(self._layers[layer], (keys, values), strict=True):
+            stored.index_copy_(0, slots, rows)
+        return self._layers[layer]
+
+
+class SharedPrefix:
+    """Keys and values of the tokens that every sequence begins with, computed once for a state of the model."""
+
+    def __init__(self, model: SpeederForCausalLM):
+        self.state = ModelState(model)
+        self.tokens = prefix_tokens(model)
+        self._layers: dict[int, Rows] = {}
+        cache = PackedCache(self._keep, None)
+        self._last = continued_states(model, self.state.item_table, [self.tokens], [0], cache)
+
+    def states(self, model: SpeederForCausalLM, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        """The final states of sequences' last tokens, `(B, H)`, as `last_states` gives them."""
+        whole = [as_tokens(sequence) for sequence in sequences]
+        length = self.tokens.shape[1]
+        kept = [length if common_length(self.tokens, tokens) == length else 0 for tokens in whole]
+        runs = [row for row, tokens in enumerate(whole) if tokens.shape[1] > kept[row]]
+        states = self._last.repeat(len(whole), 1)  # a sequence of the prefix alone has nothing to run
+        if runs:
+            order, start = [], length  # the prefix's rows come first, then the new ones of all sequences
+            for row in runs:
+                end = start + whole[row].shape[1] - kept[row]
+                order += [np.arange(kept[row]), np.arange(start, end)]
+                start = end
+            cache = PackedCache(self._joined, torch.as_tensor(np.concatenate(order)).to(states.device))
+            states[runs] = continued_states(
+                model, self.state.item_table, [whole[r] for r in runs], [kept[r] for r in runs], cache
+            )
+        return states
+
+    def _keep(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+        self._layers[layer] = (keys, values)
+        return keys, values
+
+    def _joined(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Rows:
+        prefix_keys, prefix_values = self._layers[layer]
+        return torch.cat([prefix_keys, keys]), torch.cat([prefix_values, values])

@@ -1,0 +1,44 @@
+"""LoRA adapters in the backbone, by PEFT, which is imported only where there are any: it takes a quarter second."""
+
+from __future__ import annotations
+
+import torch
+
+from speeder.errors import SpeederError
+
+
+def add_lora(self, settings: dict) -> None:
+    """Inject LoRA adapters, without effect until trained, into the backbone.
+
+    Args:
+        settings: arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules`.
+
+    Raises:
+        SpeederError: PEFT does not take the settings, or they adapt the text embedding, whose rows are read raw.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    try:
+        inject_adapter_in_model(LoraConfig(**settings), self.backbone)
+    except (TypeError, ValueError) as error:
+        raise SpeederError(f"lora: {str(error).splitlines()[0]}") from error
+    if isinstance(self.backbone.get_input_embeddings(), BaseTunerLayer):
+        raise SpeederError(
+            "lora: target_modules: the text embedding cannot be adapted; name attention or MLP layers"
+        )
+    self.config.lora = dict(settings)
+
+
+@torch.no_grad()
+def merge_lora(self) -> None:
+    """Fold trained LoRA adapters into the backbone's own weights and remove them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(self.backbone.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            self.backbone.set_submodule(name, module.get_base_layer())
+    self.config.lora = None
+    # PEFT writes past autograd's versions: whatever was kept of the old weights is void
+    self._item_cache = None

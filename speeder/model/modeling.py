@@ -1,0 +1,567 @@
+"""SpeederForCausalLM: a Hugging Face causal language model whose vocabulary ends in a catalogue of items.
+
+Ids `0 .. V-1` are the backbone's text; id `V + i` is item `i`. Embedding an item id means MRC, scoring one means a
+dot product with the same compressed token, so `input_ids`, `labels`, `generate` and beams work as in any causal LM.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from speeder.data.catalogue import ItemCatalogue, move_catalogue, saved_hash
+from speeder.io.files import replaced_files
+from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
+from speeder.model.heads import ScoringMixin, next_labels
+from speeder.model.item_store import ItemRows, ItemStore
+from speeder.model.last_layer import last_layer_computes
+from speeder.model.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
+from speeder.model.lora import add_lora, merge_lora
+from speeder.model.mrc import MRC
+from speeder.model.negatives import Candidates, NegativeSampler
+from speeder.model.packing import (
+    SequenceLayout,
+    check_cu_seqlens,
+    item_ranks,
+    item_slots,
+    last_positions,
+    packed_layout,
+    padded_layout,
+)
+from speeder.model.recommend import RecommenderMixin
+from speeder.model.saved_files import check_catalogue_hash, check_loaded, remove_other_weights
+from speeder.model.spae import SPAE
+from speeder_kernels import pack_tokens
+
+VOCABULARIES = ("all", "items", "text")
+
+
+class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, GenerationMixin):
+    """A decoder language model that reads and predicts catalogue items as single tokens.
+
+    Build one from a pretrained backbone with [`from_backbone`], load a saved one with `from_pretrained`.
+    """
+
+    config_class = SpeederConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: SpeederConfig):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(
+            config.text_config, attn_implementation=ATTENTION_NAME
+        )
+        if config.lora is not None:
+            self.add_lora(config.lora)
+        self.mrc = MRC(config)
+        self.spae = SPAE(config)
+        self.item_head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale)))
+        self.dropout = nn.Dropout(config.dropout)
+        self.catalogue: ItemCatalogue | None = None
+        self.negatives = NegativeSampler(config)
+        self.item_store: ItemStore | None = None
+        self._item_cache: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
+        self.post_init()
+        # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
+        self._keys_to_ignore_on_save = sorted(self.all_tied_weights_keys) or None
+
+    from_backbone = classmethod(from_backbone)
+    add_lora = add_lora
+    merge_lora = merge_lora
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Weights that a checkpoint lacks: SPAE's tables zero, the item head the identity, gates even."""
+        if isinstance(module, SPAE):
+            for table in (module.position_prompts, module.absolute_bias, module.relative_bias):
+                if table is not None:
+                    init.zeros_(table)
+            for head in module.proxy_heads():
+                init.normal_(head.weight, std=0.02)
+                if head.bias is not None:
+                    init.zeros_(head.bias)
+        elif isinstance(module, MRC):
+            init.ones_(module.norm_weight)
+            init.zeros_(module.gate_offset)
+            for gate in module.gates.values():
+                init.zeros_(gate.weight)
+                init.zeros_(gate.bias)
+            for expert in module.experts.values():
+                for linear in (expert.up, expert.down):
+                    init.xavier_normal_(linear.weight)
+                    init.zeros_(linear.bias)
+            if hasattr(module, "item_embedding"):
+                init.normal_(module.item_embedding.weight, std=0.02)
+                init.zeros_(module.item_gate)
+        elif module is self:
+            init.eye_(self.item_head.weight)
+            init.constant_(self.logit_scale, math.log(self.config.initial_logit_scale))
+
+    # ---- the catalogue -------------------------------------------------------------------------------------
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Attach the catalogue whose items the ids from `V` on mean.
+
+        Raises:
+            SpeederError: it lacks a modality that this model reads, or an item has none at all.
+        """
+        self.mrc.set_catalogue(catalogue)
+        self.catalogue = catalogue
+        self.config.num_items = len(catalogue)
+        self._item_cache = self.item_store = None
+
+    def use_item_store(self, store: ItemStore | None) -> None:
+        """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, in place of compressing the catalogue.
+
+        It serves evaluation mode; training mode, another catalogue or None ends it.
+
+        Raises:
+            SpeederError: it is of other weights or another catalogue.
+        """
+        if store is not None:
+            store.check(self)
+        self._item_cache, self.item_store = None, None if self.training else store
+
+    def item_table(self) -> torch.Tensor | ItemStore:
+        """Where items are read from: the store, if one is in use, else the whole catalogue's `(I, K, H)` tokens."""
+        return self.item_tokens()[0] if self.item_store is None else self.item_store
+
+    def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the whole catalogue.
+
+        Out of training the result is kept until a weight of MRC changes.
+
+        Returns:
+            tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
+        """
+        if self.training or torch.is_grad_enabled():
+            # weights are about to change, and fused optimizers change them without a new version
+            self._item_cache = None
+            return self.mrc.whole()
+        tensors = [  # one walk: `parameters()` and `buffers()` take half a millisecond of one user's answer
+            tensor
+            for module in self.mrc.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        ]
+        if any(tensor.is_inference() for tensor in tensors):  # these keep no version
+            return self.mrc.whole()
+        device = self.device.type
+        state = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),)
+        state += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+        if self._item_cache is None or self._item_cache[0] != state:
+            self._item_cache = (state, *self.mrc.whole())
+        return self._item_cache[1:]
+
+    def train(self, mode: bool = True) -> SpeederForCausalLM:
+        """As every module's; item tokens kept from the other mode are forgotten."""
+        if mode != self.training:
+            self._item_cache = None
+        if mode:
+            self.item_store = None
+        return super().train(mode)
+
+    # ---- forward ------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        ranks: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        vocabulary: str = "all",
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        inputs_embeds: None = None,
+        position_ids: None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Run the model.
+
+        Args:
+            input_ids: `(B, S)` ids of the extended vocabulary; `(1, T)` where `cu_seqlens` packs sequences.
+            attention_mask: `(B, S)`, 0 at padding on either side; with a cache `(B, past + S)`.
+            cache, past_key_values: the cache to continue, by its name since transformers 5.24 or before. Given
+                one that is not empty, give `ranks` too.
+            labels: `(B, S)`, shifted inside as in any causal LM, -100 where nothing is asked. Item labels are
+                scored against the items, text labels against the text.
+            ranks: `(B, past + S)` item ranks, -1 at text; by default items are counted from 0 in each row.
+            cu_seqlens: `(N + 1,)` int32, borders of packed sequences; excludes a mask and a cache.
+            use_cache: return the cache; by default in evaluation without labels.
+            logits_to_keep: score only the last so many positions (0: all).
+            vocabulary: `"all"`, or `"items"` / `"text"`, which leave the other part at -inf uncomputed.
+            num_items_in_batch: labels in the whole optimizer step, by which the loss is divided (`Trainer`).
+            output_attentions: not served: attention weights are never formed.
+            inputs_embeds, position_ids: not served: ids carry the items, and positions follow from the mask.
+
+        Returns:
+            `logits` `(B, S, V + I)` (None in training with labels, where they would be all the memory), `loss`
+            float32, `cache` (`past_key_values` before transformers 5.24), and with `output_hidden_states` the
+            final states as `hidden_states[-1]`.
+
+        Raises:
+            ValueError: shapes do not fit, an id is out of range, or a combination is not served.
+        """
+        if vocabulary not in VOCABULARIES:
+            raise ValueError(f"vocabulary: expected one of {', '.join(VOCABULARIES)}, got {vocabulary!r}")
+        for name, value in (("inputs_embeds", inputs_embeds), ("position_ids", position_ids)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None (see forward's documentation), got a tensor")
+        if output_attentions:
+            raise ValueError(
+                "output_attentions: expected False, since SPAE never forms attention weights, got True"
+            )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("cache: expected one of cache and past_key_values, two names of it, got both")
+        cache = past_key_values if cache is None else cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
+        self._check_arguments(input_ids, cu_seqlens, attention_mask, cache)
+        targets = None
+        if labels is not None:
+            if labels.shape != input_ids.shape:
+                raise ValueError(f"labels: expected {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+            if cu_seqlens is not None:
+                check_cu_seqlens(cu_seqlens, input_ids.shape[-1])
+            targets = next_labels(labels, cu_seqlens)
+            if self.training and cu_seqlens is not None and not output_hidden_states:
+                input_ids, targets, ranks, cu_seqlens = without_last(input_ids, targets, ranks, cu_seqlens)
+        candidates = None
+        if self.training and targets is not None and self.config.negatives != "full":
+            item_table, candidates = self._read_rows(input_ids, targets)
+        else:
+            needed = self._needs_items(input_ids, targets, vocabulary)
+            item_table = self.item_table() if needed else None
+        hidden, layout, cache = self._decode(
+            input_ids, item_table, attention_mask, cache, ranks, cu_seqlens, use_cache, **kwargs
+        )
+        loss = None
+        if targets is not None:
+            loss = self._loss(hidden, targets, layout, item_table, num_items_in_batch, candidates)
+        logits = None
+        if labels is None or not self.training:
+            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            logits = self._logits(kept, item_table, vocabulary)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=(hidden,) if output_hidden_states else None,
+            **{CACHE_NAME: cache},
+        )
+        return output.to_tuple() if return_dict is False else output
+
+    @torch.no_grad()
+    def last_states(
+        self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
+        self._check_arguments(input_ids, cu_seqlens, None, None)
+        item_table = self.item_table() if self._needs_items(input_ids, None, "items") else None
+        last = cu_seqlens[1:].long() - 1
+        with last_layer_computes(self.backbone.get_decoder(), last):
+            return self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)[0][0]
+
+    def _decode(
+        self,
+        input_ids: torch.Tensor,
+        item_table: torch.Tensor | ItemRows | ItemStore | None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        ranks: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        use_cache: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, SequenceLayout, Cache | None]:
+        """Embed and run the backbone's decoder: `(B, S, H)` states (zeros at padding), the layout, the cache."""
+        past = cache.get_seq_length() if cache is not None else 0
+        layout = self._layout(input_ids, attention_mask, ranks, cu_seqlens, past)
+        batch, new = input_ids.shape
+        ids = input_ids.flatten()
+        if layout.query_index is not None:
+            ids = ids[layout.query_index]
+        embeddings = self.dropout(self._embed(ids, layout, item_table))
+        use_cache = use_cache or cache is not None
+        if use_cache:
+            if cache is None:
+                cache = DynamicCache(config=self.config.text_config)
+            grid = self._unpack(embeddings, layout, batch, new)
+            position_ids = self._unpack(layout.position_ids, layout, batch, new)
+        else:  # no padding is ever computed: the batch runs as one packed row
+            grid, position_ids = embeddings[None], layout.position_ids[None]
+        decoded = self.backbone.get_decoder()(
+            inputs_embeds=grid,
+            position_ids=position_ids,
+            **{CACHE_NAME: cache},
+            use_cache=use_cache,
+            spae=self.spae.context(layout if use_cache else self._as_row(layout)),
+            **kwargs,
+        ).last_hidden_state
+        if not use_cache:
+            decoded = self._unpack(decoded[0], layout, batch, new)
+        return decoded, layout, cache
+
+    def _check_arguments(self, input_ids, cu_seqlens, attention_mask, cache) -> None:
+        if input_ids.ndim != 2 or input_ids.numel() == 0:
+            raise ValueError(
+                f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}"
+            )
+        if cu_seqlens is not None and (attention_mask is not None or cache is not None):
+            raise ValueError("cu_seqlens: packed sequences take neither attention_mask nor cache")
+        if cu_seqlens is not None and len(input_ids) != 1:
+            raise ValueError(f"input_ids: expected (1, T) with cu_seqlens, got {tuple(input_ids.shape)}")
+        if self.backbone.config._attn_implementation != ATTENTION_NAME:
+            raise ValueError(
+                f"attn_implementation: expected {ATTENTION_NAME!r} in the backbone (SPAE is its attention), "
+                f"got {self.backbone.config._attn_implementation!r}"
+            )
+
+    def _layout(self, input_ids, attention_mask, ranks, cu_seqlens, past: int) -> SequenceLayout:
+        batch, new = input_ids.shape
+        item_mask = input_ids >= self.config.text_vocab_size
+        if cu_seqlens is not None:
+            ranks = None if ranks is None else ranks.flatten()
+            return packed_layout(cu_seqlens, ranks, item_mask[0], self.config.tokens_per_item)
+        expected = (batch, past + new)
+        if attention_mask is None:
+            attention_mask = torch.ones(expected, dtype=torch.bool, device=input_ids.device)
+        elif tuple(attention_mask.shape) != expected:
+            raise ValueError(f"attention_mask: expected {expected}, got {tuple(attention_mask.shape)}")
+        mask = attention_mask.bool()
+        if ranks is None:
+            if past:
+                raise ValueError("ranks: expected (B, past + S) beside a cache that is not empty, got None")
+            ranks = item_ranks(item_mask & mask, self.config.tokens_per_item)
+        elif tuple(ranks.shape) != expected:
+            raise ValueError(f"ranks: expected {expected}, got {tuple(ranks.shape)}")
+        return padded_layout(mask, ranks, new)
+
+    @staticmethod
+    def _as_row(layout: SequenceLayout) -> SequenceLayout:
+        """The same sequences once padding has been taken out: one row of `Tq` tokens."""
+        return replace(layout, query_index=None, key_index=None, key_width=None)
+
+    @staticmethod
+    def _unpack(packed: torch.Tensor, layout: SequenceLayout, batch: int, new: int) -> torch.Tensor:
+        """`(Tq, ...) -> (B, S, ...)`, zeros at padding; of a packed row what is there, `(1, ...)`."""
+        if layout.query_index is not None and len(packed) != batch * new:
+            grid = packed.new_zeros(batch * new, *packed.shape[1:])
+            packed = grid.index_copy(0, layout.query_index, packed)
+        return packed.unflatten(0, (batch, -1))
+
+    def _needs_items(self, ids: torch.Tensor, targets: torch.Tensor | None, vocabulary: str) -> bool:
+        if self.config.num_items == 0:
+            return False
+        text = self.config.text_vocab_size
+        if bool((ids >= text).any()) or (targets is not None and bool((targets >= text).any())):
+            return True
+        return vocabulary != "text" and not (targets is not None and self.training)
+
+    def _read_rows(
+        self, input_ids: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[ItemRows | None, Candidates | None]:
+        """Compress the items that a batch reads, is asked for or compares these with; and which the last are."""
+        text = self.config.text_vocab_size
+        if self.config.num_items == 0:
+            return None, None
+        read, asked = input_ids[input_ids >= text] - text, targets[targets >= text] - text
+        candidates = self.negatives.candidates(asked)
+        if not len(asked):  # nothing of this process's share is compared with them
+            candidates = None
+        items = torch.cat([read, asked, *([] if candidates is None else [candidates.items])]).unique()
+        return (ItemRows(items, self.mrc(items)[0]) if len(items) else None), candidates
+
+    def _embed(
+        self,
+        ids: torch.Tensor,
+        layout: SequenceLayout,
+        item_table: torch.Tensor | ItemRows | ItemStore | None,
+    ) -> torch.Tensor:
+        """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
+        words = self.backbone.get_input_embeddings()
+        if hasattr(
+            words, "unshard"
+        ):  # FSDP2 gathers weights of modules that are called; this one is only read
+            words.unshard()
+        table = words.weight
+        text = self.config.text_vocab_size
+        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids: expected ids in 0..{self.config.vocab_size - 1} ({text} text, "
+                f"{self.config.num_items} items), got {int(ids.min())}..{int(ids.max())}"
+            )
+        item_mask = ids >= text
+        k = self.config.tokens_per_item
+        prompts = self.spae.position_prompts
+        ranks = layout.rank_q
+        if prompts is None:
+            prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
+        items = table.new_zeros(0, table.shape[1])
+        read = (ids - text).clamp(min=0)
+        if item_table is not None and not isinstance(item_table, torch.Tensor):
+            if not isinstance(item_table, ItemRows):
+                item_table = item_table.rows(read[item_mask])
+            read, item_table = item_table.places(read), item_table.tokens
+        rows = torch.where(item_mask, read * k + item_slots(item_mask, layout.rank_q, k), -1)
+        if item_table is not None and bool(item_mask.any()):
+            tokens = item_table.flatten(0, 1)
+            if len(ids) < len(tokens):  # a few histories: only what they read is scaled, not the catalogue
+                tokens = F.embedding(rows.clamp(min=0), tokens)
+                rows = torch.where(item_mask, torch.arange(len(ids), device=ids.device), -1)
+            items = (tokens * self.config.embedding_rms).to(table.dtype)
+        packed = pack_tokens(
+            torch.where(item_mask, 0, ids),
+            table,
+            items,
+            rows.int(),
+            ranks.clamp(max=len(prompts) - 1),
+            prompts.to(table.dtype),
+        )
+        # Gemma's embedding modules multiply by a constant; item tokens are calibrated to the rows before it
+        return packed * words.embed_scale.to(packed.dtype) if hasattr(words, "embed_scale") else packed
+
+    # ---- generation ---------------------------------------------------------------------------------------
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
+        """transformers' `generate`, over items by default; `vocabulary="text"` writes text, `"all"` either.
+
+        Items seen in the prompt are left out with `no_repeat_ngram_size=1`.
+
+        Raises:
+            ValueError: items are asked of a model with several tokens an item (use `recommend`).
+        """
+        if vocabulary != "text" and self.config.tokens_per_item > 1:
+            raise ValueError(
+                f"vocabulary: expected 'text' with tokens_per_item = {self.config.tokens_per_item}, "
+                f"got {vocabulary!r}; recommend() ranks items in any case"
+            )
+        return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, ranks=None, **kwargs):
+        """Give every step the ranks of all tokens so far, which the attention needs beside the cache."""
+        item_mask = input_ids >= self.config.text_vocab_size
+        if attention_mask is not None:
+            item_mask = item_mask & attention_mask.bool()
+        all_ranks = item_ranks(item_mask, self.config.tokens_per_item)
+        if ranks is not None:  # the prompt's own ranks stand, where it gives an answer position the next one
+            all_ranks[:, : ranks.shape[1]] = ranks
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs["ranks"] = all_ranks
+        inputs.pop("position_ids", None)  # `generate` makes them from the mask, as the layout does
+        return inputs
+
+    # ---- saving and loading -------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | Path, *, save_catalogue: bool = True, **kwargs) -> None:
+        """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender.
+
+        What the folder held before stays whole until all is written.
+
+        Raises:
+            SpeederError: the disk is full; or `catalogue/` holds anything else.
+        """
+        whole = save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True)
+        catalogue = Path(save_directory) / CATALOGUE_FOLDER
+        if kwargs.get("push_to_hub"):  # which uploads the very folder, at the end of super's
+            if whole:
+                self.catalogue.save(catalogue)
+                self.config.catalogue_hash = saved_hash(catalogue)
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with replaced_files(save_directory) as temporary:
+            if whole:
+                self.catalogue.save(temporary / CATALOGUE_FOLDER)
+                self.config.catalogue_hash = saved_hash(temporary / CATALOGUE_FOLDER)
+            super().save_pretrained(temporary, **kwargs)
+            if whole:
+                move_catalogue(temporary / CATALOGUE_FOLDER, catalogue)
+            remove_other_weights(Path(save_directory), temporary)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, catalogue: ItemCatalogue | None = None, **kwargs
+    ):
+        """Load a saved recommender, its catalogue included, from a folder or the Hub. Safetensors only.
+
+        Args:
+            catalogue: in place of the saved one, and for checkpoints, which hold none.
+
+        Raises:
+            SpeederError: it is no Speeder model, a file of it is missing, cut or damaged, or the catalogue is not the
+                one that it was saved with.
+        """
+        check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        check_loaded(pretrained_model_name_or_path, cls.config_class, info, **kwargs)
+        if model.config.num_items:
+            if catalogue is None:
+                folder = catalogue_folder(pretrained_model_name_or_path, **kwargs)
+                check_catalogue_hash(folder, model.config.catalogue_hash)
+                catalogue = ItemCatalogue.load(folder)
+            model.set_catalogue(catalogue)
+        return (model, info) if with_info else model
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """As in transformers, without the reentrant variant: SPAE's tables reach every layer from outside it."""
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
+        super().gradient_checkpointing_enable(
+            {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        )
+
+    def resize_token_embeddings(self, *args, **kwargs) -> None:
+        """Not served: item ids begin where the text vocabulary ends."""
+        raise NotImplementedError(
+            "resize the backbone's embeddings before from_backbone: item ids begin after them"
+        )
+
+    @property
+    def training_hash(self) -> str | None:
+        """What the model was trained on (`data.fingerprints.training_hash`), for the leak check; None if untold."""
+        return self.config.training_hash
+
+
+def without_last(
+    input_ids: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor | None, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Packed sequences without their last tokens, which predict nothing and which nothing else reads.
+
+    A sequence of one token stays as it is.
+
+    Raises:
+        ValueError: `ranks` has another length than the row.
+    """
+    if ranks is not None and ranks.numel() != input_ids.numel():
+        raise ValueError(f"ranks: expected {tuple(input_ids.shape)}, got {tuple(ranks.shape)}")
+    kept = torch.ones(input_ids.shape[1], dtype=torch.bool, device=input_ids.device)
+    kept[last_positions(cu_seqlens, at_least=2)] = False
+    dropped = (cu_seqlens.diff() >= 2).int()
+    shorter = cu_seqlens - F.pad(dropped.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
+    ranks = None if ranks is None else ranks.flatten()[kept][None]
+    return input_ids[:, kept], targets[:, kept], ranks, shorter
+
+
+AutoModelForCausalLM.register(SpeederConfig, SpeederForCausalLM)

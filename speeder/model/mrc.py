@@ -1,0 +1,219 @@
+"""MRC, multimodal representation compression: an item's text, image and collaborative features become one token.
+
+The paper names a Mixture of Modality Experts; the form below is this project's own reading of that. One expert (a
+small MLP) per modality maps its frozen features to the backbone's hidden size; a gate weighs the experts of the
+modalities that the item has; the weighted sum, RMS-normalised, is the item's token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.errors import SpeederError
+from speeder.model.config import FITTED, ITEM, SpeederConfig
+from speeder_kernels import compress_items
+
+# A closed modality's gate logit is lowered by this much: weight e^-30 beside any open one, yet an item that has
+# nothing but closed modalities still gets a token, since the softmax ignores a common shift.
+CLOSED = -30.0
+PIECE = 1 << 16  # items that are compressed at once where the whole catalogue is, without gradients
+
+
+class Expert(nn.Module):
+    """One modality's expert: `(U, F) -> (U, K, H)`, Linear - GELU - Linear."""
+
+    def __init__(self, features: int, hidden: int, outputs: int, tokens: int):
+        super().__init__()
+        self.tokens = tokens
+        self.up = nn.Linear(features, hidden)
+        self.down = nn.Linear(hidden, tokens * outputs)
+
+    def forward(self, features_UF: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(features_UF))).unflatten(-1, (self.tokens, -1))
+
+
+class MRC(nn.Module):
+    """The mixture of modality experts over a catalogue.
+
+    Features are held as buffers that are not part of the state dict: they belong to the catalogue, which is saved
+    beside the weights. Where training takes its negatives from a part of the catalogue (`config.negatives`), they stay
+    in the catalogue, memory-mapped, and rows are normalised as they are read.
+    """
+
+    def __init__(self, config: SpeederConfig):
+        super().__init__()
+        hidden = config.expert_hidden_size or config.hidden_size
+        self.names = config.gate_names
+        self.tokens_per_item = config.tokens_per_item
+        self.modality_dropout, self.cold_dropout = config.modality_dropout, config.cold_dropout
+        self.num_items = 0
+        self.reads_rows = config.negatives != "full"
+        self.catalogue: ItemCatalogue | None = None  # where rows are read from
+        self.experts = nn.ModuleDict(
+            {
+                name: Expert(width, hidden, config.hidden_size, config.tokens_per_item)
+                for name, width in config.modalities.items()
+            }
+        )
+        self.gates = nn.ModuleDict({name: nn.Linear(width, 1) for name, width in config.modalities.items()})
+        if config.item_embedding:
+            self.item_embedding = nn.Embedding(
+                config.num_warm_items, config.tokens_per_item * config.hidden_size
+            )
+            self.item_gate = nn.Parameter(torch.zeros(()))
+        self.norm_weight = nn.Parameter(torch.ones(config.hidden_size))
+        # what MPO moves from CLOSED to 0 as it opens a modality
+        self.register_buffer("gate_offset", torch.zeros(len(self.names)))
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Take a catalogue's features, normalised once, and its presence mask.
+
+        Raises:
+            SpeederError: a modality is missing or has another width, or an item has none at all.
+        """
+        device, dtype = self.norm_weight.device, self.norm_weight.dtype
+        columns, buffers = [], {}
+        for name, expert in self.experts.items():
+            if name not in catalogue.features:
+                raise SpeederError(
+                    f"catalogue: expected the modality {name!r}, got {', '.join(catalogue.features) or 'none'}"
+                )
+            features = catalogue.features[name]
+            if features.shape[1] != expert.up.in_features:
+                raise SpeederError(
+                    f"catalogue: expected features of width {expert.up.in_features} for {name!r}, "
+                    f"got {features.shape[1]}"
+                )
+            if not self.reads_rows:
+                buffers[f"features_{name}"] = normalised(features).to(device, dtype)
+            columns.append(catalogue.present[name])
+        if ITEM in self.names:
+            columns.append(torch.arange(len(catalogue)) < self.item_embedding.num_embeddings)
+        present = torch.stack(columns, dim=1) if columns else torch.zeros(len(catalogue), 0, dtype=torch.bool)
+        bare = (~present.any(dim=1)).nonzero().flatten().tolist()
+        if bare:
+            named = ", ".join(catalogue.ids[i] for i in bare[:3])
+            raise SpeederError(
+                f"catalogue: {len(bare)} item(s) have none of the modalities {', '.join(self.names)} "
+                f"(for one: {named}); give them features or leave them out"
+            )
+        buffers["present"] = present.to(device)
+        for name, buffer in buffers.items():  # nothing is changed before everything was checked
+            self.register_buffer(name, buffer, persistent=False)
+        self.num_items = len(catalogue)
+        self.catalogue = catalogue if self.reads_rows else None
+
+    def _features(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
+        """A modality's normalised features of items, `(U, F)`."""
+        if self.reads_rows:
+            features = self.catalogue.features[name]
+            features = normalised(features if rows is None else features[rows.to(features.device)])
+            return features.to(self.norm_weight.device, self.norm_weight.dtype)
+        features = getattr(self, f"features_{name}")
+        return features if rows is None else features[rows]
+
+    def presence(self) -> dict[str, torch.Tensor]:
+        """Which items have each modality: name -> `(I,)` bool on the CPU."""
+        return dict(zip(self.names, self.present.cpu().unbind(dim=1), strict=True))
+
+    def forward(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress items.
+
+        Args:
+            rows: `(U,)` item indices; None takes the whole catalogue, `U = I`.
+
+        Returns:
+            tokens `(U, K, H)`, RMS-normalised and scaled by a learned weight, and gates `(U, M)` float32.
+
+        Raises:
+            SpeederError: no catalogue was set.
+        """
+        if self.num_items == 0:
+            raise SpeederError("this model has no catalogue: load one, or give one to from_backbone")
+        outputs, logits = [], []
+        for name, expert in self.experts.items():
+            features = self._features(name, rows)
+            outputs.append(expert(features))
+            logits.append(self.gates[name](features).squeeze(-1).float())
+        present = self.present if rows is None else self.present[rows]
+        if ITEM in self.names:
+            warm = torch.arange(self.num_items, device=present.device) if rows is None else rows
+            warm = warm.clamp(max=self.item_embedding.num_embeddings - 1)
+            vectors = self.item_embedding(warm).unflatten(-1, (self.tokens_per_item, -1))
+            outputs.append(vectors.to(outputs[0].dtype) if outputs else vectors)
+            logits.append(self.item_gate.float().expand(len(warm)))
+        if self.training:
+            is_open = self.gate_offset > CLOSED / 2
+            if self.modality_dropout:
+                present = drop_modalities(present, self.modality_dropout, is_open)
+            fitted = torch.tensor([name in FITTED for name in self.names], device=present.device)
+            if self.cold_dropout and bool((fitted & is_open).any()):
+                present = drop_fitted(present, self.cold_dropout, fitted, is_open)
+        expert_outputs = torch.stack(outputs, dim=2)  # (U, K, M, H)
+        gate_logits = torch.stack(logits, dim=1) + self.gate_offset.float()  # (U, M)
+        k = self.tokens_per_item
+        tokens, gates = compress_items(
+            expert_outputs.flatten(0, 1),
+            gate_logits.repeat_interleave(k, dim=0),
+            present.repeat_interleave(k, dim=0),
+            self.norm_weight.to(expert_outputs.dtype),
+        )
+        return tokens.unflatten(0, (-1, k)), gates.unflatten(0, (-1, k))[:, 0]
+
+    def pieces(self, items: int = PIECE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Compress the whole catalogue so many items at a time, without gradients, in order."""
+        with torch.no_grad():
+            for rows in torch.arange(self.num_items, device=self.norm_weight.device).split(items):
+                yield self(rows)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the whole catalogue; without gradients piece by piece, so that little but the tokens is held."""
+        if torch.is_grad_enabled() or self.num_items <= PIECE:
+            return self()
+        found: tuple[torch.Tensor, torch.Tensor] | None = None
+        start = 0
+        for piece in self.pieces():
+            if found is None:
+                found = tuple(part.new_empty(self.num_items, *part.shape[1:]) for part in piece)
+            for whole, part in zip(found, piece, strict=True):
+                whole[start : start + len(part)] = part
+            start += len(piece[0])
+        return found
+
+
+def normalised(features: torch.Tensor) -> torch.Tensor:
+    """`(U, F)` features with mean 0 and variance 1 in each row, float32."""
+    return F.layer_norm(features.float(), features.shape[1:])
+
+
+def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Tensor) -> torch.Tensor:
+    """Hide each present modality of each item with the given chance, but never an item's last open one.
+
+    Args:
+        present: `(U, M)` bool.
+        is_open: `(M,)` bool; an item must not be left to experts that have not been trained.
+    """
+    kept = present & (torch.rand(present.shape, device=present.device) >= probability)
+    return torch.where((kept & is_open).any(dim=1, keepdim=True), kept, present)
+
+
+def drop_fitted(
+    present: torch.Tensor, probability: float, fitted: torch.Tensor, is_open: torch.Tensor
+) -> torch.Tensor:
+    """Read items as new ones with the given chance: without any of the modalities that interactions make.
+
+    An item that has nothing else, or nothing else that is open, stays as it is.
+
+    Args:
+        present: `(U, M)` bool.
+        fitted: `(M,)` bool, made by interactions.
+        is_open: `(M,)` bool, as in `drop_modalities`.
+    """
+    content = present & ~fitted
+    as_new = torch.rand(len(present), 1, device=present.device) < probability
+    return torch.where(as_new & (content & is_open).any(dim=1, keepdim=True), content, present)

@@ -1,0 +1,176 @@
+"""Negatives: what a target is compared with in training where the catalogue is too large to score whole.
+
+`full` is the softmax over all items. `sampled` draws items from one distribution for a whole batch; `in-batch` takes
+the targets of the batch. Either way the sum over the catalogue in the softmax's denominator is estimated: each drawn
+item stands for all that might have been drawn in its place, which is what the log-Q correction says (Bengio and
+Senécal 2003; Yi et al. 2019). The denominator's estimate is unbiased (Horvitz and Thompson 1952), so that the loss and
+its gradient approach those of the full softmax as more items are drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn import functional as F
+
+from speeder.model.config import SpeederConfig
+from speeder_kernels import item_cross_entropy
+
+_LEAST = 1e-12  # of a loss whose logarithm is taken
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Items that every target of a batch is compared with.
+
+    Attributes:
+        items: `(C,)` int64 item indices, rising; each once, however often it was drawn.
+        log_q: `(C,)` float32, the log of the probability that the item is among them.
+    """
+
+    items: torch.Tensor
+    log_q: torch.Tensor
+
+
+class NegativeSampler(nn.Module):
+    """Draws a batch's candidates; it has no weights.
+
+    Draws follow from seed, step and the number of the draw within the step, and from nothing else: a resumed run and
+    every process of a distributed one draw the same. `in-batch` takes the targets of all processes. A loss is
+    therefore that of one process with the same global batch, however many there are.
+
+    Args:
+        config: `negatives`, `num_negatives`, `negatives_exponent`, `negatives_seed` and `num_items` are read.
+    """
+
+    def __init__(self, config: SpeederConfig):
+        super().__init__()
+        self.config = config
+        self.step = self.draw = 0
+        self._cumulative: np.ndarray | None = None  # (I,) float64, of how often a draw takes each item
+
+    def seek(self, step: int) -> None:
+        """Say which optimizer step comes; forwards in training count the draws within it."""
+        self.step, self.draw = step, 0
+
+    def set_counts(self, counts: np.ndarray | torch.Tensor) -> None:
+        """Say how often each item is a target in training: `(I,)`, at least 0. None at all counts as once.
+
+        Raises:
+            ValueError: another shape, or a count below 0.
+        """
+        counts = np.asarray(counts, dtype=np.float64)
+        if counts.ndim != 1 or not len(counts) or not counts.min() >= 0:
+            raise ValueError(f"counts: expected (I,) numbers of at least 0, got shape {counts.shape}")
+        exponent = 1.0 if self.config.negatives == "in-batch" else self.config.negatives_exponent
+        self._cumulative = np.cumsum(np.maximum(counts, 1.0) ** exponent)
+
+    def candidates(self, targets: torch.Tensor) -> Candidates:
+        """The candidates of this forward's targets. With `in-batch` all processes call this.
+
+        Args:
+            targets: `(n,)` int64 item indices of this process, also none.
+
+        Raises:
+            ValueError: counts are needed and were not set, or are of another number of items.
+        """
+        if self.config.negatives == "in-batch":
+            everyone = gather_ids(targets)
+            items = torch.unique(everyone)
+            draws = max(len(everyone) - 1, 1)  # a row's own target is among the candidates in any case
+        else:
+            draws = self.config.num_negatives
+            items = torch.from_numpy(np.unique(self._drawn(draws))).to(targets.device)
+        self.draw += 1
+        inclusion = -torch.expm1(draws * torch.log1p(-self._probability(items)))  # 1 - (1 - p)^draws
+        return Candidates(items, inclusion.log().float())
+
+    def _drawn(self, draws: int) -> np.ndarray:
+        random = np.random.default_rng([self.config.negatives_seed, self.step, self.draw])
+        if self._is_uniform():
+            return random.integers(self.config.num_items, size=draws)
+        cumulative = self._known()
+        points = random.random(draws) * cumulative[-1]
+        return np.searchsorted(cumulative, points, side="right").clip(max=len(cumulative) - 1)
+
+    def _probability(self, items: torch.Tensor) -> torch.Tensor:
+        """The chance of one draw to take each of the items: float64, below 1."""
+        if self._is_uniform():
+            share = torch.full(items.shape, 1.0 / self.config.num_items, dtype=torch.float64)
+        else:
+            cumulative, rows = self._known(), items.cpu().numpy()
+            before = np.where(rows > 0, cumulative[rows - 1], 0.0)
+            share = torch.from_numpy((cumulative[rows] - before) / cumulative[-1])
+        return share.clamp(max=1.0 - 1e-9).to(items.device)
+
+    def _is_uniform(self) -> bool:
+        return self.config.negatives == "sampled" and self.config.negatives_exponent == 0.0
+
+    def _known(self) -> np.ndarray:
+        known = 0 if self._cumulative is None else len(self._cumulative)
+        if known != self.config.num_items:
+            raise ValueError(
+                f"negatives: {self.config.negatives!r} needs how often each of {self.config.num_items} items is a "
+                f"target, got counts of {known}: call model.negatives.set_counts"
+            )
+        return self._cumulative
+
+
+def candidate_cross_entropy(
+    queries: torch.Tensor,
+    vectors: torch.Tensor,
+    targets: torch.Tensor,
+    places: torch.Tensor,
+    log_q: torch.Tensor,
+) -> torch.Tensor:
+    """Each row's target against the candidates, of which each stands for `1 / q` items.
+
+        loss[n] = log(e^s(n, target) + sum over candidates c other than the target of e^s(n, c) / q[c]) - s(n, target)
+
+    The target itself stands for one item, since it is always there; where it is among the candidates ("accidental
+    hit"), it is not counted again. No `(N, C)` matrix is held.
+
+    Args:
+        queries: `(N, H)`, whose dot products with `vectors` are the scores s.
+        vectors: `(U, H)` of all items that are needed, in the dtype of `queries`.
+        targets: `(N,)` int64 rows of `vectors`.
+        places: `(C,)` int64 rows of `vectors`: the candidates, rising.
+        log_q: `(C,)` float32, the logs of q.
+
+    Returns:
+        `(N,)` float32.
+    """
+    negatives = vectors[places]
+    column = torch.searchsorted(places, targets).clamp(max=len(places) - 1)
+    hit = places[column] == targets
+    # The op scores a target among the candidates. Where there is none, column 0 serves, whose logit is added again.
+    column = torch.where(hit, column, 0)
+    loss = item_cross_entropy(queries, negatives, column, scale=1.0, log_q=log_q)
+    precise = queries.float()
+    positive = (precise * F.embedding(targets, vectors).float()).sum(dim=-1)
+    first = precise @ negatives[0].float() - log_q[0]
+    others = loss.clamp(min=_LEAST)
+    others = others + torch.log(
+        -torch.expm1(-others)
+    )  # log(e^loss - 1): the candidates' sum without the target
+    return F.softplus(torch.where(hit, others - log_q[column], loss + first - positive))
+
+
+def gather_ids(ids: torch.Tensor) -> torch.Tensor:
+    """The ids of all processes, one process's after another's: `(n,)` to `(N,)` int64. All processes call this.
+
+    Where no process group was joined there is one process.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return ids
+    counts = [ids.new_empty(1) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, ids.new_tensor([len(ids)]))
+    lengths = [int(count) for count in counts]
+    mine = ids.new_zeros(max(*lengths, 1))  # collectives take tensors of one length
+    mine[: len(ids)] = ids
+    everyone = [torch.empty_like(mine) for _ in lengths]
+    distributed.all_gather(everyone, mine)
+    return torch.cat([part[:length] for part, length in zip(everyone, lengths, strict=True)])

@@ -1,0 +1,243 @@
+"""What a recommender does with a model: score histories, recommend items, take in new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.data.interactions import LeaveOneOut
+from speeder.evaluation.metrics import metric_values
+from speeder.evaluation.protocols import evaluate
+from speeder.model.item_store import ItemStore
+from speeder.model.kv_cache import ModelState, SharedPrefix
+from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
+from speeder_kernels import topk_items
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Attributes:
+        item: its index in the catalogue.
+        id: its external id.
+        title: its title, "" if it has none.
+        score: its logit; comparable within one user.
+    """
+
+    item: int
+    id: str
+    title: str
+    score: float
+
+
+class RecommenderMixin:
+    """`score`, `recommend`, `gates` and `add_items` of [`SpeederForCausalLM`]. All run without gradients."""
+
+    _kept_prefix: SharedPrefix | None = None
+
+    @property
+    def shared_prefix(self) -> list[int]:
+        """The text ids that every sequence begins with."""
+        return self.config.prompt_prefix
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside, the mode as it was afterwards."""
+        if not self.training:
+            yield
+            return
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
+
+    def sequence(
+        self, history: Sequence[int], target: int | None = None, supervision: str = "all"
+    ) -> TokenSequence:
+        """A history of item indices, and in training the item that follows, as tokens; see `build_sequence`."""
+        return build_sequence(history, self.config, target, supervision)
+
+    def training_examples(self, supervision: str) -> dict:
+        """How `TrainingSequences` makes examples of windows, as its arguments; by default as it does by itself."""
+        return {}
+
+    def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
+        """NDCG@10 and HR@10, by which checkpoints are chosen: the validation items among all items."""
+        if self.config.negatives != "full":  # the tokens of all items may be too many
+            from speeder.model.streamed_ranking import streamed_ranks
+
+            ranks = streamed_ranks(self, split.histories("validation"), split.targets("validation"))
+            return {name: float(metric_values(ranks, name).mean()) for name in ("NDCG@10", "HR@10")}
+        ranking = evaluate(self, split, "validation", resamples=1)
+        return {name: ranking.mean(name) for name in ("NDCG@10", "HR@10")}
+
+    @torch.no_grad()
+    def user_states(
+        self, histories: Sequence[Sequence[int | str]], batch_size: int = 64
+    ) -> Iterator[torch.Tensor]:
+        """Run histories through the backbone, packed, a batch at a time.
+
+        The instruction before the history is computed once and kept until a weight or the catalogue changes.
+
+        Yields:
+            `(n, H)` float32 queries of up to `batch_size` users, whose dot products with `item_vectors` rank items.
+        """
+        with self.evaluating():
+            for start in range(0, len(histories), batch_size):
+                chunk = [
+                    self.catalogue.indices_of(history) for history in histories[start : start + batch_size]
+                ]
+                yield self.item_queries(self._sequence_states([self.sequence(history) for history in chunk]))
+
+    def _sequence_states(self, sequences: list[TokenSequence]) -> torch.Tensor:
+        """The final states of sequences' last tokens: `(B, H)`."""
+        if not self.shared_prefix:
+            batch = {name: tensor.to(self.device) for name, tensor in pack_batch(sequences).items()}
+            return self.last_states(**batch)
+        if self._kept_prefix is None or not ModelState(self).same(self._kept_prefix.state):
+            self._kept_prefix = SharedPrefix(self)
+        return self._kept_prefix.states(self, sequences)
+
+    @torch.no_grad()
+    def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 64) -> torch.Tensor:
+        """Score the whole catalogue as each history's next item.
+
+        Args:
+            histories: item indices or ids, oldest first.
+
+        Returns:
+            `(n, I)` float32 logits on the CPU.
+
+        Raises:
+            ValueError: no history, an empty one, or an index out of range.
+        """
+        self._check_histories(histories)
+        states = torch.cat(list(self.user_states(histories, batch_size)))
+        with self.evaluating():
+            return self.item_logits(states, self.item_table()).cpu()
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int | str]],
+        k: int = 10,
+        exclude_seen: bool = True,
+        batch_size: int = 64,
+        progress: bool = False,
+    ) -> list[list[Recommendation]]:
+        """The `k` best next items of each history, best first. One forward pass, no decoding, always valid items.
+
+        Args:
+            histories: item indices or ids, oldest first; the newest `config.max_history` are read.
+            k: how many items, at most the catalogue's size (less the seen ones).
+            exclude_seen: leave out every item of the history, also those too old to be read.
+
+        Raises:
+            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: no such id.
+        """
+        self._check_histories(histories)
+        vectors = self._vectors()
+        states = self.user_states(histories, batch_size)
+        batches = range(0, len(histories), batch_size)
+        results: list[list[Recommendation]] = []
+        for start, state in zip(tqdm(batches, desc="recommend", disable=not progress), states, strict=True):
+            chunk = [sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]]
+            results += self._best(state, vectors, k, chunk if exclude_seen else None)
+        return results
+
+    @torch.no_grad()
+    def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
+        """The gate's weights: modality -> `(I,)` float32 on the CPU; they sum to 1 over the modalities.
+
+        Args:
+            sample: of so many items alone, evenly spread over the catalogue.
+        """
+        with self.evaluating():
+            if sample is not None and sample < self.config.num_items:
+                rows = torch.arange(sample, device=self.device) * self.config.num_items // sample
+                weights = self.mrc(rows)[1].cpu()
+            elif self.config.negatives == "full":
+                weights = self.item_tokens()[1].cpu()
+            else:  # without ever holding all tokens
+                weights = torch.cat([gates.cpu() for _, gates in self.mrc.pieces()])
+        return dict(zip(self.config.gate_names, weights.unbind(dim=1), strict=True))
+
+    def add_items(self, new_items: ItemCatalogue) -> range:
+        """Append items to the catalogue, without training: they can be read and recommended at once.
+
+        Args:
+            new_items: ids that the catalogue does not have, with features of at least one modality each.
+
+        Returns:
+            the new items' indices.
+
+        Raises:
+            ValueError: an id is taken, or features have another width. SpeederError: an item has no modality.
+        """
+        before = len(self.catalogue)
+        self.set_catalogue(self.catalogue.concat(new_items))
+        return range(before, len(self.catalogue))
+
+    def _vectors(self) -> torch.Tensor | ItemStore:
+        """What `_best` searches."""
+        if self.item_store is not None:
+            return self.item_store
+        with self.evaluating():
+            return self.item_vectors(self.item_tokens()[0])
+
+    def _best(
+        self,
+        states: torch.Tensor,
+        vectors: torch.Tensor | ItemStore,
+        k: int,
+        seen: Sequence[Sequence[int]] | None,
+    ) -> list[list[Recommendation]]:
+        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen.
+
+        The catalogue is read in the item tokens' own dtype, sums are float32: a bfloat16 model reads half the bytes.
+        """
+        if not isinstance(vectors, torch.Tensor):
+            scores, items = vectors.topk(states, k, seen)
+            return self._recommendations(scores, items)
+        excluded: dict[str, torch.Tensor] = {}
+        if seen is not None:
+            indptr = np.cumsum([0, *map(len, seen)])
+            excluded = {
+                "exclude_indptr": torch.as_tensor(indptr, device=states.device),
+                "exclude_items": torch.tensor(
+                    [i for row in seen for i in row], dtype=torch.long, device=states.device
+                ),
+            }
+        scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
+        return self._recommendations(scores, items)
+
+    def _recommendations(self, scores: torch.Tensor, items: torch.Tensor) -> list[list[Recommendation]]:
+        return [
+            [self._recommendation(i, s) for i, s in zip(row, row_scores, strict=True)]
+            for row, row_scores in zip(items.tolist(), scores.tolist(), strict=True)
+        ]
+
+    def _recommendation(self, item: int, score: float) -> Recommendation:
+        return Recommendation(item, self.catalogue.ids[item], self.catalogue.titles[item], score)
+
+    def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
+        if len(histories) == 0:
+            raise ValueError("histories: expected at least one history, got none")
+        if isinstance(histories, str) or any(isinstance(history, int | str) for history in histories):
+            raise ValueError(
+                "histories: expected a list of histories, such as [[3, 7]], got a single history"
+            )
+        if not self.config.prompt_prefix and not self.config.prompt_suffix:
+            for row, history in enumerate(histories):
+                if len(history) == 0:
+                    raise ValueError(
+                        f"histories: expected at least one item in each, got an empty history at {row}"
+                    )

@@ -1,0 +1,1 @@
+"""From raw files to a prepared data set: readers, filters, encoders, features."""

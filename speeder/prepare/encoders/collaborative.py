@@ -1,0 +1,66 @@
+"""Collaborative features: one vector an item of what is taken after what, fitted on training alone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from speeder.baselines.sasrec.fit import fit_sasrec
+from speeder.data.fingerprints import training_hash
+from speeder.recipes.load import settings_for
+from speeder.recipes.sasrec import SASRecConfig
+
+
+class CollaborativeFeatures(NamedTuple):
+    """Features of every item, and what they were fitted on.
+
+    Attributes:
+        features: (I, dim) float32, of mean 0 and variance 1 in each dimension over present items; zeros
+        elsewhere. present: (I,) bool, whether the item occurs in training. training_hash: for
+        ``speeder.evaluation.leaks.check_training_hash``.
+    """
+
+    features: torch.Tensor
+    present: torch.Tensor
+    training_hash: str
+
+
+def collaborative_features(
+    training_sequences: Sequence[Sequence[int]],
+    num_items: int,
+    dim: int = 64,
+    seed: int = 0,
+    epochs: int = 10,
+    config: SASRecConfig | None = None,
+) -> CollaborativeFeatures:
+    """Item embeddings of a cross-entropy SASRec, trained for a fixed number of epochs.
+
+    There is no early stopping, so no held-out interaction can have a say in the features, not even in when to
+    stop.
+
+    Args:
+        training_sequences: every user's training part, oldest first, as ``LeaveOneOut.training`` gives it.
+        num_items: I, the catalogue's size.
+        dim: the width of the features; a multiple of ``config.heads``.
+        seed: fixes the result.
+        epochs: how long to train.
+        config: SASRec's other sizes and rates, by default those that suit the data (`settings_for`); its own hidden
+            size, epochs and patience are not used.
+
+    Raises:
+        ValueError: no sequence has two items.
+        IndexError: an item outside ``0..num_items-1``.
+    """
+    config = replace(config or settings_for(training_sequences), hidden_size=dim)
+    model = fit_sasrec(training_sequences, num_items, config, epochs=epochs, seed=seed)
+    present = torch.zeros(num_items, dtype=torch.bool)
+    present[
+        torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in training_sequences]))
+    ] = True
+    known = model.items.weight.detach().float().cpu()[present]
+    deviation = known.std(dim=0, correction=0).clamp_min(torch.finfo(torch.float32).tiny)
+    features = torch.zeros(num_items, dim)
+    features[present] = (known - known.mean(dim=0)) / deviation
+    return CollaborativeFeatures(features, present, training_hash(training_sequences))

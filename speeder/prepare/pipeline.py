@@ -1,0 +1,129 @@
+"""From raw files to a folder that training reads: descriptions, pictures and their frozen features."""
+
+from collections.abc import Collection
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from speeder.data.prepared import PreparedData, check_replaceable
+from speeder.errors import SpeederError
+from speeder.io.disk_full import writing
+from speeder.prepare.features import EncodesImages, EncodesTexts, add_features, add_images
+from speeder.prepare.raw_table import read_raw, scratch_folder
+from speeder.prepare.readers import READERS
+from speeder.prepare.readers.ml100k import read_ml100k
+from speeder.prepare.readers.plain import plain
+from speeder.prepare.readers.times import TIME_UNITS
+from speeder.recipes.schema import MODALITIES
+
+if TYPE_CHECKING:
+    from speeder.io.parts import Runner
+
+
+def prepare(
+    name: str,
+    path: str | Path,
+    out: str | Path,
+    *,
+    items: str | Path | None = None,
+    images: str | Path | None = None,
+    core: int | None = None,
+    min_rating: float | None = None,
+    repeats: bool = False,
+    time_unit: str = "s",
+    modalities: Collection[str] = MODALITIES,
+    text_encoder: EncodesTexts | None = None,
+    image_encoder: EncodesImages | None = None,
+    runner: "Runner | None" = None,
+) -> PreparedData:
+    """Reads raw files, filters, encodes what items have, and saves all, whole or not at all.
+
+    Interrupted, it starts reading again, but keeps the texts and pictures that were encoded.
+
+    Args:
+        name: of [`READERS`].
+        path: the file of interactions, or a folder, as the reader takes it.
+        out: folder to write.
+        items: the file of items, where it is not in the folder.
+        images: folder of pictures named by item id (or by the item table's `image` column); None takes the one
+            that comes with the data, if any. Nothing is downloaded.
+        core: k of the k-core filter; None is the usual one of the format, 1 filters nothing.
+        min_rating: interactions rated lower are dropped.
+        repeats: whether a user may take an item several times; else the earliest counts.
+        time_unit: of `"plain"` data's times.
+        modalities: which features to add.
+        text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
+        runner: where these defaults encode, such as an `OnRay`; None is this process.
+
+    Returns:
+        The saved data. The manifest holds nothing of the time or the machine: the same input gives the same manifest.
+
+    Raises `SpeederError` for files that cannot be read, or a setting that does not fit.
+    """
+    if name not in READERS:
+        raise SpeederError(f"expected one of {', '.join(READERS)}, got {name!r}")
+    if core is not None and core < 1:
+        raise SpeederError(f"k-core: expected at least 1, got {core}")
+    if time_unit not in TIME_UNITS or (time_unit != "s" and name != "plain"):
+        raise SpeederError(
+            f"time unit: expected one of {', '.join(TIME_UNITS)}, for plain data, got {time_unit!r}"
+        )
+    check_replaceable(out)
+    path, items = Path(path), Path(items) if items else None
+    if not path.exists():
+        raise SpeederError(f"{path} is missing")
+    raw = plain(path, items, time_unit) if name == "plain" else READERS[name].open(path, items)
+    with writing(out), scratch_folder(Path(out)) as scratch:
+        data = read_raw(
+            raw,
+            scratch,
+            core=READERS[name].core if core is None else core,
+            min_rating=min_rating,
+            repeats=repeats,
+        )
+    data = add_images(data, images or raw.images, by_name=raw.images_by_name)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
+
+
+def prepare_ml100k(
+    out: str | Path,
+    *,
+    source: str | Path | None = None,
+    posters: str | Path | None = None,
+    include_plot: bool = True,
+    text_encoder: EncodesTexts | None = None,
+    image_encoder: EncodesImages | None = None,
+    modalities: Collection[str] = MODALITIES,
+    runner: "Runner | None" = None,
+) -> PreparedData:
+    """Prepares MovieLens-100K from the package index, whole: every rating counts, every film is in the catalogue.
+
+    Args:
+        out: folder to write, whole or not at all.
+        source: folder with the raw files (RecBole's atomic ones); None fetches the `ml-100k` asset.
+        posters: as `match_posters` takes it; None prepares texts alone.
+        include_plot: whether a plot that `posters` knows of is added to the film's text.
+        text_encoder, image_encoder, modalities, runner: as for `prepare`.
+
+    Returns:
+        The saved data, as `prepare` returns it.
+    """
+    check_replaceable(out)
+    data = add_images(read_ml100k(source), posters, include_plot=include_plot)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
+
+
+def _encode_and_save(
+    data: PreparedData,
+    out: str | Path,
+    modalities: Collection[str],
+    text_encoder: EncodesTexts | None,
+    image_encoder: EncodesImages | None,
+    runner: "Runner | None",
+) -> PreparedData:
+    data = add_features(data, modalities, text_encoder, image_encoder, runner)
+    data.manifest["versions"] = {
+        name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")
+    }
+    data.save(out)
+    return data

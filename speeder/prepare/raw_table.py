@@ -1,0 +1,183 @@
+"""Raw data to a catalogue and interactions: one pass over the interactions, filters, one pass over the items."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.data.interactions import SPLIT_RULE, Interactions
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.io.files import recover_folder, sha256_file
+from speeder.prepare.filters import first_of_repeats, k_core, renumber
+from speeder.prepare.readers.lines import BadLine, LineCount
+from speeder.prepare.readers.raw import NO_INTERACTIONS, RawData
+from speeder.prepare.readers.text import MAX_TEXT, MAX_TITLE, ItemText
+from speeder.prepare.readers.times import PER_SECOND, hold_dates, nanoseconds
+from speeder.prepare.readers.values import identifier, rating
+from speeder.prepare.spool import Spool
+
+
+def read_raw(
+    raw: RawData,
+    scratch: Path,
+    *,
+    core: int = 1,
+    min_rating: float | None = None,
+    repeats: bool = False,
+) -> PreparedData:
+    """Reads raw data as a stream; the catalogue holds the items that have interactions, without features.
+
+    Users and items are numbered by their first appearance among the interactions that are kept.
+
+    Args:
+        scratch: an empty folder for intermediate columns (24 bytes an interaction, and the ids).
+        core: users and items with fewer interactions are dropped, again and again until none is left.
+        min_rating: interactions rated lower are dropped.
+        repeats: whether a user may take an item several times; else the earliest time counts.
+
+    Returns:
+        Data whose manifest counts every line kept, or dropped for a reason. An item's `image` is a name as the raw
+        data give it, unchecked.
+
+    Raises `SpeederError` where a file cannot be read, or nothing is left.
+    """
+    sources = [raw.interaction_file, *([raw.item_file] if raw.item_file else [])]
+    for path in sources:  # the second is read last, and would be missed late
+        if not path.is_file():
+            raise SpeederError(f"{path} cannot be read: it is {'a folder' if path.is_dir() else 'missing'}")
+    count = LineCount(raw.interaction_file)
+    spool = Spool(scratch)
+    _fill(spool, raw, count, min_rating)
+    user, item, time, user_ids, item_ids = _filtered(spool, count, core, repeats)
+    if not user_ids:
+        reasons = "; ".join(f"{lines} {reason}" for reason, lines in count.dropped.most_common())
+        raise SpeederError(
+            f"{raw.interaction_file}: no interaction is left of {count.read} lines ({reasons or 'it is empty'})"
+        )
+    order = np.lexsort((time, user))  # by nanoseconds: whole seconds would make ties of them
+    user = user[order]  # one by one: each old column makes room for the next new one
+    item = item[order]
+    time = time[order] // PER_SECOND
+    del order
+    interactions = Interactions(user, item, time, user_ids)
+    del user, item, time
+    catalogue, items = _read_items(raw, item_ids)
+    manifest = {
+        "dataset": raw.name,
+        "sources": {path.name: sha256_file(path) for path in sources},
+        "split": SPLIT_RULE,
+        "filters": {"k_core": core, "min_rating": min_rating, "repeats": repeats},
+        "items": items,
+        "interactions": count.summary(),
+        "users": len(user_ids),
+    }
+    return PreparedData(catalogue, interactions, manifest)
+
+
+def _fill(spool: Spool, raw: RawData, count: LineCount, min_rating: float | None) -> None:
+    dates, rows = hold_dates(raw.interactions(count))
+    for row in rows:
+        try:
+            user, item = identifier(row.user, "user"), identifier(row.item, "item")
+            time = nanoseconds(row.time, raw.ticks_per_second, dates=dates)
+            rated_low = min_rating is not None and rating(row.rating) < min_rating
+        except BadLine as error:
+            count.drop(row.number, str(error))
+            continue
+        if rated_low:
+            count.leave_out("rated lower than the threshold")
+        else:
+            spool.add(user, item, time)
+    spool.close()
+
+
+def _filtered(
+    spool: Spool, count: LineCount, core: int, repeats: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
+    """Columns user, item, nanoseconds of what is kept, in the order of the lines, and both sides' ids."""
+    user, user_hashes = spool.users.codes()
+    item, item_hashes = spool.items.codes()
+    keep = first_of_repeats(user, item, spool.times(), same_time=repeats)
+    what = "user, item and time" if repeats else "user and item"
+    count.leave_out(f"same {what} as another line", len(keep) - int(np.count_nonzero(keep)))
+    few_users, few_items = k_core(user, item, keep, core)
+    count.leave_out(f"user with fewer than {core} interactions", few_users)
+    count.leave_out(f"item with fewer than {core} interactions", few_items)
+    user, user_codes = renumber(user[keep])
+    item, item_codes = renumber(item[keep])
+    names = spool.users.names(user_hashes[user_codes]), spool.items.names(item_hashes[item_codes])
+    return user, item, spool.times_of(keep), *names
+
+
+def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
+    """The catalogue of these items, in this order, and the manifest's record of their lines."""
+    place = {external: row for row, external in enumerate(ids)}
+    found: list[ItemText | None] = [None] * len(ids)
+    cut, summary = np.zeros(len(ids), dtype=bool), {}
+    if raw.items is not None:
+        count = LineCount(raw.item_file)
+        for entry in raw.items(count, place):
+            try:
+                external = identifier(entry.item, "item")
+            except BadLine as error:
+                count.drop(entry.number, str(error))
+                continue
+            row = place.get(external)
+            if row is None:
+                count.leave_out(NO_INTERACTIONS)
+                continue
+            earlier = found[row]
+            if earlier:
+                count.drop(entry.number, "item listed before")
+            if earlier and earlier.title:
+                continue
+            described = raw.describe(entry.record)
+            if earlier is None or described.title:  # of an item's lines, the first with a title
+                cut[row] = len(described.title) > MAX_TITLE or len(described.text) > MAX_TEXT
+                found[row] = described._replace(
+                    title=described.title[:MAX_TITLE],
+                    text=described.text[:MAX_TEXT],
+                    image=described.image or (earlier and earlier.image),
+                )
+        summary = {
+            **count.summary(),
+            "cut_short": int(cut.sum()),
+            "titles_blanked": sum(entry is not None and entry.blanked for entry in found),
+        }
+        if not any(found):
+            raise SpeederError(
+                f"{raw.item_file} lists none of the {len(ids)} items of {raw.interaction_file}:"
+                " do they belong together?"
+            )
+    summary["without_line"] = found.count(None)
+    titles, texts, images, _ = zip(*(entry or ItemText("", "") for entry in found), strict=True)
+    summary["without_text"] = texts.count("")
+    return ItemCatalogue(ids, titles, texts, images), summary
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """An empty folder beside `out`, which goes when it is done with; what an interrupted run left is cleared.
+
+    Raises `SpeederError` where another process is preparing the same folder.
+    """
+    out = recover_folder(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f".{out.name}.reading")
+    lock_file = out.with_name(f".{out.name}.lock")
+    try:
+        with FileLock(lock_file, timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock_file.unlink(missing_ok=True)
+    except Timeout:
+        raise SpeederError(f"{out} is being prepared by another process") from None

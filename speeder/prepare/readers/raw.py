@@ -1,0 +1,55 @@
+"""What a reader of raw files gives: a stream of interactions, then a stream of items."""
+
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from speeder.prepare.readers.lines import LineCount
+from speeder.prepare.readers.text import ItemText
+
+NO_INTERACTIONS = "item without interactions that are kept"  # why most lines of an item file are left out
+
+
+class Row(NamedTuple):
+    """One interaction as the file gives it, unchecked; `number` is its line's, from 1."""
+
+    number: int
+    user: object
+    item: object
+    time: object
+    rating: object = None
+
+
+class Entry(NamedTuple):
+    """One line of an item file, unchecked; what `RawData.describe` makes an `ItemText` of."""
+
+    number: int
+    item: object
+    record: object
+
+
+@dataclass
+class RawData:
+    """Raw files of one data set, unread.
+
+    Attributes:
+        name: the data set's, for the manifest.
+        interaction_file, item_file: where they are; without an item file, items have an id and no more.
+        interactions: streams the interactions; counts every line that it reads or drops in the count.
+        items: streams the items' lines likewise; it may leave out, and count, lines of items that are not wanted.
+        describe: an entry's record -> title, text and picture. Takes any record that `items` gives.
+        ticks_per_second: of the interactions' times, where these are bare numbers.
+        images: a folder of pictures that comes with the data.
+        images_by_name: whether `describe` names pictures (else they are found by item id).
+    """
+
+    name: str
+    interaction_file: Path
+    interactions: Callable[[LineCount], Iterator[Row]]
+    item_file: Path | None = None
+    items: Callable[[LineCount, Container[str]], Iterator[Entry]] | None = None
+    describe: Callable[[object], ItemText] | None = None
+    ticks_per_second: int = 1
+    images: Path | None = None
+    images_by_name: bool = False

@@ -1,0 +1,202 @@
+"""Tables: separated text of several kinds, Parquet, and JSON lines, row by row, in little memory."""
+
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from speeder.errors import SpeederError
+from speeder.prepare.readers.lines import BLANK, BadLine, LineCount, read_lines
+from speeder.prepare.readers.times import arrow_times
+from speeder.prepare.readers.values import json_object
+
+_RECORD_LINES = 200  # lines and characters over which a row with quoted cells may run on
+_RECORD_SIZE = 1 << 20
+_PARQUET_ROWS = 1 << 16
+_QUOTES = "quotes that do not match"
+
+Columns = Sequence[Sequence[str]]  # each column's possible names, in lower case
+
+
+def split_rows(
+    path: Path, count: LineCount, separator: str, width: int, *, encoding: str = "utf-8", quoted: bool = False
+) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a file without a header, `width` fields each; other lines are dropped and counted.
+
+    `quoted` fields follow the rules of CSV, and each row is one line.
+    """
+    for number, line in read_lines(path, count, encoding=encoding):
+        try:
+            fields = _cells([line], separator) if quoted and '"' in line else line.split(separator)
+            _of_width(fields, width)
+        except BadLine as error:
+            count.drop(number, str(error))
+            continue
+        yield number, fields
+
+
+def csv_rows(
+    path: Path, count: LineCount, columns: Columns, required: int, *, separator: str | None = None
+) -> Iterator[tuple[int, list[str | None]]]:
+    """Rows of a CSV or TSV file with a header: the wanted columns' fields, None for a column that is not there.
+
+    A quoted cell may hold line ends; its row is counted by its first line, and its other lines not at all. The
+    first `required` columns must be there, else `SpeederError`.
+
+    Args:
+        columns: each column's possible names.
+        separator: None tells it from the header: a tab where there is one, else a comma.
+    """
+    lines = _Lines(read_lines(path, count))
+    _, header = next(lines, (0, None))
+    wrong = next((reason for reason in count.dropped if reason != BLANK), None)
+    if wrong or header is None:
+        raise SpeederError(
+            f"{path}: its first line is {wrong}, and a header line was expected"
+            if wrong
+            else f"{path} is empty, and a header line was expected"
+        )
+    count.read -= 1
+    separator = separator or ("\t" if "\t" in header else ",")
+    names = [name.strip('"') for name in header.split(separator)]
+    picks = pick_columns(path, names, columns, required)
+    for number, line in lines:
+        try:
+            if '"' in line:
+                cells = _record(lines, line, separator, len(names), count)
+            else:
+                cells = _of_width(line.split(separator), len(names))
+        except BadLine as error:
+            count.drop(number, str(error))
+            continue
+        yield number, [None if pick is None else cells[pick] for pick in picks]
+
+
+class _Lines:
+    """Numbered lines of which some can be given back."""
+
+    def __init__(self, source: Iterator[tuple[int, str]]):
+        self.source, self.returned = source, []
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        return self.returned.pop() if self.returned else next(self.source)
+
+
+def _record(lines: _Lines, first: str, separator: str, width: int, count: LineCount) -> list[str]:
+    """The cells of a row that starts with `first` and may run on over further lines.
+
+    Raises `BadLine` where they make no row: the further lines are given back then, so that no stray quote takes the
+    rows after it with it.
+    """
+    taken: list[tuple[int, str]] = []
+    size, within_quotes = len(first), first.count('"') % 2 == 1
+    try:
+        while within_quotes:
+            following = next(lines, None) if len(taken) < _RECORD_LINES and size < _RECORD_SIZE else None
+            if following is None:
+                raise BadLine(_QUOTES)
+            taken.append(following)
+            size += len(following[1])
+            within_quotes ^= following[1].count('"') % 2 == 1
+        cells = _of_width(_cells([first, *(line for _, line in taken)], separator), width)
+    except BadLine:
+        lines.returned += reversed(taken)
+        raise
+    count.read -= len(taken)
+    return cells
+
+
+def _of_width(fields: list[str], width: int) -> list[str]:
+    if len(fields) != width:
+        raise BadLine("wrong number of fields")
+    return fields
+
+
+def _cells(lines: Sequence[str], separator: str) -> list[str]:
+    """The fields of one row; raises `BadLine` where its quotes do not match."""
+    try:
+        rows = list(csv.reader([f"{line}\n" for line in lines], delimiter=separator, strict=True))
+    except csv.Error as error:
+        raise BadLine("cell longer than 128 KiB" if "limit" in str(error) else _QUOTES) from None
+    if len(rows) != 1:
+        raise BadLine(_QUOTES)
+    return rows[0]
+
+
+def unquoted(text: str) -> str:
+    """A lone cell without the quotes around it; text whose quotes do not match is as it stands."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1].replace('""', ""):
+        return text[1:-1].replace('""', '"')
+    return text
+
+
+def pick_columns(path: Path, names: Sequence[str], columns: Columns, required: int) -> list[int | None]:
+    """Where each wanted column is among a table's; raises `SpeederError` where a required one is not."""
+    places = {name.strip().lower(): place for place, name in reversed(list(enumerate(names)))}
+    picks = [next((places[name] for name in options if name in places), None) for options in columns]
+    for pick, options in zip(picks[:required], columns, strict=False):
+        if pick is None:
+            raise SpeederError(
+                f"{path} has no column {' or '.join(map(repr, options))}; it names {', '.join(names)[:200]}"
+            )
+    return picks
+
+
+def parquet_rows(path: Path, count: LineCount, columns: Columns, required: int) -> Iterator[tuple[int, list]]:
+    """Rows of a Parquet file as `csv_rows` gives those of text; columns of dates become `Nanoseconds`."""
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            picks = pick_columns(path, names, columns, required)
+            wanted = [names[pick] for pick in picks if pick is not None]
+            number = 0
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
+                lists = {name: _values(batch.column(name)) for name in wanted}
+                values = [[None] * len(batch) if pick is None else lists[names[pick]] for pick in picks]
+                for row in zip(*values, strict=True):
+                    number += 1
+                    count.read += 1
+                    yield number, list(row)
+    except FileNotFoundError:
+        raise SpeederError(f"{path} is missing") from None
+    except (pa.ArrowException, OSError, KeyError, ValueError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SpeederError(f"{path} cannot be read as Parquet: {reason}") from error
+
+
+def _values(column: pa.Array) -> list:
+    if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+        return arrow_times(column)
+    return column.to_pylist()
+
+
+def json_rows(path: Path, count: LineCount, columns: Columns, required: int) -> Iterator[tuple[int, list]]:
+    """Rows of JSON lines as `csv_rows` gives those of text. A line that lacks a key has None there."""
+    for number, line in read_lines(path, count):
+        try:
+            record = {key.lower(): value for key, value in json_object(line).items()}
+        except BadLine as error:
+            count.drop(number, str(error))
+            continue
+        yield (
+            number,
+            [next((record[name] for name in options if name in record), None) for options in columns],
+        )
+
+
+def rows_of(path: Path) -> Callable[..., Iterator[tuple[int, list]]]:
+    """Which of the functions above reads a file, told by its name."""
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith((".parquet", ".pq")):
+        return parquet_rows
+    if name.endswith((".jsonl", ".json", ".ndjson")):
+        return json_rows
+    if name.endswith((".csv", ".tsv", ".txt")):
+        return csv_rows
+    raise SpeederError(f"{path}: expected a table (.csv, .tsv, .parquet or .jsonl), got another kind of name")

@@ -1,0 +1,97 @@
+"""Times of raw rows, in nanoseconds (which fit 64 bits until 2262): none is cut before the rows are in order."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from itertools import chain, islice
+
+import pyarrow as pa
+
+from speeder.prepare.readers.lines import BadLine
+from speeder.prepare.readers.raw import Row
+
+TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}  # ticks a second
+PER_SECOND = TIME_UNITS["ns"]
+_LAST_SECOND = 4_102_444_800  # the year 2100: a later time is in another unit, or nonsense
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_ROWS_TOLD_BY = 100  # rows by which a file's times are told to be dates or numbers
+
+
+class Nanoseconds(int):
+    """A time since 1970 that is known to be in nanoseconds, whatever the unit of a file's bare numbers."""
+
+
+def nanoseconds(value: object, per_second: int, *, dates: bool = False) -> int:
+    """Nanoseconds since 1970 of a finite number, digits, an ISO 8601 date (without a zone, in UTC), or `Nanoseconds`.
+
+    Args:
+        per_second: ticks a second of bare numbers.
+        dates: whether eight digits are a date (`20200131`) and no number.
+
+    Raises `BadLine`, also for times before 1970 and after 2100.
+    """
+    if dates and _is_eight_digits(value):
+        value = _parsed(str(value).strip(), _date)
+        if value is None:
+            raise BadLine("timestamp is not a date")
+    elif isinstance(value, str):
+        value = _parsed(value.strip(), int, float, _date)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise BadLine("timestamp is not a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadLine("timestamp is not a number")
+    if isinstance(value, Nanoseconds):
+        per_second = PER_SECOND
+    if not 0 <= value <= _LAST_SECOND * per_second:
+        raise BadLine("timestamp is before 1970 or after 2100")
+    whole, scale = int(value), PER_SECOND // per_second
+    return whole * scale + int((value - whole) * scale)  # apart: a float does not hold the digits of both
+
+
+def hold_dates(rows: Iterable[Row]) -> tuple[bool, Iterator[Row]]:
+    """Whether most times of the first rows are dates rather than numbers, and all the rows.
+
+    Times of eight digits, which may be either, do not count.
+    """
+    rows = iter(rows)
+    first = list(islice(rows, _ROWS_TOLD_BY))
+    times = [row.time for row in first if not _is_eight_digits(row.time)]
+    dates = [
+        time
+        for time in times
+        if isinstance(time, str) and isinstance(_parsed(time.strip(), int, float, _date), Nanoseconds)
+    ]
+    return 2 * len(dates) > len(times), chain(first, rows)
+
+
+def arrow_times(column: pa.Array) -> list[Nanoseconds | None]:
+    """The times of a column of dates or timestamps of any unit; what 64 bits cannot hold does not wrap around."""
+    if pa.types.is_date32(column.type):
+        values, scale = column.cast(pa.int32()), 86_400 * PER_SECOND
+    else:
+        unit = "ms" if pa.types.is_date64(column.type) else column.type.unit
+        values, scale = column.cast(pa.int64()), PER_SECOND // TIME_UNITS[unit]
+    return [None if value is None else Nanoseconds(value * scale) for value in values.to_pylist()]
+
+
+def _is_eight_digits(value: object) -> bool:
+    if isinstance(value, str):
+        value = value.strip()
+        return len(value) == 8 and value.isdecimal()
+    return isinstance(value, int) and 10_000_000 <= value < 100_000_000
+
+
+def _parsed(text: str, *parsers: Callable[[str], int | float]) -> int | float | None:
+    """What the first parser that takes the text makes of it."""
+    for parse in parsers:
+        try:
+            return parse(text)
+        except (ValueError, OverflowError):
+            pass
+    return None
+
+
+def _date(text: str) -> Nanoseconds:
+    date = datetime.fromisoformat(text)
+    date = date if date.tzinfo else date.replace(tzinfo=UTC)
+    return Nanoseconds((date - _EPOCH) // timedelta(microseconds=1) * 1000)

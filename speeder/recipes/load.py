@@ -1,0 +1,61 @@
+"""Recipes from YAML files: one's own, or one that comes with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from speeder.errors import SpeederError
+from speeder.recipes.build import build
+from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
+from speeder.recipes.schema import Recipe, Stage
+
+_SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
+
+
+def bundled_recipe(name: str) -> Path:
+    """A recipe that comes with the package, by file name without suffix."""
+    return Path(str(files("speeder") / "recipes" / f"{name}.yaml"))
+
+
+def load_recipe(path: str | Path) -> Recipe | SASRecRecipe:
+    """Read and check a recipe; one with `baseline: sasrec` is SASRec's.
+
+    Raises:
+        SpeederError: the file is missing, is not YAML, or has a key or value that is not known.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpeederError(f"recipe {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpeederError(f"recipe {path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return recipe_from_dict(data)
+    except SpeederError as error:
+        raise SpeederError(f"{path}: {error}") from error
+
+
+def recipe_from_dict(data: Any) -> Recipe | SASRecRecipe:
+    """A recipe from plain data.
+
+    Raises:
+        SpeederError: a key is unknown, or a value has the wrong type or range.
+    """
+    if isinstance(data, dict) and data.get("baseline") == "sasrec":
+        return build(SASRecRecipe, data, "recipe")
+    if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
+        raise SpeederError("recipe: expected a mapping with a list of 'stages'")
+    stages = [build(Stage, stage, f"stage {number}") for number, stage in enumerate(data["stages"], 1)]
+    return build(Recipe, {**data, "stages": stages}, "recipe")
+
+
+def settings_for(training_sequences: Sequence[Sequence[int]]) -> SASRecConfig:
+    """The bundled settings that suit the data, by the median length: for many short histories, or for few long ones."""
+    short = np.median([len(items) for items in training_sequences]) < _SHORT_HISTORY
+    return load_recipe(bundled_recipe("sasrec-beauty" if short else "sasrec-ml-100k")).config

@@ -1,1 +1,0 @@
-"""`speeder report`: what a run folder holds, as one page that needs nothing else; see `speeder.report.build`."""

@@ -1,0 +1,1 @@
+"""Large catalogues: item tokens on disk, and an index over them."""

@@ -1,0 +1,1 @@
+"""Recommendations for users: kept sessions, whole files, and HTTP."""

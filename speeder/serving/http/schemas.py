@@ -1,0 +1,135 @@
+"""What requests and answers look like. Requests' bounds are the server's, so their classes are made with them."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from speeder.serving.http.limits import Limits
+
+MAX_TITLES = 50  # each is a search; longer histories come as ids
+_MAX_ID = 512  # characters of an id or a title in a request
+
+
+class Item(BaseModel):
+    """An item of the catalogue; `picture` is a path relative to the server's root, null where there is none."""
+
+    id: str
+    title: str
+    picture: str | None
+
+
+class Recommended(Item):
+    """An item with its score, a logit that is comparable within one answer."""
+
+    score: float
+
+
+class Recommendations(BaseModel):
+    """The answer to a history: `history` as it was understood, of which the newest `read` items were read."""
+
+    items: list[Recommended]
+    history: list[Item]
+    read: int
+
+
+class Found(BaseModel):
+    """Hits of a search, the best first."""
+
+    items: list[Item]
+
+
+class Effect(BaseModel):
+    """How an item's score falls without one entry of the history; null where nothing would be left to read."""
+
+    id: str
+    title: str
+    change: float | None
+
+
+class Explained(Item):
+    """Why an item has its score: the modalities' shares of its token, and the effect of each history item read."""
+
+    score: float
+    gates: dict[str, float]
+    history: list[Effect]
+
+
+class Explanations(BaseModel):
+    """One explanation for each item asked about, in the same order."""
+
+    items: list[Explained]
+
+
+class About(BaseModel):
+    """The model that is served, and the server's bounds."""
+
+    name: str
+    items: int
+    modalities: list[str]
+    reads: int
+    max_history: int
+    max_k: int
+    max_explained: int
+    pictures: bool
+
+
+class State(BaseModel):
+    """Whether the server is well, or ready for requests."""
+
+    status: str
+
+
+@dataclass(frozen=True)
+class RequestModels:
+    """The classes of request bodies under a server's bounds."""
+
+    recommend: type[BaseModel]
+    explain: type[BaseModel]
+
+
+def request_models(limits: Limits) -> RequestModels:
+    """Classes whose schema states the bounds, so that OpenAPI tells them and pydantic holds to them."""
+    entry = Annotated[str, Field(min_length=1, max_length=_MAX_ID)]
+
+    class History(BaseModel):
+        model_config = ConfigDict(extra="forbid")
+
+        history: Annotated[
+            list[entry] | None,
+            Field(description="item ids, oldest first", min_length=1, max_length=limits.max_history),
+        ] = None
+        titles: Annotated[
+            list[entry] | None,
+            Field(
+                description="in place of `history`: titles, oldest first, each of which must mean one item",
+                min_length=1,
+                max_length=min(MAX_TITLES, limits.max_history),
+            ),
+        ] = None
+
+        @model_validator(mode="after")
+        def one_of_two(self):
+            if (self.history is None) == (self.titles is None):
+                raise ValueError("exactly one of history and titles")
+            return self
+
+    class RecommendRequest(History):
+        model_config = ConfigDict(
+            extra="forbid", json_schema_extra={"examples": [{"history": ["50", "172", "133"], "k": 5}]}
+        )
+
+        k: Annotated[int, Field(description="how many items", ge=1, le=limits.max_k)] = 10
+        exclude_seen: Annotated[bool, Field(description="leave out every item of the history")] = True
+
+    class ExplainRequest(History):
+        model_config = ConfigDict(
+            extra="forbid", json_schema_extra={"examples": [{"history": ["50", "172"], "items": ["181"]}]}
+        )
+
+        items: Annotated[
+            list[entry],
+            Field(description="ids of the items to explain", min_length=1, max_length=limits.max_explained),
+        ]
+
+    return RequestModels(RecommendRequest, ExplainRequest)

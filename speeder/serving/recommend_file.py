@@ -1,0 +1,174 @@
+"""Recommendations for a Parquet file of user histories, as another one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.errors import SpeederError
+from speeder.io.files import atomic_path, sha256_file
+from speeder.io.parts import Runner, Work, computed, folder_identity, here
+
+PART_ROWS = 1024  # users of a part: what a killed worker or driver costs at most
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view)
+_STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+
+
+def recommend_file(
+    model_folder: str | Path,
+    histories: str | Path,
+    out: str | Path,
+    k: int = 10,
+    exclude_seen: bool = True,
+    *,
+    part_rows: int = PART_ROWS,
+    runner: Runner = here,
+) -> int:
+    """Write the `k` best next items of every history.
+
+    Args:
+        model_folder: of a saved `SpeederForCausalLM`.
+        histories: a Parquet file, or a folder of them, with the columns `user` (strings or integers) and `items`
+            (lists of the catalogue's ids, oldest first); others are not read.
+        out: the Parquet file to write, whole or not at all: `user`, `items` (lists of `k` ids, best first) and
+            `scores` (lists of `k` float32), rows in the order of `histories`.
+        k, exclude_seen: as `SpeederForCausalLM.recommend` takes them.
+        part_rows: users of a part. Unfinished parts lie beside `out`, and the same call goes on with them.
+        runner: where parts are computed: `here`, or an `OnRay`.
+
+    Returns:
+        how many users there are.
+
+    Raises:
+        SpeederError: there is no such model, a file or column is missing or of another type, or a history is empty,
+            has an item that the catalogue lacks, or leaves fewer than `k` items, or `out` lies among the histories; all
+            before any is computed.
+    """
+    model_folder, histories, out = Path(model_folder), Path(histories), Path(out)
+    if part_rows < 1:
+        raise ValueError(f"part_rows: expected at least 1, got {part_rows}")
+    catalogue = _catalogue(model_folder)
+    if not 1 <= k <= len(catalogue):
+        raise SpeederError(f"k: expected 1..{len(catalogue)}, the items of the catalogue, got {k}")
+    dataset = _open(histories)
+    if out.resolve() == histories.resolve() or out.resolve().parent == histories.resolve():
+        raise SpeederError(f"{out}: lies among the histories, and would be read as such; name another file")
+    if model_folder.resolve() in out.resolve().parents:
+        raise SpeederError(f"{out}: lies in the recommender's folder, and would be taken for a part of it")
+    identity = {
+        "recommend": {"k": k, "exclude_seen": exclude_seen, "part_rows": part_rows},
+        "model": folder_identity(model_folder),
+        "histories": [sha256_file(file) for file in dataset.files],
+        "version": version("speeder"),
+    }
+    tables = _checked(dataset, catalogue, k, exclude_seen, part_rows)
+    make = partial(_recommender, model_folder.resolve(), k, exclude_seen)
+    schema, rows = _schema(dataset.schema.field("user").type), 0
+    work = out.with_name(f".{out.name}.parts")
+    with (
+        computed(work, identity, tables, make, runner, "recommend") as outputs,
+        atomic_path(out) as temporary,
+        pq.ParquetWriter(temporary, schema) as writer,
+    ):
+        for table in outputs:
+            writer.write_table(table)
+            rows += len(table)
+    return rows
+
+
+def _recommender(folder: Path, k: int, exclude_seen: bool) -> Work:
+    from speeder.model.modeling import SpeederForCausalLM
+
+    model = SpeederForCausalLM.from_pretrained(folder)
+
+    def recommend(table: pa.Table) -> pa.Table:
+        rows = model.recommend(table["items"].to_pylist(), k, exclude_seen)
+        user = table["user"]
+        ids, scores = ([[getattr(item, name) for item in row] for row in rows] for name in ("id", "score"))
+        return pa.table([user, ids, scores], schema=_schema(user.type))
+
+    return recommend
+
+
+def _schema(user: pa.DataType) -> pa.Schema:
+    return pa.schema([("user", user), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
+
+
+def _catalogue(model_folder: Path) -> ItemCatalogue:
+    if not (model_folder / "catalogue").is_dir():
+        raise SpeederError(
+            f"recommend: expected a language model with its catalogue, found none in {model_folder}"
+        )
+    return ItemCatalogue.load(model_folder / "catalogue", verify=False)
+
+
+def _open(path: Path) -> ds.FileSystemDataset:
+    """The histories, of whose columns `user` and `items` have the right types."""
+    try:
+        dataset = ds.dataset(sorted(path.glob("*.parquet")) if path.is_dir() else path, format="parquet")
+    except FileNotFoundError:
+        raise SpeederError(f"{path} is missing") from None
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise SpeederError(f"{path}: expected histories as Parquet: {reason}") from error
+    if not dataset.files:
+        raise SpeederError(f"{path}: expected a folder with *.parquet, found none in it")
+    names = dataset.schema.names
+    for name in ("user", "items"):
+        if names.count(name) != 1:
+            raise SpeederError(f"{path}: expected a column {name!r}, got {', '.join(names) or 'none'}")
+    user, items = (dataset.schema.field(name).type for name in ("user", "items"))
+    if not (pa.types.is_integer(user) or _is(user, _STRINGS)):
+        raise SpeederError(f"{path}: expected user to be strings or integers, got {user}")
+    if not (_is(items, _LISTS) and _is(items.value_type, _STRINGS)):  # numbers could be ids or places
+        raise SpeederError(f"{path}: expected items to be lists of strings, the catalogue's ids, got {items}")
+    return dataset
+
+
+def _is(kind: pa.DataType, tests: Sequence[Callable]) -> bool:
+    return any(test(kind) for test in tests)
+
+
+def _checked(
+    dataset: ds.FileSystemDataset, catalogue: ItemCatalogue, k: int, exclude_seen: bool, part_rows: int
+) -> Iterator[pa.Table]:
+    """Parts of the histories, in order; a history that the model would refuse is an error that names its row."""
+    row = 0
+    for table in _rows(dataset, part_rows):
+        for user, items in zip(table["user"].to_pylist(), table["items"].to_pylist(), strict=True):
+            where = f"histories, row {row} (user {user!r})"
+            if user is None:
+                raise SpeederError(f"{where}: expected a user, got null")
+            if not items:
+                raise SpeederError(f"{where}: expected at least one item, got none")
+            if None in items:
+                raise SpeederError(f"{where}: expected ids of items, got null")
+            try:
+                catalogue.indices_of(items)
+            except KeyError as error:
+                raise SpeederError(f"{where}: {error.args[0]}") from None
+            left = len(catalogue) - len(set(items)) * exclude_seen
+            if left < k:
+                raise SpeederError(f"{where}: expected {k} items to recommend, but {left} are left unseen")
+            row += 1
+        yield table
+
+
+def _rows(dataset: ds.FileSystemDataset, count: int) -> Iterator[pa.Table]:
+    """Tables of `count` rows, but for the last, however the files are cut."""
+    kept = None
+    for batch in dataset.to_batches(columns=["user", "items"]):
+        table = pa.Table.from_batches([batch])
+        kept = table if kept is None else pa.concat_tables([kept, table])
+        while len(kept) >= count:
+            yield kept.slice(0, count)
+            kept = kept.slice(count)
+    if kept is not None and len(kept):
+        yield kept

@@ -1,0 +1,299 @@
+"""Returning users: what the backbone computed of their histories is kept, and new events alone run through it."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from speeder.model.kv_cache import (
+    KeyValuePool,
+    ModelState,
+    PackedCache,
+    as_tokens,
+    common_length,
+    continued_states,
+    prefix_tokens,
+)
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.recommend import Recommendation
+
+
+@dataclass
+class KeptState:
+    """The beginning of a sequence whose keys and values lie in the pool.
+
+    Attributes:
+        tokens: `(2, n)` ids and ranks.
+        slots: `(n,)` where in the pool.
+        shared: how many of the slots belong to the instruction that all sequences begin with.
+        last: `(H,)` the last token's final state, where the sequence ends with it; else None.
+    """
+
+    tokens: np.ndarray
+    slots: np.ndarray
+    shared: int = 0
+    last: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SessionMemory:
+    """What a [`UserSessions`] holds.
+
+    Attributes:
+        histories: users whose events are known.
+        users: those of them whose keys and values are kept.
+        tokens: tokens whose keys and values are kept, the shared instruction's counted once.
+        max_tokens: the limit.
+        bytes: reserved for `max_tokens`, from the first pass on.
+    """
+
+    histories: int
+    users: int
+    tokens: int
+    max_tokens: int
+    bytes: int
+
+
+class UserSessions:
+    """Recommendations for returning users from their new events alone.
+
+    The keys and values of a user's tokens are kept, and the next visit runs the new events' tokens and the prompt's
+    suffix through the backbone. Scores equal those of `model.score` over the whole history but for rounding. What is
+    kept is the longest common beginning of the old and the new sequence, so a history that outgrows
+    `config.max_history` is run anew at each visit: its window slides, and every rank changes.
+
+    States of users seen longest ago make room for others. The events themselves, as indices of the catalogue, stay
+    until `forget` (8 bytes each), and such a user's next visit runs the whole history. So does every user's after the
+    model has changed: its weights, its catalogue, its prompt or autocast's dtype. Changes are seen by the tensors'
+    versions and by each switch to training; what leaves neither trace, such as a write to a weight's `.data` in
+    evaluation mode, needs `clear`. Not safe for several threads at once.
+
+    Args:
+        max_tokens: tokens whose keys and values are kept at most, the running batch's and the instruction's included.
+            One takes `2 * layers * key/value heads * head size` numbers.
+        batch_size: users that run at once, at most.
+
+    Raises:
+        ValueError: an argument is not positive, or `max_tokens` cannot hold one longest history.
+    """
+
+    def __init__(self, model: SpeederForCausalLM, max_tokens: int, batch_size: int = 64):
+        for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        self.model, self.batch_size = model, batch_size
+        self._pool = KeyValuePool(max_tokens)
+        self._check_length(len(model.sequence([0] * model.config.max_history).ids))
+        self._histories: dict[Hashable, array] = {}
+        self._states: OrderedDict[Hashable, KeptState] = OrderedDict()  # the one used longest ago comes first
+        self._root = self._state = None
+
+    @torch.no_grad()
+    def recommend(
+        self, events: Mapping[Hashable, Sequence[int | str]], k: int = 10, exclude_seen: bool = True
+    ) -> dict[Hashable, list[Recommendation]]:
+        """Take in users' new events and return the `k` best next items of each, best first.
+
+        Args:
+            events: user -> item indices or ids since the last call, oldest first; of a new user the whole history.
+            k: how many items, at most the catalogue's size (less the seen ones).
+            exclude_seen: leave out every item of the whole history, also those too old to be read.
+
+        Raises:
+            ValueError: no user, a user without any event, an index out of range, or `k` out of range. KeyError: no
+                such id. No event is taken in then.
+        """
+        histories = self._extended(events)
+        seen = [sorted(set(history)) for history in histories.values()] if exclude_seen else None
+        most = len(self.model.catalogue) - max(map(len, seen or [[]]))
+        if not 1 <= k <= most:
+            raise ValueError(f"k: expected 1..{most}, the items that each user may be given, got {k}")
+        queries = self._queries(histories)
+        found = self.model._best(queries, self.model._vectors(), k, seen)
+        self._take_in(histories)
+        return dict(zip(histories, found, strict=True))
+
+    @torch.no_grad()
+    def score(self, events: Mapping[Hashable, Sequence[int | str]]) -> torch.Tensor:
+        """Take in users' new events and score the whole catalogue as each one's next item.
+
+        Returns:
+            `(n, I)` float32 logits on the CPU, in the order of `events`.
+
+        Raises:
+            ValueError, KeyError: as `recommend`.
+        """
+        histories = self._extended(events)
+        scores = self.model.item_logits(self._queries(histories), self.model.item_table()).cpu()
+        self._take_in(histories)
+        return scores
+
+    @torch.no_grad()
+    def extend(self, events: Mapping[Hashable, Sequence[int | str]]) -> None:
+        """Take in users' new events and run them, so that the next `recommend` has less to do.
+
+        Raises:
+            ValueError, KeyError: as `recommend`.
+        """
+        histories = self._extended(events)
+        self._run(histories, answer=False)
+        self._take_in(histories)
+
+    def history(self, user: Hashable) -> list[int]:
+        """The item indices of a user's events, oldest first; empty for an unknown user."""
+        return list(self._histories.get(user, ()))
+
+    def forget(self, user: Hashable) -> None:
+        """Drop a user's events and state; nothing happens where there is none."""
+        self._histories.pop(user, None)
+        self._drop(user)
+
+    def clear(self) -> None:
+        """Drop everything computed, and its memory; events stay."""
+        self._states.clear()
+        self._pool = KeyValuePool(self._pool.capacity)
+        self._root = self._state = None
+
+    def memory(self) -> SessionMemory:
+        """How much is held."""
+        pool = self._pool
+        used = pool.capacity - pool.free
+        return SessionMemory(len(self._histories), len(self._states), used, pool.capacity, pool.nbytes)
+
+    # ---- events -------------------------------------------------------------------------------------------
+
+    def _extended(self, events: Mapping[Hashable, Sequence[int | str]]) -> dict[Hashable, list[int]]:
+        """Each user's whole history with the new events, which are not taken in yet."""
+        if not isinstance(events, Mapping):
+            raise ValueError(f"events: expected a mapping from users to items, got {type(events).__name__}")
+        for user, items in events.items():
+            if isinstance(items, int | str):
+                raise ValueError(f"events: expected a list of items for {user!r}, got {items!r}")
+        histories = {
+            user: self.history(user) + list(self.model.catalogue.indices_of(items))
+            for user, items in events.items()
+        }
+        self.model._check_histories(list(histories.values()))
+        return histories
+
+    def _take_in(self, histories: dict[Hashable, list[int]]) -> None:
+        for user, history in histories.items():
+            known = self._histories.setdefault(user, array("q"))
+            known.extend(history[len(known) :])
+
+    # ---- states -------------------------------------------------------------------------------------------
+
+    def _queries(self, histories: dict[Hashable, list[int]]) -> torch.Tensor:
+        """Run what is new and return `(n, H)` float32 queries."""
+        states = self._run(histories, answer=True)
+        with self.model.evaluating():
+            return self.model.item_queries(states)
+
+    def _run(self, histories: dict[Hashable, list[int]], answer: bool) -> torch.Tensor | None:
+        """Bring users' states up to date; with `answer` the `(n, H)` final states that items are scored from."""
+        with self.model.evaluating():
+            state = ModelState(self.model)
+            if not state.same(self._state):
+                self.clear()
+                self._state = state
+            if self._root is None:
+                self._root = self._computed_root()
+            suffix = len(self.model.config.prompt_suffix)
+            sequences = {}
+            for user, history in histories.items():
+                tokens = as_tokens(self.model.sequence(history))
+                self._check_length(tokens.shape[1])
+                sequences[user] = tokens if answer else tokens[:, : tokens.shape[1] - suffix]
+            states = [self._run_batch(batch, suffix, answer) for batch in self._batches(sequences)]
+        return torch.cat(states) if answer else None
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self._pool.capacity:
+            raise ValueError(
+                f"max_tokens: expected at least {tokens}, one history, got {self._pool.capacity}"
+            )
+
+    def _computed_root(self) -> KeptState:
+        """The state of no event at all: the instruction that every sequence begins with."""
+        self._pool = KeyValuePool(self._pool.capacity)
+        tokens = prefix_tokens(self.model)
+        root = KeptState(tokens[:, :0], np.arange(0))
+        if tokens.shape[1]:
+            root.last = self._continue([root], [tokens])[0].clone()
+        root.shared = tokens.shape[1]
+        return root
+
+    def _batches(self, sequences: dict[Hashable, np.ndarray]) -> Iterator[dict[Hashable, np.ndarray]]:
+        """Up to `batch_size` users at a time, and no more than the pool holds at once."""
+        batch, used = {}, self._root.shared
+        for user, tokens in sequences.items():
+            own = tokens.shape[1] - common_length(tokens, self._root.tokens)
+            if len(batch) == self.batch_size or (batch and used + own > self._pool.capacity):
+                yield batch
+                batch, used = {}, self._root.shared
+            batch[user], used = tokens, used + own
+        yield batch
+
+    def _run_batch(self, batch: dict[Hashable, np.ndarray], suffix: int, answer: bool) -> torch.Tensor | None:
+        """Run the tokens that are not kept yet of sequences, which end with the suffix where `answer` asks for their
+        last states. The suffix is not kept."""
+        root = self._root
+        for user, tokens in batch.items():
+            state = self._states.pop(user, None) or KeptState(root.tokens, root.slots, root.shared, root.last)
+            self._states[user] = state  # now the newest
+            common = common_length(state.tokens, tokens)
+            if answer and common == tokens.shape[1] and (common < len(state.slots) or state.last is None):
+                common -= 1  # the state that is asked for was not kept: its token runs again
+            self._crop(state, common)
+        states = [self._states[user] for user in batch]
+        runs = [(s, t) for s, t in zip(states, batch.values(), strict=True) if len(s.slots) < t.shape[1]]
+        try:
+            needed = sum(tokens.shape[1] - len(state.slots) for state, tokens in runs)
+            while self._pool.free < needed:
+                self._drop(next(iter(self._states)))  # never one of the batch, which fits by itself
+            if runs:
+                hidden = self._continue(*zip(*runs, strict=True))
+                for (state, _), last in zip(runs, hidden, strict=True):
+                    state.last = last.clone()
+        except BaseException:
+            for user in batch:
+                self._drop(user)
+            raise
+        if not answer:
+            return None
+        answers = torch.stack([state.last for state in states])
+        for state in states:
+            self._crop(state, len(state.slots) - suffix)
+        return answers
+
+    def _continue(self, states: Sequence[KeptState], sequences: Sequence[np.ndarray]) -> torch.Tensor:
+        """Run sequences from where their states end; the states then cover them. Returns `(B, H)` final states."""
+        kept = [len(state.slots) for state in states]
+        new = self._pool.take(sum(tokens.shape[1] for tokens in sequences) - sum(kept))
+        borders = np.cumsum([0, *(t.shape[1] - k for t, k in zip(sequences, kept, strict=True))])
+        for state, tokens, (start, end) in zip(states, sequences, pairwise(borders), strict=True):
+            state.tokens, state.slots = tokens, np.concatenate([state.slots, new[start:end]])
+        device = self.model.device
+        write = partial(self._pool.write, torch.as_tensor(new, device=device))
+        order = torch.as_tensor(np.concatenate([state.slots for state in states]), device=device)
+        table = self._state.item_table
+        return continued_states(self.model, table, sequences, kept, PackedCache(write, order))
+
+    def _crop(self, state: KeptState, length: int) -> None:
+        """Cut a state to its first tokens and free the others' slots."""
+        if length < len(state.slots):
+            self._pool.give_back(state.slots[max(length, state.shared) :])
+            state.tokens, state.slots = state.tokens[:, :length], state.slots[:length]
+            state.shared, state.last = min(state.shared, length), None
+
+    def _drop(self, user: Hashable) -> None:
+        state = self._states.pop(user, None)
+        if state is not None:
+            self._pool.give_back(state.slots[state.shared :])

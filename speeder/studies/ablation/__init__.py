@@ -1,0 +1,1 @@
+"""`speeder ablate`: what each part brings, by named changes of one recipe."""

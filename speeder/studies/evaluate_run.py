@@ -1,0 +1,358 @@
+"""What a run folder says about itself: tables, plots, recommendations by title, gate weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from speeder.baselines.popularity import Popularity
+from speeder.baselines.sasrec.model import SASRec
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.evaluation.candidates import Candidates
+from speeder.evaluation.evaluation import COLD_ITEMS, PROTOCOLS, Evaluation, evaluation_file
+from speeder.evaluation.leaks import LeakError, check_features, check_model_features, check_split
+from speeder.evaluation.protocols import evaluate, evaluate_candidates, evaluate_titles
+from speeder.evaluation.scorer import Scorer
+from speeder.evaluation.tables import comparison_latex, comparison_table
+from speeder.evaluation.users import UserMap, in_this_process
+from speeder.io.files import write_json, write_text
+from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.title_writer import TitleWriter
+from speeder.recipes.load import settings_for
+from speeder.studies.curves import training_curves
+from speeder.studies.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
+from speeder.training.run_folder import stage_logs
+from speeder.training.sasrec import fit_on_split
+
+log = logging.getLogger(__name__)
+
+EVALUATIONS = "evaluations"
+
+
+VHR_NEGATIVES, SAMPLED_NEGATIVES = 19, 20  # as LLaRA and MLLM-MSR draw them
+
+
+AskFor = Callable[[Path, Scorer], UserMap]
+"""The file of an evaluation and the model that it is of -> who asks the model about users."""
+
+
+def ask_here(file: Path, model: Scorer) -> UserMap:
+    """This process asks every model."""
+    return in_this_process
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How models are measured: which targets, which protocol, and over which candidates.
+
+    `candidates` is None where the whole catalogue is ranked. `ask_for` tells who asks a model about users. Making one
+    checks the data (`LeakError`): the split against the interactions, and what the features were fitted on.
+    """
+
+    data: PreparedData
+    split: str = "test"
+    protocol: str = "full"
+    candidates: Candidates | None = None
+    ask_for: AskFor = ask_here
+
+    def __post_init__(self) -> None:
+        check_split(self.data.split, self.data.interactions)
+        check_features(self.data)
+
+    @property
+    def task(self) -> dict:
+        """What an evaluation of this kind says of itself; see `Evaluation.task`."""
+        drawn = self.candidates
+        return {
+            "protocol": self.protocol,
+            "split": self.split,
+            "split_hash": self.data.split.hash(),
+            "num_items": len(self.data.catalogue),
+            "num_ranked": None if drawn is None else drawn.negatives.shape[1] + 1,
+            "candidates_hash": None if drawn is None else drawn.hash(),
+        }
+
+    @property
+    def folder(self) -> str:
+        """What evaluations and tables of this kind are called; see `measure_folder`."""
+        count = self.candidates.negatives.shape[1] if self.candidates else None
+        return measure_folder(
+            self.split, self.protocol, count, self.candidates.seed if self.candidates else 0
+        )
+
+    def __call__(self, model: Scorer, ask: UserMap = in_this_process) -> Evaluation:
+        """Evaluate a model: by the titles that it writes where that is all it does, else by ranking.
+
+        Raises:
+            SpeederError: the protocol is not one that the model can take part in.
+            LeakError: the model carries other features than the data's; or see `evaluate`.
+        """
+        check_model_features(model, self.data)
+        if self.candidates is None:
+            if not getattr(model, "ranks_catalogue", True):
+                raise SpeederError(
+                    f"{type(model).__name__} ranks no whole catalogue; evaluate it with --protocol vhr"
+                    + ("" if hasattr(model, "generate_titles") else " or sampled")
+                )
+            return evaluate(model, self.data.split, self.split, ask=ask)
+        if hasattr(model, "generate_titles"):
+            if self.protocol != "vhr":
+                raise SpeederError(
+                    f"{type(model).__name__} writes one title and ranks nothing; evaluate it with --protocol vhr"
+                )
+            titles = self.data.catalogue.titles
+            return evaluate_titles(model, self.data.split, self.candidates, titles, ask=ask)
+        num_items = len(self.data.catalogue)
+        return evaluate_candidates(
+            model, self.data.split, self.candidates, self.protocol, num_items=num_items, ask=ask
+        )
+
+
+def check_protocol(
+    protocol: str, negatives: int | None = None, seed: int = 0, answers: str = "ranking"
+) -> None:
+    """Refuse a choice that a protocol would ignore.
+
+    Raises:
+        SpeederError: the protocol is unknown, or negatives, their seed or titles as answers do not belong to it.
+    """
+    if protocol not in PROTOCOLS:
+        raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+    if negatives is not None and protocol != "sampled":
+        raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
+    if seed and protocol not in ("vhr", "sampled"):
+        raise SpeederError(f"candidates-seed: the protocol {protocol!r} draws no candidates")
+    if answers != "ranking" and protocol != "vhr":
+        raise SpeederError(f"answers: expected 'ranking' with the protocol {protocol!r}, got {answers!r}")
+
+
+def measure_folder(split: str, protocol: str, negatives: int | None = None, seed: int = 0) -> str:
+    """The name of a kind of evaluation: "test", "validation", "test-vhr", "test-sampled-99", "test-vhr-seed3"."""
+    if protocol == "full":
+        return split
+    if protocol == COLD_ITEMS and split != "test":
+        raise SpeederError(f"split: the protocol {protocol!r} has test targets alone, got {split!r}")
+    unusual = protocol == "sampled" and negatives not in (None, SAMPLED_NEGATIVES)
+    return f"{split}-{protocol}" + (f"-{negatives}" if unusual else "") + (f"-seed{seed}" if seed else "")
+
+
+def measure_for(
+    run: Path,
+    data: PreparedData,
+    split: str = "test",
+    protocol: str = "full",
+    negatives: int | None = None,
+    seed: int = 0,
+    ask_for: AskFor = ask_here,
+) -> Measure:
+    """The measure of a protocol, with its candidate file in `run/candidates`, drawn where it is not there yet.
+
+    Args:
+        negatives: a user, for "sampled" (20 by default); "vhr" has 19 in any case.
+        ask_for: who asks a model about users.
+
+    Raises:
+        SpeederError: see `check_protocol`; or the file is damaged, or of other candidates.
+        LeakError: the file was not drawn over the whole catalogue, or the data leak.
+    """
+    check_protocol(protocol, negatives, seed)
+    if protocol == "full":
+        return Measure(data, split, ask_for=ask_for)
+    count = VHR_NEGATIVES if protocol == "vhr" else SAMPLED_NEGATIVES if negatives is None else negatives
+    path = run / "candidates" / f"{split}-{count}-seed{seed}.json"
+    if path.exists():
+        candidates = Candidates.load(path)
+        named = (candidates.split, candidates.negatives.shape[1], candidates.seed)
+        if named != (split, count, seed):
+            raise SpeederError(
+                f"{path}: expected {split} candidates, {count} a user of seed {seed}, got {named}"
+            )
+        if candidates.num_items != len(data.catalogue):
+            raise LeakError(
+                f"{path}: drawn over {candidates.num_items} items, but the catalogue has {len(data.catalogue)}; "
+                "without the file, candidates are drawn anew"
+            )
+    else:
+        candidates = Candidates.draw(data.split, split, len(data.catalogue), count, seed)
+        candidates.save(path)
+    return Measure(data, split, protocol, candidates, ask_for)
+
+
+def _evaluation_path(run: Path, name: str, measure: Measure) -> Path:
+    return run / EVALUATIONS / measure.folder / evaluation_file(name)
+
+
+def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend: bool = False) -> Evaluation:
+    """Evaluate under a name, or read the evaluation that the run folder already holds of this very task.
+
+    The name must stand for one model of this run, such as a finished stage's.
+
+    Args:
+        mend: measure again where the file cannot be read. Only for a `model` that is surely the one of that name: a
+            finished run has its earlier stages' evaluations, but no longer their models.
+
+    Raises:
+        SpeederError: the file cannot be read, unless `mend`.
+    """
+    path = _evaluation_path(run, name, measure)
+    if path.exists():
+        try:
+            known = Evaluation.load(path)
+        except SpeederError as error:
+            if not mend:
+                raise
+            log.warning("%s; measured again", error)
+        else:
+            if known.task == measure.task:
+                return known
+    return _evaluated(path, model, measure)
+
+
+def _evaluated(path: Path, model: Scorer, measure: Measure) -> Evaluation:
+    evaluation = measure(model, measure.ask_for(path, model))
+    evaluation.save(path)
+    return evaluation
+
+
+def kept_evaluation(run: Path, name: str, measure: Measure) -> Evaluation:
+    """The evaluation that the run folder holds under a name, for models that are there no longer.
+
+    Raises:
+        SpeederError: it is missing, damaged or of another task.
+    """
+    path = _evaluation_path(run, name, measure)
+    if not path.exists():
+        raise SpeederError(f"{path} is missing, and {name!r} was not kept: train again in another folder")
+    known = Evaluation.load(path)
+    if known.task != measure.task:
+        raise SpeederError(f"{path}: is of other data or another protocol than this evaluation")
+    return known
+
+
+def evaluate_run(run: Path, model: Scorer, measure: Measure, name: str = "model") -> Evaluation:
+    """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them.
+
+    Args:
+        name: of the file; `compare` looks for "model".
+    """
+    return _evaluated(_evaluation_path(run, name, measure), model, measure)
+
+
+def evaluate_answers(
+    run: Path, model: Scorer, measure: Measure, answers: str = "ranking"
+) -> dict[str, Evaluation]:
+    """The rows of a run's model: by its ranking, and with `answers="titles"` also by the titles that it writes.
+
+    Raises:
+        SpeederError: the model was trained for no titles; see `TitleWriter.of_run`.
+    """
+    models = {"model": model}
+    only_writes = hasattr(model, "generate_titles")  # a baseline, which is measured by that in any case
+    if answers == "titles" and not only_writes:
+        models["model-titles"] = TitleWriter.of_run(run, model)
+    return {model_label(each): evaluate_run(run, each, measure, name) for name, each in models.items()}
+
+
+def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[str, Evaluation]:
+    """Popularity and, unless the run is of one, a cross-entropy SASRec, fitted on the training part.
+
+    SASRec has the bundled settings that suit the data and stops by the validation ranking. It is kept in
+    `run/baselines/sasrec` and not fitted twice for the same data; stopped, it goes on from its last epoch.
+    """
+    data = measure.data
+    training, num_items = data.split.training(), len(data.catalogue)
+    folder = run / "baselines" / "sasrec"
+    popularity = Popularity(training, num_items)
+    rows = {Popularity.label: evaluate_once(run, Popularity.label, popularity, measure, mend=True)}
+    if not with_sasrec:
+        return rows
+    sasrec = SASRec.load(folder) if (folder / "config.json").exists() else None
+    fits = sasrec is not None and (sasrec.training_hash, sasrec.num_items) == (
+        popularity.training_hash,
+        num_items,
+    )
+    if not fits:
+        checkpoint = folder / "checkpoint.safetensors"
+        sasrec = fit_on_split(data, settings_for(training), checkpoint)
+        sasrec.save(folder)
+        checkpoint.unlink(missing_ok=True)
+    return rows | {SASRec.label: evaluate_once(run, SASRec.label, sasrec, measure, mend=True)}
+
+
+def model_label(model: Scorer) -> str:
+    """What a model's row in a table is called."""
+    return getattr(model, "label", "Speeder")
+
+
+def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = "test") -> str:
+    """Write `results.md`, `.tex`, `.json` and `plots/comparison.png` into a run folder.
+
+    Args:
+        evaluations: name -> evaluation, in the order of the table's rows.
+        kind: the measure's folder; but for "test" it is part of the files' names, as in `results-test-vhr.md`.
+
+    Returns:
+        the Markdown tables.
+    """
+    table = comparison_table(evaluations)
+    suffix = "" if kind == "test" else f"-{kind}"
+    for ending, text in (("md", table + "\n"), ("tex", comparison_latex(evaluations))):
+        write_text(run / f"results{suffix}.{ending}", text)
+    # each user's ranks lie in evaluations/
+    summary = {name: evaluation.summary() for name, evaluation in evaluations.items()}
+    write_json(run / f"results{suffix}.json", summary)
+    metric = next(iter(evaluations.values())).main_metric
+    plot_comparison(evaluations, run / "plots" / f"comparison{suffix}.png", metric)
+    return table
+
+
+def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:
+    """Write `training.png` and, where there are gates, `gates.png` and `gate_distribution.png` into `out/plots`."""
+    curves = training_curves(stage_logs(run))
+    plot_training(curves.stages, out / "plots" / "training.png")
+    if not curves.gates:  # a baseline without item tokens
+        return
+    present = model.mrc.presence()
+    weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}
+    gates = curves.in_order(list(weights)).gates  # so that a modality has one colour in all pictures
+    plot_gates(gates, out / "plots" / "gates.png", curves.spans)
+    plot_gate_distribution(weights, out / "plots" / "gate_distribution.png")
+
+
+def gate_table(model: SpeederForCausalLM) -> str:
+    """Mean gate weight of each modality over all items, and over the items that have it, as a Markdown table."""
+    present = model.mrc.presence()
+    lines = [
+        "| modality | items that have it | mean gate, all items | mean gate, items that have it |",
+        "|---|---|---|---|",
+    ]
+    for name, weights in model.gates().items():
+        own = weights[present[name]]
+        lines.append(f"| {name} | {len(own)} | {weights.mean():.3f} | {own.mean() if len(own) else 0:.3f} |")
+    return "\n".join(lines)
+
+
+def example_recommendations(model: SpeederForCausalLM, data: PreparedData, users: int = 3, k: int = 5) -> str:
+    """What a few test users saw last, what they are recommended, and what they took next, by title."""
+    histories, targets = data.split.histories("test"), data.split.targets("test")
+    # spread over the users, so that short and long histories are among them
+    chosen = np.linspace(0, len(histories) - 1, users + 2).astype(int)[1:-1]
+    lines = []
+
+    def title(item: int) -> str:
+        return data.catalogue.titles[item] or f"item {data.catalogue.ids[item]}"
+
+    for row, recommended in zip(chosen, model.recommend([histories[i] for i in chosen], k), strict=True):
+        user = data.interactions.user_ids[data.split.users("test")[row]]
+        last = [title(i) for i in histories[row][-5:]]
+        lines.append(f"User {user} ({len(histories[row])} items), last: " + "; ".join(last))
+        for place, item in enumerate(recommended, 1):
+            hit = "   <- taken next" if item.item == targets[row] else ""
+            lines.append(f"  {place}. {title(item.item)}{hit}")
+        lines.append(f"  taken next: {title(targets[row])}")
+    return "\n".join(lines)

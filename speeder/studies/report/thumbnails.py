@@ -1,0 +1,51 @@
+"""Small pictures inside the page, as long as it does not grow too large by them."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import dataclass, field
+
+from speeder.io.pictures import small_jpeg
+
+_SIZE = (184, 276)  # pixels: twice what a page shows, for screens that have them
+_QUALITY = 74
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+
+
+@dataclass
+class Thumbnails:
+    """Items' pictures as `data:` addresses, made small, and anew from pixels alone.
+
+    Attributes:
+        budget: bytes of all addresses together; pictures beyond it are left out.
+        broken: path -> why a file could not be shown.
+        left_out: how many pictures found no room.
+        used: bytes so far.
+    """
+
+    budget: int = 3_000_000
+    broken: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
+    used: int = 0
+    _made: dict[str, str | None] = field(default_factory=dict)
+
+    def address(self, path: str | None) -> str | None:
+        """The picture of a file; None where there is none, it is broken or there is no room for it."""
+        if path is None:
+            return None
+        if path not in self._made:
+            self._made[path] = self._make(path)
+        made = self._made[path]
+        if made is not None and self.used + len(made) > self.budget:
+            self.left_out += 1
+            return None
+        self.used += len(made or "")
+        return made
+
+    def _make(self, path: str) -> str | None:
+        try:
+            jpeg = small_jpeg(path, _SIZE, _QUALITY, _FORMATS)
+        except (OSError, ValueError) as error:
+            self.broken[path] = str(error) or type(error).__name__
+            return None
+        return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()

@@ -1,0 +1,72 @@
+"""SASRec by a recipe: its settings in a YAML file, and a run folder as every other training has."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from speeder.baselines.sasrec.fit import fit_sasrec
+from speeder.baselines.sasrec.model import SASRec
+from speeder.data.prepared import PreparedData
+from speeder.errors import SpeederError
+from speeder.evaluation.leaks import check_split
+from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
+from speeder.training.run_folder import begin_run, finish_stage, read_state, stage_folder, write_stage_log
+
+_STAGE = "sasrec"
+
+
+def fit_on_split(
+    data: PreparedData,
+    config: SASRecConfig,
+    checkpoint: Path,
+    *,
+    seed: int = 0,
+    log: Callable[[dict], None] | None = None,
+) -> SASRec:
+    """Fit on the split's training part and stop by the ranking of its validation items; see `fit_sasrec`."""
+    return fit_sasrec(
+        data.split.training(),
+        len(data.catalogue),
+        config,
+        validation=(data.split.histories("validation"), data.split.targets("validation")),
+        seed=seed,
+        log=log,
+        checkpoint=checkpoint,
+    )
+
+
+def train_sasrec(
+    recipe: SASRecRecipe,
+    data: PreparedData,
+    run: str | Path,
+    *,
+    resume: bool = False,
+    data_folder: str | Path | None = None,
+) -> SASRec:
+    """Train SASRec in a run folder, which `speeder evaluate` and `compare` then take as any other.
+
+    Training stops by the validation NDCG@10. Arguments and errors are those of `speeder.training.run.train`.
+    """
+    run = Path(run)
+    check_split(data.split, data.interactions)
+    state = read_state(run, recipe, data, resume)
+    begin_run(run, recipe, data, data_folder)
+    if state["model"]:
+        return SASRec.load(run / state["model"])
+    folder, records = stage_folder(run, 0, _STAGE), []
+    checkpoint = folder / "checkpoint.safetensors"
+    resumed_from, started = checkpoint.name if checkpoint.exists() else None, time.monotonic()
+    try:
+        model = fit_on_split(data, recipe.config, checkpoint, seed=recipe.seed, log=records.append)
+    except ValueError as error:
+        raise SpeederError(f"sasrec: {error}") from error
+    entries = [
+        {"step": record["epoch"], "loss": record["loss"], "eval_NDCG@10": record["NDCG@10"]}
+        for record in records
+    ]
+    write_stage_log(folder, _STAGE, entries, time.monotonic() - started, resumed_from)
+    finish_stage(run, state, _STAGE, model.save)
+    checkpoint.unlink(missing_ok=True)
+    return model

@@ -1,0 +1,148 @@
+"""`speeder prepare` and `speeder describe`, and the way from raw files to a table in three commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from speeder.cli.main import build_parser, main
+from speeder.data import PreparedData
+from speeder.prepare.readers import READERS
+from speeder.prepare.synthetic import synthetic_world
+from tests.model.worlds import save_tiny_backbone
+from tests.prepare.amazon_pair import write_amazon_2018
+from tests.prepare.encoders.tiny import save_clip
+
+RECIPE = """
+backbone: {backbone}
+precision: fp32
+batch_users: 64
+stages:
+  - {{name: text, open: [text], steps: 3}}
+  - {{name: +collaborative, open: [text, collaborative], steps: 3}}
+"""
+
+
+def test_every_reader_is_offered(capsys: pytest.CaptureFixture) -> None:
+    for name in READERS:
+        assert build_parser().parse_args(["prepare", name, "raw", "--out", "out"]).name == name
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in READERS)
+    with pytest.raises(SystemExit):
+        main(["describe", "--help"])
+    assert "example:\n  speeder describe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plain"], "expected the PATH of the raw files of plain"),
+        (["ml-100k", "--k-core", "5"], "ml-100k is taken whole without PATH"),
+        (["plain", "none.csv"], "none.csv is missing"),
+        (["plain", "x.csv", "--k-core", "0"], "k-core: expected at least 1, got 0"),
+        (["plain", "x.csv", "--k-core", "9", "--without", "text"], "no interaction is left of 1 lines"),
+        (["ml-1m", "x.csv"], "expected ratings.dat of ml-1m, found no ratings"),
+        (["amazon-2018", "x.csv", "--time-unit", "ms"], "for plain data"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.csv").write_text("user,item,timestamp\nu,i,1\n")
+    assert main(["prepare", *arguments, "--out", "out"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("speeder: ") and message in lines[0], lines
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.csv"]
+
+
+def test_pictures_by_item_id(
+    tmp_path: Path, efficientnet_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPEEDER_CACHE", str(tmp_path / "cache"))
+    covers = tmp_path / "raw" / "covers"
+    covers.mkdir(parents=True)
+    Image.new("RGB", (60, 80), "red").save(covers / "1.jpg")
+    (covers / "2.jpg").write_bytes(b"no picture")
+    (tmp_path / "raw" / "M_pairs.csv").write_text("user,item,timestamp\n7,1,1000\n7,2,2000\n7,3,3000\n")
+    (tmp_path / "raw" / "M_titles.csv").write_text("item,title\n1,One\n2,Two\n3,Three\n")
+    command = ["prepare", "microlens", str(tmp_path / "raw"), "--out", str(tmp_path / "out")]
+    command += ["--without", "text", "collaborative", "--image-encoder", str(efficientnet_folder)]
+    assert main(command) == 0
+    data = PreparedData.load(tmp_path / "out")
+    assert data.catalogue.modalities == {"image": 1280}
+    assert data.catalogue.present["image"].tolist() == [True, False, False]
+    record = data.manifest["images"]
+    assert (record["matched"], record["missing"], list(record["broken"])) == (2, ["3"], ["2.jpg"])
+
+
+def test_encoders_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPEEDER_CACHE", str(tmp_path / "cache"))
+    save_tiny_backbone(tmp_path / "backbone")
+    save_clip(tmp_path / "clip")
+    raw = tmp_path / "raw"
+    (raw / "covers").mkdir(parents=True)
+    Image.new("RGB", (60, 80), "red").save(raw / "covers" / "1.jpg")
+    (raw / "M_pairs.csv").write_text("user,item,timestamp\n7,1,1000\n7,2,2000\n")
+    (raw / "M_titles.csv").write_text("item,title\n1,w3 w4\n2,w5\n")
+    command = ["prepare", "microlens", str(raw), "--out", str(tmp_path / "out"), "--without", "collaborative"]
+    names = {"text": f"backbone:{tmp_path / 'backbone'}", "image": str(tmp_path / "clip")}
+    assert main([*command, "--text-encoder", names["text"], "--image-encoder", names["image"]]) == 0
+    data = PreparedData.load(tmp_path / "out")
+    assert data.catalogue.modalities == {"text": 32, "image": 12}
+    assert {name: record["name"] for name, record in data.manifest["encoders"].items()} == names
+
+
+@pytest.mark.slow
+def test_from_raw_amazon_2018_files_to_a_table_in_three_commands(
+    tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SPEEDER_CACHE", str(tmp_path / "cache"))
+    world = synthetic_world(num_items=60, num_users=300, history=8, held_out=0.0)
+    write_amazon_2018(world, tmp_path / "raw")
+    save_tiny_backbone(tmp_path / "backbone")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(backbone=tmp_path / "backbone"))
+    data, run = tmp_path / "data", tmp_path / "run"
+
+    command = ["prepare", "amazon-2018", str(tmp_path / "raw"), "--out", str(data)]
+    assert main([*command, "--text-encoder", str(minilm_folder)]) == 0
+    assert re.search(
+        r"2400 interactions of 300 users with 60 items, modalities: text .* collaborative",
+        capsys.readouterr().out,
+    )
+    assert (
+        main(["train", "--data", str(data), "--recipe", str(tmp_path / "recipe.yaml"), "--out", str(run)])
+        == 0
+    )
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert all(f"| {row}" in table for row in ("popularity", "SASRec", "Speeder"))
+
+    assert main(["describe", str(data), "--tokenizer", str(tmp_path / "backbone")]) == 0
+    report = capsys.readouterr().out
+    assert re.search(r"interactions read +2,426, kept 2,400", report)
+    assert re.search(r"same user and item as another line +5\n", report) and re.search(
+        r"not JSON +1\n", report
+    )
+    assert re.search(r"user with fewer than 5 interactions +20\n", report)
+
+    prepared = PreparedData.load(data)
+    assert prepared.manifest["filters"]["k_core"] == 5
+    names = prepared.interactions.user_ids, prepared.catalogue.ids
+    mine = dict(
+        zip(names[0], [[names[1][i] for i in row] for row in prepared.interactions.sequences()], strict=True)
+    )
+    ids, sequences = world.catalogue.ids, world.interactions.sequences()
+    theirs = {
+        user: [ids[item] for item in row]
+        for user, row in zip(world.interactions.user_ids, sequences, strict=True)
+    }
+    assert mine == theirs
