@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from speeder.baselines.auto import load_model
     from speeder.baselines.sasrec.model import SASRec
-    from speeder.data.runs import data_folder_of, find_model
+    from speeder.data.runs import data_folder_of, find_model, run_data
     from speeder.prepare.new_items import without_added
     from speeder.studies.cold_start import evaluate_cold_run
     from speeder.studies.evaluate_run import (
@@ -48,7 +48,6 @@ def run(options: argparse.Namespace) -> None:
         evaluate_answers,
         measure_folder,
         measure_for,
-        run_data,
         write_results,
     )
 

@@ -11,7 +11,7 @@ from speeder.recipes.build import build
 @dataclass(frozen=True)
 class SASRecConfig:
     """Sizes and rates. The defaults suit MovieLens-100K: few users, long histories. For many short ones there is the
-    recipe ``sasrec-beauty``; ``speeder.recipes.sasrec.settings_for`` picks by the data.
+    recipe ``sasrec-beauty``; ``speeder.recipes.load.settings_for`` picks by the data.
 
     Attributes:
         max_length: how many of a history's last items are read.

@@ -109,7 +109,7 @@ class Recipe:
         supervision: `"all"` or `"last"`, see `build_sequence`.
         batch_users: training sequences per batch, which all devices share.
         gradient_accumulation_steps: batches per optimizer step.
-        precision: `"bf16"` (autocast), `"fp16"`, `"fp32"`, or x
+        precision: `"bf16"` (autocast), `"fp16"`, `"fp32"`, or `"auto"`
         weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
         ema_decay: of the moving average of the weights, which is evaluated and kept in their place; 0 leaves it out.
         checkpoint_steps: steps between checkpoints, each with a validation ranking.

@@ -61,7 +61,10 @@ def test_help_has_an_example(command, capsys):
 
 
 def test_help_and_mistakes_answer_without_loading_models():
-    code = "import sys; from speeder.cli import build_parser; build_parser(); sys.exit('transformers' in sys.modules)"
+    code = (
+        "import sys; from speeder.cli.main import build_parser; build_parser();"
+        "sys.exit('transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

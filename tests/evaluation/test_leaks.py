@@ -181,7 +181,7 @@ def test_features_of_ones_own_say_what_they_were_fitted_on(fitted):
 def test_large_features_are_hashed_in_parts(monkeypatch):
     features, present = torch.randn(37, 5), torch.rand(37) > 0.5
     whole = features_hash(features, present)
-    monkeypatch.setattr("speeder.evaluation.leaks._CHUNK_BYTES", 100)
+    monkeypatch.setattr("speeder.data.fingerprints._CHUNK_BYTES", 100)
     assert features_hash(features, present) == whole
     assert features_hash(features.flip(0), present) != whole != features_hash(features, ~present)
     assert features_hash(features.view(5, 37).T, present) != whole

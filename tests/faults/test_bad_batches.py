@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch):
     """`jobs.spoil`, undone after the test; meanwhile all checkpoints stay."""
-    monkeypatch.setattr("speeder.training.trainer.remove_checkpoint", lambda folder: None)
+    monkeypatch.setattr("speeder.training.callbacks.remove_checkpoint", lambda folder: None)
     monkeypatch.setattr(SpeederTrainer, "compute_loss", SpeederTrainer.compute_loss)
     return jobs.spoil
 

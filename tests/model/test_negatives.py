@@ -268,8 +268,8 @@ def test_validation_ranks_by_pieces_as_evaluation_does_by_all_scores(tokens_per_
 
 WORKER = """
 import numpy as np, torch, torch.distributed as dist
-from speeder.distributed import gather_ids
-from speeder.prompts import build_sequence, pack_batch
+from speeder.model.negatives import gather_ids
+from speeder.model.sequences import build_sequence, pack_batch
 from tests.model.worlds import tiny_model
 
 histories = [[1, 2, 3], [4, 9, 5, 6, 7], [8, 1], [3, 3, 11, 12, 13, 2]]

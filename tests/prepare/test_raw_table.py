@@ -342,7 +342,7 @@ def test_settings_that_do_not_fit(
 _MEMORY = """
 import sys, threading
 from pathlib import Path
-from speeder.data.prepare import prepare
+from speeder.prepare.pipeline import prepare
 name, folder = sys.argv[1], Path(sys.argv[2])
 def anonymous():
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

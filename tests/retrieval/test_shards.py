@@ -193,15 +193,15 @@ def test_a_store_ends_with_training_and_with_the_catalogue(tmp_path):
 
 WRITE = """
 import sys, time
-from speeder import token_shards
-from speeder.model import SpeederForCausalLM
-write = token_shards._write_shard
+from speeder.retrieval import shards
+from speeder.model.modeling import SpeederForCausalLM
+write = shards._write_shard
 def slowly(*arguments):
     write(*arguments)
     print("written", flush=True)
     time.sleep(float(sys.argv[3]))
-token_shards._write_shard = slowly
-token_shards.write_token_shards(SpeederForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2], shard_items=3)
+shards._write_shard = slowly
+shards.write_token_shards(SpeederForCausalLM.from_pretrained(sys.argv[1]), sys.argv[2], shard_items=3)
 """
 
 
