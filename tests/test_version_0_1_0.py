@@ -34,9 +34,9 @@ from speeder import (
     UserSessions,
     load_recipe,
 )
-from speeder.ablation_study import load_study
-from speeder.baselines.registry import load_recommender
-from speeder.evaluation.leaks import features_hash
+from speeder.baselines.auto import load_recommender
+from speeder.data.fingerprints import features_hash
+from speeder.studies.ablation.study import load_study
 from tests.public_interface import ROOT, commands, public_parameters, raw_formats, run_speeder
 
 KEPT = Path(__file__).parent / "fixtures" / "v0.1.0"
