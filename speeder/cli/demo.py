@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from speeder.cli.shared import recipe_path
-
 SUMMARY = "Go the whole way on MovieLens-100K with SmolLM2; called again, it goes on where it stopped."
 EXAMPLE = "speeder demo --out runs/demo --posters posters/"
 
@@ -30,4 +28,4 @@ def run(options: argparse.Namespace) -> None:
     """
     from speeder.studies.demo import demo
 
-    demo(options.out, options.posters, recipe_path(options.recipe) if options.recipe else None)
+    demo(options.out, options.posters, options.recipe)

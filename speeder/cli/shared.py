@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from speeder.errors import SpeederError
@@ -53,15 +52,3 @@ def runner_for(options: argparse.Namespace) -> OnRay | None:
     from speeder.io.ray import OnRay
 
     return OnRay(options.ray or None, options.ray_workers)
-
-
-def recipe_path(name: str) -> Path:
-    """A recipe's file: a path, or the name of one that comes with the package."""
-    from speeder.recipes.load import bundled_recipe
-
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
-        return Path(name)
-    if not bundled_recipe(name).exists():
-        known = ", ".join(sorted(path.stem for path in bundled_recipe(name).parent.glob("*.yaml")))
-        raise SpeederError(f"--recipe: expected a YAML file or one of {known}, got {name!r}")
-    return bundled_recipe(name)

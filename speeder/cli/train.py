@@ -6,7 +6,6 @@ import argparse
 import os
 from pathlib import Path
 
-from speeder.cli.shared import recipe_path
 from speeder.errors import SpeederError
 
 SUMMARY = "Train a recommender by a recipe of MPO stages; stop it at any moment, go on with --resume."
@@ -48,9 +47,7 @@ def run(options: argparse.Namespace) -> None:
     if options.recipe is None:
         recipe, notes = recipe_from_dict(read_json(options.out / "recipe.json")["recipe"]), []
     else:
-        recipe, notes = load_recipe(recipe_path(options.recipe)).for_modalities(
-            list(data.catalogue.modalities)
-        )
+        recipe, notes = load_recipe(options.recipe).for_modalities(list(data.catalogue.modalities))
     together = processes()
     if together.use_distributed and isinstance(recipe, SASRecRecipe):
         raise SpeederError("train: SASRec trains on one process; start it without torchrun")

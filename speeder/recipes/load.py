@@ -23,12 +23,31 @@ def bundled_recipe(name: str) -> Path:
     return Path(str(files("speeder") / "recipes" / f"{name}.yaml"))
 
 
+def recipe_file(name: str | Path) -> Path:
+    """The file of a recipe: a path as it is, or the file of a bundled one by its name.
+
+    Raises:
+        SpeederError: neither a YAML file nor a bundled recipe.
+    """
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).exists():
+        return Path(name)
+    file = bundled_recipe(str(name))
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise SpeederError(f"recipe: expected a YAML file or one of {known}, got {str(name)!r}")
+    return file
+
+
 def load_recipe(path: str | Path) -> Recipe | SASRecRecipe:
     """Read and check a recipe; one with `baseline: sasrec` is SASRec's.
+
+    Args:
+        path: a YAML file, or the name of a bundled recipe, such as `"ml-100k"`.
 
     Raises:
         SpeederError: the file is missing, is not YAML, or has a key or value that is not known.
     """
+    path = recipe_file(path)
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
