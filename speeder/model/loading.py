@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +24,7 @@ from speeder.model.packing import cu_seqlens
 from speeder.model.saved_files import check_weight_files
 
 CATALOGUE_FOLDER = "catalogue"
+ALIGNMENT = 64  # bytes, where torch lays fresh tensors on a CPU
 
 
 def from_backbone(
@@ -90,6 +92,7 @@ def from_backbone(
     words = model.backbone.get_input_embeddings().weight.detach().float()
     settings.embedding_rms = float(words.pow(2).mean(dim=1).sqrt().mean())
     model.generation_config = backbone.generation_config
+    align_weights(model)
     model.set_catalogue(catalogue)
     return model.eval()
 
@@ -199,6 +202,27 @@ def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     config.num_hidden_layers = layers
+
+
+@torch.no_grad()
+def align_weights(model: nn.Module) -> None:
+    """Lay weights and buffers where fresh ones lie, at multiples of 64 bytes, so that a loaded model computes as before.
+
+    Loaded ones are views of the file's memory map, at any multiple of 4 bytes, and MKL rounds some float32 products by
+    where their operands lie. What lies well stays as it is; the rest is copied, one tensor at a time.
+    """
+    for parameter in model.parameters():
+        if _lies_askew(parameter):
+            parameter.data = parameter.data.clone()  # the same parameter, so that tied ones stay tied
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if _lies_askew(buffer):  # another tensor: this one, a view, would keep the file's map
+                module._buffers[name] = buffer.clone()
+
+
+def _lies_askew(tensor: torch.Tensor) -> bool:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.device.type == "cpu"
+    return plain and tensor.data_ptr() % ALIGNMENT != 0
 
 
 def check_saved_model(name_or_path: str | Path, model_type: str, **kwargs) -> None:

@@ -23,7 +23,13 @@ from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.model.heads import ScoringMixin, next_labels
 from speeder.model.item_store import ItemRows, ItemStore
 from speeder.model.last_layer import last_layer_computes
-from speeder.model.loading import CATALOGUE_FOLDER, catalogue_folder, check_saved_model, from_backbone
+from speeder.model.loading import (
+    CATALOGUE_FOLDER,
+    align_weights,
+    catalogue_folder,
+    check_saved_model,
+    from_backbone,
+)
 from speeder.model.lora import add_lora, merge_lora
 from speeder.model.mrc import MRC
 from speeder.model.negatives import Candidates, NegativeSampler
@@ -516,6 +522,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         check_loaded(pretrained_model_name_or_path, cls.config_class, info, **kwargs)
+        align_weights(model)
         if model.config.num_items:
             if catalogue is None:
                 folder = catalogue_folder(pretrained_model_name_or_path, **kwargs)

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from speeder.errors import SpeederError
+from speeder.model.loading import align_weights
 from speeder.prepare.encoders.cache import module_hash
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def load_frozen(model_class: type, folder: str, **options: object) -> tuple[PreT
     needed = sorted(key for key in missing if "pooler" not in key.split("."))
     if needed:
         raise ValueError(f"its files lack the weights {needed[0]} ({len(needed)} in all)")
+    align_weights(model)
     return model.eval(), missing
 
 
