@@ -42,26 +42,37 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512_bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
     ISAS["avx512_amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
-# Those that register CPU kernels with torch, and CUDA kernels. Every csrc/cuda/*.cu is compiled beside them.
-BINDINGS = ("ops", "ops_items")
-CUDA_BINDINGS = ("ops_cuda", "ops_cuda_attention")
+# Those that register CPU kernels with torch, and CUDA kernels. Every csrc/cuda/*/*.cu is compiled beside them.
+BINDINGS = ("bindings/cpu_attention", "bindings/cpu_items")
+CUDA_BINDINGS = ("bindings/cuda_attention", "bindings/cuda_items")
 # Those that share an op's work out among threads, compiled once.
-SHARED_SOURCES = ("pack_tokens", "compress_items", "spae_attention", "item_cross_entropy", "topk_items")
+SHARED_SOURCES = (
+    "cpu/attention/attention",
+    "cpu/compress_items/compress_items",
+    "cpu/item_cross_entropy/item_cross_entropy",
+    "cpu/pack_tokens/pack_tokens",
+    "cpu/topk_items/topk_items",
+)
 # The sources compiled once for each, and whether a product and a sum may become one instruction: where it
 # is off, every instruction set gives the same bits.
 ISA_SOURCES = {
-    "pack_tokens_rows": "off",
-    "spae_forward": "fast",
-    "spae_decode": "fast",
-    "spae_backward": "fast",
-    "item_cross_entropy_tiles": "fast",
-    "topk_items_tiles": "fast",
-    "compress_items_rows": "fast",
+    "cpu/attention/backward": "fast",
+    "cpu/attention/decode": "fast",
+    "cpu/attention/forward": "fast",
+    "cpu/compress_items/rows": "fast",
+    "cpu/item_cross_entropy/tiles": "fast",
+    "cpu/pack_tokens/rows": "off",
+    "cpu/topk_items/tiles": "fast",
 }
 # Those that multiply matrices, and have variants of their own for bfloat16 dot products and for AMX; the others'
 # AVX-512 code serves there too.
 PRODUCT_ISAS = ("avx512_bf16", "avx512_amx")
-PRODUCT_SOURCES = ("spae_forward", "spae_backward", "item_cross_entropy_tiles", "topk_items_tiles")
+PRODUCT_SOURCES = (
+    "cpu/attention/backward",
+    "cpu/attention/forward",
+    "cpu/item_cross_entropy/tiles",
+    "cpu/topk_items/tiles",
+)
 
 
 @dataclass(frozen=True)
@@ -245,25 +256,26 @@ class BuildExt(build_ext):
         pybind += [f"-isystem{path}" for path in dict.fromkeys(self.include_dirs)]
 
         ninja = Ninja(build_dir, cxx, self.cuda)
-        isa = ninja.compile("cpu/isa.cpp", host)
+        isa = ninja.compile("cpu/common/isa.cpp", host)
         cpu = [isa, *(ninja.compile(f"{name}.cpp", torch_flags) for name in BINDINGS)]
-        cpu += [ninja.compile(f"cpu/{name}.cpp", host) for name in SHARED_SOURCES]
+        cpu += [ninja.compile(f"{name}.cpp", host) for name in SHARED_SOURCES]
         for name, flags in ISAS.items():
             for source, contract in ISA_SOURCES.items():
                 if name in PRODUCT_ISAS and source not in PRODUCT_SOURCES:
                     continue
                 variant = [*host, f"-ffp-contract={contract}", f"-DSPEEDER_ISA={name}", *flags]
-                cpu.append(ninja.compile(f"cpu/{source}.cpp", variant, f".{name}"))
+                cpu.append(ninja.compile(f"{source}.cpp", variant, f".{name}"))
         ninja.add("link", self.output("_ops"), cpu, [*extra, *torch_libraries])
 
-        module = [isa, ninja.compile("packing.cpp", host), ninja.compile("host.cpp", pybind)]
+        module = [isa, ninja.compile("cpu/plan_packing/plan_packing.cpp", host)]
+        module.append(ninja.compile("bindings/host_module.cpp", pybind))
         ninja.add("link", self.output("_host"), module, extra)
 
         if self.cuda.nvcc:
             device = ["-O3", "-std=c++17", f"-I{CSRC}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
             device += gencode_flags(self.cuda.archs)
-            kernels = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
-            objects = [ninja.compile(f"cuda/{name}", device) for name in kernels]
+            kernels = sorted(path.relative_to(CSRC) for path in (CSRC / "cuda").glob("*/*.cu"))
+            objects = [ninja.compile(str(path), device) for path in kernels]
             objects += [ninja.compile(f"{name}.cpp", torch_flags) for name in CUDA_BINDINGS]
             runtime = [f"-L{self.cuda.home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             ninja.add("link", self.output("_ops_cuda"), objects, [*torch_libraries, *runtime])

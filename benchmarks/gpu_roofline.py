@@ -192,7 +192,7 @@ def cuda_loops(gpu: Gpu) -> dict[str, Loop]:
     """The main loop of each of spae_attention's CUDA kernels in bfloat16, by its mangled name."""
     loops = {}
     for part in ("forward", "backward"):
-        source = ROOT / "csrc" / "cuda" / f"spae_{part}_bfloat16.cu"
+        source = ROOT / "csrc" / "cuda" / "attention" / f"{part}_bfloat16.cu"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             command = [
                 "nvcc",

@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "cpu/tile_product.h"
+#include "cpu/common/isa.h"
+#include "cpu/common/tile_product.h"
 
 namespace {
 

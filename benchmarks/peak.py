@@ -34,7 +34,7 @@ class GemmPeak:
             "-pthread",
             *flags,
         ]
-        sources = [str(ROOT / "benchmarks" / "peak.cpp"), str(ROOT / "csrc" / "cpu" / "isa.cpp")]
+        sources = [str(ROOT / "benchmarks" / "peak.cpp"), str(ROOT / "csrc" / "cpu" / "common" / "isa.cpp")]
         command += [f"-DSPEEDER_ISA={isa}", f"-I{ROOT / 'csrc'}", *sources]
         subprocess.run([*command, "-o", str(self._program(isa))], check=True)
 

@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel with nvcc and lists what its machine code takes; needs no GPU.
 
-    python tests/kernels/cuda_resources.py --out table.json [--only pack_tokens] [--jobs 2]
+    python tests/kernels/cuda_resources.py --out table.json [--only pack_tokens/pack_tokens] [--jobs 2]
 
 The table is a JSON list of rows, one a kernel and architecture: op, kernel (with its template arguments), arch;
 registers (a thread), stack, spill_stores, spill_loads (bytes a thread). Threads and shared memory are a matter of the
@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-# All but driver.cu, which has no kernel.
-SOURCES = sorted(path for path in (CSRC / "cuda").glob("*.cu") if path.stem != "driver")
+# All but cuda_versions.cu, which has no kernel.
+SOURCES = sorted(path for path in (CSRC / "cuda").glob("*/*.cu") if path.stem != "cuda_versions")
 ARCHS = ("80", "90a", "100a")
 
 _ROW = re.compile(
@@ -30,6 +30,11 @@ _ROW = re.compile(
     r"(?P<spill_loads>\d+) bytes spill loads\n"
     r".*Used (?P<registers>\d+) registers"
 )
+
+
+def source_name(source: Path) -> str:
+    """Its path within csrc/cuda without the ending: attention/forward_bfloat16."""
+    return source.relative_to(CSRC / "cuda").with_suffix("").as_posix()
 
 
 def compile_kernels(nvcc: str, source: Path, arch: str) -> list[dict]:
@@ -50,7 +55,7 @@ def compile_kernels(nvcc: str, source: Path, arch: str) -> list[dict]:
     names = _demangled([row.pop("kernel") for row in rows])
     numbers = [{name: int(value) for name, value in row.items()} for row in rows]
     return [
-        {"op": source.stem, "kernel": name, "arch": arch, **row}
+        {"op": source_name(source), "kernel": name, "arch": arch, **row}
         for name, row in zip(names, numbers, strict=True)
     ]
 
@@ -77,11 +82,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", required=True, help="where the table goes, as JSON")
-    parser.add_argument("--only", choices=[source.stem for source in SOURCES], help="one op")
+    parser.add_argument("--only", choices=list(map(source_name, SOURCES)), help="one file")
     parser.add_argument("--nvcc", default="nvcc")
     parser.add_argument("--jobs", type=int)
     args = parser.parse_args()
-    sources = [source for source in SOURCES if args.only in (None, source.stem)]
+    sources = [source for source in SOURCES if args.only in (None, source_name(source))]
     table = compile_all(args.nvcc, sources, jobs=args.jobs)
     Path(args.out).write_text(json.dumps(table, indent=0))
     print(f"{len(table)} kernels compiled")

@@ -8,8 +8,8 @@
 #include <cstdio>
 #include <random>
 
-#include "cpu/isa.h"
-#include "cpu/tile_product.h"
+#include "cpu/common/isa.h"
+#include "cpu/common/tile_product.h"
 
 namespace {
 

@@ -224,7 +224,7 @@ def faulty(program: str, folder, *edits: tuple[str, str, str], watch: bool = Fal
 def test_a_missing_barrier_is_caught(tmp_path):
     """Between what each warp puts into the sums over an item, and what all read."""
     edit = (
-        "cuda/compress_items.cuh",
+        "cuda/compress_items/forward.cuh",
         "    put_warp_sum(shared.sums, 0, squares);\n    sync_block();\n",
         "    put_warp_sum(shared.sums, 0, squares);\n",
     )
@@ -236,7 +236,7 @@ def test_a_missing_barrier_is_caught(tmp_path):
 
 def test_an_off_by_one_bound_is_caught(tmp_path):
     edit = (
-        "cuda/pack_tokens.cuh",
+        "cuda/pack_tokens/kernels.cuh",
         "if (column < vectors) write_global(out + column, values[i]);",
         "if (column <= vectors) write_global(out + column, values[i]);",
     )
@@ -249,7 +249,7 @@ def test_an_off_by_one_bound_is_caught(tmp_path):
 def test_an_atomic_in_place_of_the_fixed_order_is_caught(tmp_path):
     """The gradient is as accurate as before, and other bits come with another order of the threads."""
     edit = (
-        "cuda/sum_parts.cuh",
+        "cuda/common/sum_parts.cuh",
         "    sums.set(thread_index(), total);\n",
         "    if (warp() == 0 && n < size) out[n] = 0.0f;\n"
         "    sync_block();\n"
@@ -274,7 +274,7 @@ def test_no_race_in_global_memory(tmp_path):
 def test_blocks_that_share_their_partial_sums_are_caught(tmp_path):
     """In one run: the numbers might be right."""
     edit = (
-        "cuda/compress_items_backward.cuh",
+        "cuda/compress_items/backward.cuh",
         "store_floats<N>(weight_parts + int64_t{block_index_x()} * size + d,",
         "store_floats<N>(weight_parts + d,",
     )

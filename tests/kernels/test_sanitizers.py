@@ -78,13 +78,13 @@ def test_kernels_are_clean(tree, isa):
     ("file", "sound", "faulty", "report"),
     [
         (
-            "pack_tokens_rows.cpp",
+            "pack_tokens/rows.cpp",
             "t < end; ++t",
             "t <= end; ++t",
             "ERROR: AddressSanitizer: heap-buffer-overflow",
         ),
         (
-            "pack_tokens.cpp",
+            "pack_tokens/pack_tokens.cpp",
             "1 + kElementsPerThread / args.hidden",
             "0x7FFFFFFFFFFFFFFF + args.hidden",
             "runtime error: signed integer overflow",

@@ -357,39 +357,39 @@ def test_the_order_of_threads_changes_no_bit(devices, lengths, kind):
 FAULTS = {
     "missing_barrier": (
         (
-            "spae_forward.cuh",
+            "forward.cuh",
             "wait_copies<0>();\n      sync_block();\n      bias",
             "wait_copies<0>();\n      bias",
         ),
         "race|not waited for|still being copied|never-written",
     ),
     "missing_barrier_before_the_diagonals": (
-        ("spae_relative_sums.cuh", "sync_block();\n      add_diagonals", "add_diagonals"),
+        ("relative_sums.cuh", "sync_block();\n      add_diagonals", "add_diagonals"),
         "race|never-written",
     ),
     "missing_sync_of_a_warp": (
         (
-            "spae_decode.cuh",
+            "decode.cuh",
             "      sync_warp();  // the warp's next tile is there, and this one is done with\n",
             "",
         ),
         "race|not waited for|still being copied",
     ),
     "one_row_too_many": (
-        ("spae_tile.cuh", "first + r < count && column < size", "first + r <= count && column < size"),
+        ("tile.cuh", "first + r < count && column < size", "first + r <= count && column < size"),
         "heap-buffer-overflow",
     ),
-    "one_key_too_few": (("spae_forward.cuh", "i + 1 + keys - queries", "i + keys - queries"), None),
+    "one_key_too_few": (("forward.cuh", "i + 1 + keys - queries", "i + keys - queries"), None),
     "bucket_past_the_end": (
         (
-            "spae_bias.cuh",
+            "bias.cuh",
             "clamp(distance, 0, args_.buckets - 1)",
             "clamp(distance, 0, args_.buckets)",
         ),
         "heap-buffer-overflow",
     ),
     "bucket_clamped_at_one": (
-        ("spae_bias.cuh", "clamp(distance, 0, args_.buckets - 1)", "clamp(distance, 1, args_.buckets - 1)"),
+        ("bias.cuh", "clamp(distance, 0, args_.buckets - 1)", "clamp(distance, 1, args_.buckets - 1)"),
         None,
     ),
 }
@@ -400,19 +400,19 @@ def faulty(tmp_path_factory):
     """Programs with a fault each, compiled side by side."""
     folder = tmp_path_factory.mktemp("faults")
     atomic = (
-        "spae_relative_sums.cuh",
+        "relative_sums.cuh",
         "const float below = warp_sum(below_), above = warp_sum(above_);",
         "sync_block();\natomic_add(table_, below_);\natomic_add(table_ + last_, above_);\n"
         "const float below = 0.0f, above = 0.0f;",
     )
     wait = "    wait_copies<0>();  // where no key is seen, queries and gradients are still on their way\n"
     leave = "    if (call.grad_q == nullptr) return;\n"
-    unfinished = ("spae_grad_q.cuh", wait + leave, leave + wait)
+    unfinished = ("grad_q.cuh", wait + leave, leave + wait)
     edits = {name: edit for name, (edit, _) in FAULTS.items()} | {"atomic": atomic, "unfinished": unfinished}
 
     def compile_fault(name):
         file, sound, wrong = edits[name]
-        csrc = plant(folder / name, (f"cuda/{file}", sound, wrong))
+        csrc = plant(folder / name, (f"cuda/attention/{file}", sound, wrong))
         program = folder / name / "program"
         # Without optimization: these run little, and compile twice as fast.
         return name, build(program, torch.bfloat16, (32,), csrc=csrc, extra=("-O0",))
@@ -448,7 +448,7 @@ def test_copies_on_their_way_are_caught(faulty, lengths):
 @pytest.mark.parametrize("shared", [False, True], ids=["sound", "shared"])
 def test_blocks_that_share_a_table_are_caught(tmp_path, shared):
     """In one run with every access to global memory watched, in which the kernels as they are show no race."""
-    edit = ("cuda/spae_grad_q.cuh", "tables + (int64_t{share} * heads + head)", "tables + int64_t{head}")
+    edit = ("cuda/attention/grad_q.cuh", "tables + (int64_t{share} * heads + head)", "tables + int64_t{head}")
     csrc = plant(tmp_path, *[edit][:shared])
     with build(tmp_path / "program", torch.bfloat16, (32,), csrc=csrc, extra=("-O0",), watch=True) as device:
         for lengths in ([70, 17], [70, 40]), ([2, 1], [300, 9]):

@@ -23,7 +23,10 @@ def test_products_are_exact_and_touch_nothing_else(isa, level, tmp_path):
     if ISAS.index(isa) > ISAS.index(_host.best_instruction_set()):
         pytest.skip(f"this processor has no {isa}")
     flags = runpy.run_path(str(ROOT / "setup.py"))["ISAS"][isa]
-    sources = [ROOT / "tests" / "kernels" / "guarded_product.cpp", ROOT / "csrc" / "cpu" / "isa.cpp"]
+    sources = [
+        ROOT / "tests" / "kernels" / "guarded_product.cpp",
+        ROOT / "csrc" / "cpu" / "common" / "isa.cpp",
+    ]
     program = tmp_path / "guarded_product"
     command = [os.environ.get("CXX", "g++"), level, "-std=c++17", *flags, f"-DSPEEDER_ISA={isa}"]
     command += [f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)]

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "checked_memory.h"
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 #include "fiber.h"
 #include "order.h"
 #include "watched_memory.h"

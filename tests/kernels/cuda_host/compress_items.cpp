@@ -1,5 +1,5 @@
-// Runs csrc/cuda/compress_items*.cuh on the host, for test_cuda_on_host.py.
-#include "cuda/compress_items_backward.cuh"
+// Runs csrc/cuda/compress_items/*.cuh on the host, for test_cuda_on_host.py.
+#include "cuda/compress_items/backward.cuh"
 #include "serve.h"
 
 namespace speeder {

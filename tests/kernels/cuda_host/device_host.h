@@ -1,5 +1,5 @@
-// The primitives of csrc/cuda/device.h on the host: the thread that asks is a fiber of engine.h.
-// Included by device.h.
+// The primitives of csrc/cuda/common/device.h on the host: the thread that asks is a fiber of
+// engine.h. Included by device.h.
 #pragma once
 
 #include <cmath>

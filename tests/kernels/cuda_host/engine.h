@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 
 namespace speeder {
 namespace cuda {

@@ -1,5 +1,5 @@
 // Tiny kernels that show what the host layer computes and what it detects; for test_cuda_layer.py.
-#include "cuda/tile_product.h"
+#include "cuda/common/tile_product.h"
 #include "serve.h"
 
 namespace speeder {

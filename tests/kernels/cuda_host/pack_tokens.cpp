@@ -1,6 +1,5 @@
-// Runs csrc/cuda/pack_tokens.cuh on the host, for test_cuda_on_host.py.
-#include "cuda/pack_tokens.cuh"
-
+// Runs csrc/cuda/pack_tokens/kernels.cuh on the host, for test_cuda_on_host.py.
+#include "cuda/pack_tokens/kernels.cuh"
 #include "serve.h"
 
 namespace speeder {

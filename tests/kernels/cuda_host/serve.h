@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "launch_host.h"
+#include "host_launcher.h"
 
 extern "C" inline __attribute__((used)) const char* __asan_default_options() {
   return "detect_leaks=0";  // what a fiber owns when it is given up

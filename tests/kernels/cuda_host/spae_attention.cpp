@@ -1,9 +1,9 @@
-// Runs csrc/cuda/spae_*.cuh on the host, for test_spae_attention_cuda_on_host.py. SPEEDER_TYPE is
-// the element type and SPEEDER_SIZES the head sizes to compile for, smallest first: all of them for
-// all types would take long.
+// Runs csrc/cuda/attention/*.cuh on the host, for test_spae_attention_cuda_on_host.py. SPEEDER_TYPE
+// is the element type and SPEEDER_SIZES the head sizes to compile for, smallest first: all of them
+// for all types would take long.
 #include <type_traits>
 
-#include "cuda/spae_launch.cuh"
+#include "cuda/attention/kernel_launches.cuh"
 #include "serve.h"
 
 namespace speeder {

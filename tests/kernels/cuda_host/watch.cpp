@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cuda/device.h"
+#include "cuda/common/device.h"
 
 namespace {
 
