@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spae_attention_backward_cuda(
   const DType dtype = dtype_of(q);
   take_saved(grad, out, lse, q.size(0), dtype, call);
   auto gradients = new_gradients(q, k, v, needs, call);
-  Tensor scratch = new_scratch(q, cuda::spae_attention_backward_scratch(call, extents, dtype));
+  Tensor scratch = new_scratch(q, cuda::spae_attention_backward_scratch(call, extents));
   void* stream = current_stream(q.get_device_index());
   check_launch(cuda::spae_attention_backward(call, extents, dtype,
                                              scratch.mutable_data_ptr<float>(), stream));

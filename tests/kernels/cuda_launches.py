@@ -1,9 +1,9 @@
 """What the CUDA kernels are launched with, by dry runs of their launch functions on the host.
 
 `launches()` gives a row a kernel: kernel (with its template arguments), threads and shared (bytes) of a block. Those of
-spae_attention are for each padded head size, also as they are launched where blocks have less shared memory, and for
-bfloat16 and float32 (float16 is launched like bfloat16); those of pack_tokens and compress_items for each element type
-and width of their accesses.
+spae_attention are for each padded head size, also as they are launched where blocks have less shared memory, in
+bfloat16 (float16 is launched like it); those of pack_tokens and compress_items for each element type and width of their
+accesses.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.kernels.test_spae_attention import make
 from tests.kernels.test_spae_attention_cuda_on_host import common, view
 
 # Head sizes are padded to these.
-TYPES = {torch.bfloat16: ("BFloat16", (32, 64, 96, 128, 256)), torch.float32: ("float", (64, 128, 256))}
+SIZES = (32, 64, 96, 128, 256)
 TABLES = (512, 512)  # entries a head: what bias and gradients take of shared memory depends on them
 HIDDEN = (576, 577)  # of pack_tokens and compress_items: rows that go in 16 bytes an access, and in elements
 MODALITIES = 4
@@ -31,31 +31,25 @@ def launches() -> list[dict]:
     """Forward, decoding and backward with all gradients."""
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
         folder = Path(name)
-        found = [pool.submit(_attention, folder, dtype) for dtype in TYPES]
-        found += [pool.submit(_pack_tokens, folder), pool.submit(_compress_items, folder)]
+        found = [pool.submit(op, folder) for op in (_attention, _pack_tokens, _compress_items)]
         distinct = dict.fromkeys((x.kernel, x.threads, x.shared) for rows in found for x in rows.result())
     return [dict(zip(("kernel", "threads", "shared"), x, strict=True)) for x in distinct]
 
 
-def _attention(folder: Path, dtype: torch.dtype) -> list[Launch]:
-    name, sizes = TYPES[dtype]
-    folder = folder / name
-    folder.mkdir()
-    flags = (*FLAGS, f"-DSPEEDER_TYPE={name}", f"-DSPEEDER_SIZES={','.join(map(str, sizes))}")
+def _attention(folder: Path) -> list[Launch]:
+    flags = (*FLAGS, "-DSPEEDER_TYPE=BFloat16", f"-DSPEEDER_SIZES={','.join(map(str, SIZES))}")
     out = []
     with HostDevice(compile_program("spae_attention", folder, extra=flags)) as device:
-        for size in sizes:
+        for size in SIZES:
             for queries, shared_most in (
                 (300, SHARED_H100),
                 (1, SHARED_H100),
                 (300, SHARED_LEAST),
                 (1, SHARED_LEAST),
             ):
-                args = make([queries], [300], 2, 1, size, TABLES, dtype)
+                args = make([queries], [300], 2, 1, size, TABLES, torch.bfloat16)
                 names = ("q", "k", "v", "relative_bias", "absolute_bias")
                 grads = [torch.empty_like(args[name]) for name in names]
-                if (dtype, size, shared_most) == (torch.float32, 256, SHARED_LEAST):
-                    grads[3] = None  # refused there
                 result, lse = torch.empty_like(args["q"]), torch.empty(args["q"].shape[:2])
                 call, how = common(args, True), {"dry": True, "shared_most": shared_most}
                 out += device.call("forward", *call, result, lse, **how)

@@ -161,7 +161,7 @@ def test_an_old_triton_is_refused(version, fits, monkeypatch):
         dispatch.choose("topk_items", "triton", torch.zeros(1))
 
 
-def gpu_tensor(size: int, device: str = "cuda:0", dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def gpu_tensor(size: int, device: str = "cuda:0", dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     with FakeTensorMode():
         return torch.empty(2, 1, size, device=device, dtype=dtype)
 
@@ -238,6 +238,21 @@ def test_wide_heads_go_to_another_backend(gpus):
         reason = f"'{name}' cannot run spae_attention here: it takes heads of at most 256 elements, got 257; "
         with pytest.raises(ValueError, match=reason + "available: reference"):
             dispatch.choose("spae_attention", name, wide)
+
+
+def test_float32_attention_on_a_gpu_is_not_for_cuda(gpus, monkeypatch):
+    """It has no kernel for it, and says what has; without Triton the reference serves."""
+    single = gpu_tensor(64, "cuda:1", torch.float32)
+    assert dispatch.choose("spae_attention", None, single) == "triton"
+    reason = "'cuda' cannot run spae_attention here: it runs on bfloat16 or float16, got float32; "
+    with pytest.raises(ValueError, match=reason + "available: triton, reference$"):
+        dispatch.choose("spae_attention", "cuda", single)
+    monkeypatch.setattr(dispatch, "missing", lambda name: "not installed" if name == "triton" else "")
+    assert dispatch.choose("spae_attention", None, single) == "reference"
+    for dtype in (torch.bfloat16, torch.float16):
+        assert dispatch.choose("spae_attention", None, gpu_tensor(64, "cuda:1", dtype)) == "cuda"
+    for op in ("pack_tokens", "compress_items"):
+        assert dispatch.choose(op, None, single) == "cuda"
 
 
 def test_wide_heads_on_amd_go_to_the_reference(gpus, monkeypatch):

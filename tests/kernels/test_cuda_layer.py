@@ -7,7 +7,7 @@ import torch
 
 from tests.kernels.host_device import SHARED_LEAST, HostDevice, HostDeviceError, compile_program
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 # What a missing barrier is seen as depends on who comes first.
 UNORDERED = (
     "(race: (read of|write to) what another thread|never-written shared memory|copy was not waited for)"

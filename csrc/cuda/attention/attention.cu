@@ -9,10 +9,17 @@ namespace speeder {
 namespace cuda {
 namespace {
 
-int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+// Calls `f` with a value of the type that `dtype` stands for; float32 has been refused.
+template <typename F>
+void with_half_dtype(DType dtype, F&& f) {
+  dtype == DType::kBFloat16 ? f(BFloat16{}) : f(Half{});
+}
 
 // The finest grid of all passes has a block for 16 tokens and a head.
-const char* refusal(const AttentionArgs& args, const Extents& extents) {
+const char* refusal(const AttentionArgs& args, const Extents& extents, DType dtype) {
+  if (dtype == DType::kFloat32) {
+    return "spae_attention: expected bfloat16 or float16 on this backend, got float32";
+  }
   if (args.size > kLargestHead) {
     return message("spae_attention: a head has at most %lld elements on a GPU, got %lld",
                    kLargestHead, args.size);
@@ -33,16 +40,15 @@ int64_t spae_attention_scratch(const AttentionArgs& args, const Extents& extents
   return decodes(args, extents) ? DecodePlan(args, extents).floats(args.size) : 0;
 }
 
-int64_t spae_attention_backward_scratch(const AttentionBackward& call, const Extents& extents,
-                                        DType dtype) {
-  return BackwardPlan(call, extents, bytes_of(dtype)).floats;
+int64_t spae_attention_backward_scratch(const AttentionBackward& call, const Extents& extents) {
+  return BackwardPlan(call, extents).floats;
 }
 
 const char* spae_attention(const AttentionForward& call, const Extents& extents, DType dtype,
                            float* scratch, void* stream) {
-  if (const char* reason = refusal(call.args, extents)) return reason;
+  if (const char* reason = refusal(call.args, extents, dtype)) return reason;
   const char* error = nullptr;
-  with_dtype(dtype, [&](auto type) {
+  with_half_dtype(dtype, [&](auto type) {
     error = spae_forward_of<decltype(type)>(call, extents, scratch, stream);
   });
   return error;
@@ -50,10 +56,10 @@ const char* spae_attention(const AttentionForward& call, const Extents& extents,
 
 const char* spae_attention_backward(const AttentionBackward& call, const Extents& extents,
                                     DType dtype, float* scratch, void* stream) {
-  if (const char* reason = refusal(call.args, extents)) return reason;
-  const BackwardPlan plan(call, extents, bytes_of(dtype));
+  if (const char* reason = refusal(call.args, extents, dtype)) return reason;
+  const BackwardPlan plan(call, extents);
   const char* error = nullptr;
-  with_dtype(dtype, [&](auto type) {
+  with_half_dtype(dtype, [&](auto type) {
     error = spae_backward_of<decltype(type)>(call, extents, plan, scratch, stream);
   });
   if (error != nullptr) return error;

@@ -20,10 +20,9 @@ struct Extents {
 
 // Floats of working memory that a call needs.
 int64_t spae_attention_scratch(const AttentionArgs& args, const Extents& extents);
-int64_t spae_attention_backward_scratch(const AttentionBackward& call, const Extents& extents,
-                                        DType dtype);
+int64_t spae_attention_backward_scratch(const AttentionBackward& call, const Extents& extents);
 
-// Each returns null, or a message of what is wrong.
+// Each returns null, or a message of what is wrong. `dtype`: bfloat16 or float16.
 const char* spae_attention(const AttentionForward& call, const Extents& extents, DType dtype,
                            float* scratch, void* stream);
 const char* spae_attention_backward(const AttentionBackward& call, const Extents& extents,

@@ -12,14 +12,11 @@ namespace speeder {
 namespace cuda {
 
 // Calls `f` with the head size to compile for, as a type: the smallest of these that holds `size`.
-// Floats have fewer: they are no one's choice on a GPU, and take long to compile.
-template <typename T, typename F>
+template <typename F>
 void with_head_size(int64_t size, F&& f) {
-  if constexpr (sizeof(T) == 2) {
-    if (size <= 32) return f(std::integral_constant<int, 32>{});
-    if (size > 64 && size <= 96) return f(std::integral_constant<int, 96>{});
-  }
+  if (size <= 32) return f(std::integral_constant<int, 32>{});
   if (size <= 64) return f(std::integral_constant<int, 64>{});
+  if (size <= 96) return f(std::integral_constant<int, 96>{});
   if (size <= 128) return f(std::integral_constant<int, 128>{});
   f(std::integral_constant<int, kLargestHead>{});
 }
@@ -28,7 +25,7 @@ template <typename T>
 const char* spae_forward_of(const AttentionForward& call, const Extents& extents, float* scratch,
                             void* stream) {
   StreamLauncher launcher(stream);
-  with_head_size<T>(call.args.size, [&](auto size) {
+  with_head_size(call.args.size, [&](auto size) {
     launch_spae_forward<T, decltype(size)::value>(call, extents, scratch, launcher);
   });
   return launcher.error();
@@ -38,7 +35,7 @@ template <typename T>
 const char* spae_backward_of(const AttentionBackward& call, const Extents& extents,
                              const BackwardPlan& plan, float* scratch, void* stream) {
   StreamLauncher launcher(stream);
-  with_head_size<T>(call.args.size, [&](auto size) {
+  with_head_size(call.args.size, [&](auto size) {
     launch_spae_grads<T, decltype(size)::value>(call, extents, plan, scratch, launcher);
   });
   return launcher.error();

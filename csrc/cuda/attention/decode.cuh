@@ -167,9 +167,9 @@ struct DecodePass {
 };
 
 template <typename T, int kSize>
-struct SpaeDecode : DecodePass<T, kSize, DecodeShape<sizeof(T), kSize>> {};
+struct SpaeDecode : DecodePass<T, kSize, DecodeShape<kSize>> {};
 template <typename T, int kSize>
-struct SpaeSmallDecode : DecodePass<T, kSize, SmallDecodeShape<sizeof(T), kSize>> {};
+struct SpaeSmallDecode : DecodePass<T, kSize, SmallDecodeShape<kSize>> {};
 
 // A warp has one row: its output from the shares, added up in a fixed order.
 template <typename T>

@@ -175,9 +175,9 @@ struct ForwardPass {
 };
 
 template <typename T, int kSize>
-struct SpaeForward : ForwardPass<T, kSize, ForwardShape<sizeof(T), kSize>> {};
+struct SpaeForward : ForwardPass<T, kSize, ForwardShape<kSize>> {};
 template <typename T, int kSize>
-struct SpaeSmallForward : ForwardPass<T, kSize, SmallForwardShape<sizeof(T), kSize>> {};
+struct SpaeSmallForward : ForwardPass<T, kSize, SmallForwardShape<kSize>> {};
 
 }  // namespace cuda
 }  // namespace speeder

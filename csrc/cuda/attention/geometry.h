@@ -1,5 +1,6 @@
 // How spae_attention is cut into blocks: tile sizes, grids, and what lies where in the working
-// memory. No device code: the launchers and the tests that run the kernels on the host share it.
+// memory. Elements have two bytes: float32 is not compiled. No device code: the launchers and the
+// tests that run the kernels on the host share it.
 //
 // A warp owns rows of 16 x kRowTiles, and the block's warps lie one below the other; the loop goes
 // over tiles of kColumns. Sizes are bounded by registers (sums of a row are spread over four lanes)
@@ -29,85 +30,55 @@ struct TileShape {
   static constexpr int kMinBlocks = kBlocks;  // that a multiprocessor is to hold at once
 };
 
-// Rows are queries, columns keys. kBytes: of an element; kSize: of a head, padded.
-template <int kBytes, int kSize>
+// Rows are queries, columns keys. kSize: of a head, padded.
+template <int kSize>
 struct ForwardShape : TileShape<4, 2, 32, 2> {};
 template <>
-struct ForwardShape<2, 128> : TileShape<8, 1, 64, 1> {};
+struct ForwardShape<128> : TileShape<8, 1, 64, 1> {};
 template <>
-struct ForwardShape<2, 256> : TileShape<8, 1, 32, 1> {};
-template <int kSize>
-struct ForwardShape<4, kSize> : TileShape<4, 1, 32, 2> {};
-template <>
-struct ForwardShape<4, 128> : TileShape<4, 1, 32, 1> {};
-template <>
-struct ForwardShape<4, 256> : TileShape<4, 1, 16, 1> {};
+struct ForwardShape<256> : TileShape<8, 1, 32, 1> {};
 
-template <int kBytes, int kSize>
+template <int kSize>
 struct SmallForwardShape;
 template <>
-struct SmallForwardShape<2, 128> : TileShape<8, 1, 48, 1> {};
+struct SmallForwardShape<128> : TileShape<8, 1, 48, 1> {};
 template <>
-struct SmallForwardShape<2, 256> : TileShape<6, 1, 16, 1> {};
-template <>
-struct SmallForwardShape<4, 128> : TileShape<4, 1, 16, 1> {};
-template <>
-struct SmallForwardShape<4, 256> : TileShape<2, 1, 16, 1> {};
+struct SmallForwardShape<256> : TileShape<6, 1, 16, 1> {};
 
 // Rows are queries, columns keys.
-template <int kBytes, int kSize>
+template <int kSize>
 struct GradQShape : TileShape<4, 1, 64, 2> {};
 template <>
-struct GradQShape<2, 96> : TileShape<4, 1, 32, 2> {};
+struct GradQShape<96> : TileShape<4, 1, 32, 2> {};
 template <>
-struct GradQShape<2, 128> : TileShape<4, 1, 32, 2> {};
+struct GradQShape<128> : TileShape<4, 1, 32, 2> {};
 template <>
-struct GradQShape<2, 256> : TileShape<4, 1, 16, 1> {};
-template <int kSize>
-struct GradQShape<4, kSize> : TileShape<4, 1, 32, 1> {};
-template <>
-struct GradQShape<4, 256> : TileShape<2, 1, 16, 1> {};
+struct GradQShape<256> : TileShape<4, 1, 16, 1> {};
 
-template <int kBytes, int kSize>
+template <int kSize>
 struct SmallGradQShape;
 template <>
-struct SmallGradQShape<2, 256> : TileShape<3, 1, 16, 1> {};
-template <>
-struct SmallGradQShape<4, 128> : TileShape<2, 1, 16, 1> {};
-template <>
-struct SmallGradQShape<4, 256> : TileShape<1, 1, 16, 1> {};
+struct SmallGradQShape<256> : TileShape<3, 1, 16, 1> {};
 
 // The fewest that a tile has on any GPU, so that the working memory is the same on all.
-constexpr int64_t grad_q_rows(int64_t bytes, int64_t size) {
-  if (size > 128)
-    return bytes == 4 ? SmallGradQShape<4, 256>::kRows : SmallGradQShape<2, 256>::kRows;
-  return bytes == 4 && size > 64 ? SmallGradQShape<4, 128>::kRows : GradQShape<2, 64>::kRows;
+constexpr int64_t grad_q_rows(int64_t size) {
+  return size > 128 ? SmallGradQShape<256>::kRows : GradQShape<64>::kRows;
 }
 
 // Rows are keys, columns queries.
-template <int kBytes, int kSize>
+template <int kSize>
 struct GradKVShape : TileShape<4, 1, 64, 2> {};
 template <>
-struct GradKVShape<2, 96> : TileShape<4, 1, 32, 2> {};
+struct GradKVShape<96> : TileShape<4, 1, 32, 2> {};
 template <>
-struct GradKVShape<2, 128> : TileShape<4, 1, 32, 2> {};
+struct GradKVShape<128> : TileShape<4, 1, 32, 2> {};
 template <>
-struct GradKVShape<2, 256> : TileShape<4, 1, 32, 1> {};
-template <int kSize>
-struct GradKVShape<4, kSize> : TileShape<4, 1, 32, 1> {};
-template <>
-struct GradKVShape<4, 128> : TileShape<4, 1, 16, 1> {};
-template <>
-struct GradKVShape<4, 256> : TileShape<2, 1, 16, 1> {};
+struct GradKVShape<256> : TileShape<4, 1, 32, 1> {};
 
-template <int kBytes, int kSize>
+template <int kSize>
 struct SmallGradKVShape;
 template <>
-struct SmallGradKVShape<2, 256> : TileShape<3, 1, 16, 1> {};
-template <>
-struct SmallGradKVShape<4, 128> : TileShape<2, 1, 16, 1> {};
-template <>
-struct SmallGradKVShape<4, 256> : TileShape<1, 1, 16, 1> {};
+struct SmallGradKVShape<256> : TileShape<3, 1, 16, 1> {};
 
 // The sums of both gradients of 256 values do not fit in registers: they take a pass each.
 template <int kSize>
@@ -116,15 +87,11 @@ constexpr bool kGradKVTogether = kSize <= 128;
 // Rows are the queries of a sequence times the heads of a group, and fit in one tile; each warp has
 // keys of its own.
 constexpr int kDecodeRows = 16;
-template <int kBytes, int kSize>
-struct DecodeShape : TileShape<4, 1, (kBytes * kSize > 256 ? 16 : 32), 1> {};
-template <>
-struct DecodeShape<4, 256> : TileShape<2, 1, 16, 1> {};
+template <int kSize>
+struct DecodeShape : TileShape<4, 1, (kSize > 128 ? 16 : 32), 1> {};
 
-template <int kBytes, int kSize>
-struct SmallDecodeShape : TileShape<(kBytes * kSize > 256 ? 2 : 4), 1, 16, 1> {};
-template <>
-struct SmallDecodeShape<4, 256> : TileShape<1, 1, 16, 1> {};
+template <int kSize>
+struct SmallDecodeShape : TileShape<(kSize > 128 ? 2 : 4), 1, 16, 1> {};
 
 // Or where there is no sequence: SpaeCombine then has the tokens behind it.
 inline bool decodes(const AttentionArgs& args, const Extents& extents) {
@@ -163,10 +130,9 @@ struct TablePlan {
 };
 
 struct BackwardPlan {
-  // `bytes`: of an element.
-  BackwardPlan(const AttentionBackward& call, const Extents& extents, int64_t bytes) {
+  BackwardPlan(const AttentionBackward& call, const Extents& extents) {
     const AttentionArgs& args = call.args;
-    const int64_t rows = grad_q_rows(bytes, args.size);
+    const int64_t rows = grad_q_rows(args.size);
     query_tiles = divide_up(extents.longest_q, rows) * args.sequences;
     relative_shares = call.grad_relative ? TablePlan::shares(query_tiles, args.heads * args.buckets)
                                          : std::max<int64_t>(query_tiles, 1);

@@ -252,10 +252,9 @@ struct GradKVPass {
 };
 
 template <typename T, int kSize, bool kGradK, bool kGradV>
-struct SpaeGradKV : GradKVPass<T, kSize, GradKVShape<sizeof(T), kSize>, kGradK, kGradV> {};
+struct SpaeGradKV : GradKVPass<T, kSize, GradKVShape<kSize>, kGradK, kGradV> {};
 template <typename T, int kSize, bool kGradK, bool kGradV>
-struct SpaeSmallGradKV : GradKVPass<T, kSize, SmallGradKVShape<sizeof(T), kSize>, kGradK, kGradV> {
-};
+struct SpaeSmallGradKV : GradKVPass<T, kSize, SmallGradKVShape<kSize>, kGradK, kGradV> {};
 
 }  // namespace cuda
 }  // namespace speeder

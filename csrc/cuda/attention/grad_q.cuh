@@ -4,8 +4,8 @@
 //
 // A score's gradient is p (dp - delta), with delta the sum over keys of p dp. That is out . grad
 // too (SpaeDelta), but for the rounding of `out`, which a table's gradient feels: it sums over many
-// rows what should cancel. So where a table takes a gradient and `out` is rounded, this kernel goes
-// over the keys once more, and finds delta first.
+// rows what should cancel. So where a table takes a gradient, this kernel goes over the keys once
+// more, and finds delta first.
 #pragma once
 
 #include "cuda/attention/forward.cuh"
@@ -183,9 +183,9 @@ struct GradQPass {
 };
 
 template <typename T, int kSize>
-struct SpaeGradQ : GradQPass<T, kSize, GradQShape<sizeof(T), kSize>> {};
+struct SpaeGradQ : GradQPass<T, kSize, GradQShape<kSize>> {};
 template <typename T, int kSize>
-struct SpaeSmallGradQ : GradQPass<T, kSize, SmallGradQShape<sizeof(T), kSize>> {};
+struct SpaeSmallGradQ : GradQPass<T, kSize, SmallGradQShape<kSize>> {};
 
 }  // namespace cuda
 }  // namespace speeder

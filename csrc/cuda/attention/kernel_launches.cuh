@@ -105,8 +105,7 @@ void launch_spae_grad_q(const AttentionBackward& call, const Extents& extents,
                         const BackwardPlan& plan, float* scratch, bool vectorized,
                         Launcher& launcher) {
   const AttentionArgs& args = call.args;
-  const bool any_table = call.grad_relative != nullptr || call.grad_absolute != nullptr;
-  const bool find_delta = sizeof(T) == 2 && any_table;
+  const bool find_delta = call.grad_relative != nullptr || call.grad_absolute != nullptr;
   float* delta = scratch + plan.delta;
   if (!find_delta) {
     using Delta = SpaeDelta<T>;
@@ -118,7 +117,7 @@ void launch_spae_grad_q(const AttentionBackward& call, const Extents& extents,
   const int shares = static_cast<int>(plan.relative_shares);
   with_fitting<SpaeGradQ<T, kSize>, SpaeSmallGradQ<T, kSize>>(launcher, [&](auto* fitting) {
     using Kernel = std::decay_t<decltype(*fitting)>;
-    static_assert(Kernel::kRows >= grad_q_rows(sizeof(T), kSize), "the plan counts these tiles");
+    static_assert(Kernel::kRows >= grad_q_rows(kSize), "the plan counts these tiles");
     const int64_t tiles = divide_up(extents.longest_q, Kernel::kRows);
     const Kernel kernel{
         call,   delta,     find_delta, tables, extents.tokens_q, static_cast<int>(tiles),

@@ -7,12 +7,6 @@
 #include "cuda/attention/geometry.h"
 #include "cuda/common/tile_product.h"
 
-#ifdef __CUDACC__
-#define SPEEDER_UNROLL_BY_TIMES _Pragma("unroll kTimes")
-#else
-#define SPEEDER_UNROLL_BY_TIMES
-#endif
-
 namespace speeder {
 namespace cuda {
 
@@ -143,10 +137,7 @@ SPEEDER_DEVICE void dot_products(SumTile (&sums)[kRowTiles][kColumns / 8], Share
     SPEEDER_UNROLL
     for (int n = 0; n < kColumns / 8; ++n) sums[r][n] = SumTile{};
   }
-  // Floats are multiplied one by one: a step is long enough as it is, and slow to compile.
-  constexpr int kTimes = sizeof(T) == 4 ? 1 : kSize / 16;
-  (void)kTimes;  // of which g++ does not know
-  SPEEDER_UNROLL_BY_TIMES
+  SPEEDER_UNROLL
   for (int depth = 0; depth < kSize; depth += 16) {
     typename Product::A rows[kRowTiles];
     SPEEDER_UNROLL

@@ -1,6 +1,5 @@
 // TileProduct<T>: a warp multiplies a 16 x 16 tile A by a 16 x 8 tile B and adds to a 16 x 8 tile C
-// of float32 sums. For BFloat16 and Half on the tensor cores; for float with a multiplication and
-// an addition each, in the same interface, with the same layout of C.
+// of float32 sums on the tensor cores. T is BFloat16 or Half.
 //
 // Tiles are loaded from shared memory; `at` is the place of the tile's first element and `stride`
 // the distance of its rows there, both in elements and both multiples of 16 bytes:
@@ -20,7 +19,7 @@
 namespace speeder {
 namespace cuda {
 
-// Who holds what in C, for every T.
+// Who holds what in C.
 struct SumTile {
   float at[4] = {};
 
@@ -98,100 +97,6 @@ struct TileProduct {
  private:
   static SPEEDER_DEVICE int bytes(int elements) { return elements * int(sizeof(T)); }
   static SPEEDER_DEVICE uint32_t pair(float low, float high) { return round_pair<T>(low, high); }
-};
-
-template <>
-struct TileProduct<float> {
-  static constexpr int kM = 16, kN = 8, kK = 16;
-  using C = SumTile;
-
-  // The two rows of A and the two columns of B that meet in the lane's part of C, whole.
-  struct A {
-    float at[2][kK];
-  };
-  struct B {
-    float at[2][kK];
-  };
-
-  static SPEEDER_DEVICE A load_a(Shared<float> from, int at, int stride) {
-    A a;
-    load_rows(a.at, from, at + lane() / 4 * stride, 8 * stride);
-    return a;
-  }
-
-  static SPEEDER_DEVICE A load_a_transposed(Shared<float> from, int at, int stride) {
-    A a;
-    SPEEDER_UNROLL
-    for (int k = 0; k < kK; ++k) {
-      a.at[0][k] = from.get(at + k * stride + lane() / 4);
-      a.at[1][k] = from.get(at + k * stride + lane() / 4 + 8);
-    }
-    return a;
-  }
-
-  static SPEEDER_DEVICE B load_b(Shared<float> from, int at, int stride) {
-    B b;
-    SPEEDER_UNROLL
-    for (int k = 0; k < kK; ++k) {
-      const Vector<float, 2> two = from.get_vector<2>(at + k * stride + lane() % 4 * 2);
-      b.at[0][k] = two.at[0];
-      b.at[1][k] = two.at[1];
-    }
-    return b;
-  }
-
-  static SPEEDER_DEVICE B load_b_transposed(Shared<float> from, int at, int stride) {
-    B b;
-    load_rows(b.at, from, at + lane() % 4 * 2 * stride, stride);
-    return b;
-  }
-
-  static SPEEDER_DEVICE void load_b_pair(B (&b)[2], Shared<float> from, int at, int stride) {
-    b[0] = load_b(from, at, stride);
-    b[1] = load_b(from, at + kN, stride);
-  }
-
-  static SPEEDER_DEVICE void load_b_transposed_pair(B (&b)[2], Shared<float> from, int at,
-                                                    int stride) {
-    b[0] = load_b_transposed(from, at, stride);
-    b[1] = load_b_transposed(from, at + kN * stride, stride);
-  }
-
-  // The four lanes that hold a row's sums hand them to each other.
-  static SPEEDER_DEVICE A a_from_sums(const C& left, const C& right) {
-    A a;
-    SPEEDER_UNROLL
-    for (int source = 0; source < 4; ++source) {
-      const int from = lane() / 4 * 4 + source;
-      SPEEDER_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        a.at[i / 2][source * 2 + i % 2] = shuffle(left.at[i], from);
-        a.at[i / 2][kN + source * 2 + i % 2] = shuffle(right.at[i], from);
-      }
-    }
-    return a;
-  }
-
-  static SPEEDER_DEVICE void multiply(C& c, const A& a, const B& b) {
-    SPEEDER_UNROLL
-    for (int k = 0; k < kK; ++k) {
-      SPEEDER_UNROLL
-      for (int i = 0; i < 4; ++i) c.at[i] += a.at[i / 2][k] * b.at[i % 2][k];
-    }
-  }
-
- private:
-  static SPEEDER_DEVICE void load_rows(float (&rows)[2][kK], Shared<float> from, int at, int step) {
-    SPEEDER_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      SPEEDER_UNROLL
-      for (int k = 0; k < kK; k += 4) {
-        const Vector<float, 4> four = from.get_vector<4>(at + r * step + k);
-        SPEEDER_UNROLL
-        for (int i = 0; i < 4; ++i) rows[r][k + i] = four.at[i];
-      }
-    }
-  }
 };
 
 }  // namespace cuda

@@ -69,14 +69,8 @@ void product_of(Arguments& arguments, HostLauncher& launcher) {
 }
 
 void product(Arguments& arguments, HostLauncher& launcher) {
-  switch (arguments.dtype()) {
-    case DType::kFloat32:
-      return product_of<float>(arguments, launcher);
-    case DType::kBFloat16:
-      return product_of<BFloat16>(arguments, launcher);
-    case DType::kFloat16:
-      return product_of<Half>(arguments, launcher);
-  }
+  arguments.dtype() == DType::kBFloat16 ? product_of<BFloat16>(arguments, launcher)
+                                        : product_of<Half>(arguments, launcher);
 }
 
 // out = in, each half in reverse, by a copy to shared memory and back; or with one of these faults.

@@ -80,7 +80,7 @@ void backward(host::Arguments& arguments, HostLauncher& launcher) {
   call.grad_v = arguments.pointer<void>();
   call.grad_relative = arguments.pointer<float>();
   call.grad_absolute = arguments.pointer<float>();
-  const BackwardPlan plan(call, extents, sizeof(SPEEDER_TYPE));
+  const BackwardPlan plan(call, extents);
   std::vector<float> scratch(plan.floats, NAN);
   with_size<SPEEDER_SIZES>(call.args.size, [&](auto size) {
     launch_spae_grads<SPEEDER_TYPE, decltype(size)::value>(call, extents, plan, scratch.data(),
