@@ -4,8 +4,8 @@ import asyncio
 import json
 import signal
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -15,6 +15,7 @@ from speeder.cli.main import main
 from tests.serving.http.worlds import TITLES, ServerProcess, served_model
 
 SOON = 120
+DRAIN = 1  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -27,32 +28,33 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_a_server_bears_many_clients_and_stops_gracefully(folder):
     """200 clients for a minute: no error, memory as before; then SIGTERM while requests are on their way."""
-    with ServerProcess(folder, "--drain-s", "1", "--name", "films") as server:
+    with (
+        ThreadPoolExecutor(4) as pool,
+        ServerProcess(folder, "--drain-s", str(DRAIN), "--name", "films") as server,
+    ):
         load = asyncio.run(run_load(server.address, clients=200, seconds=60, warm_up=5))
         assert load.errors == 0 and load.statuses["200"] > 1000, load.summary()
         assert load.batch > 1, load.summary()
         assert load.memory_after < load.memory_before + 40 * 2**20, load.summary()
 
-        answers, until = [], threading.Event()
+        answers, ends = [], []
 
         def ask():
+            """Ask until the port is closed: then requests are refused, or reset where they are on their way."""
             with httpx.Client(base_url=server.address, timeout=SOON) as client:
-                while not until.is_set():
+                while True:
                     try:
-                        answers.append(
-                            client.post("/v1/recommend", json={"history": ["i1"], "k": 3}).status_code
-                        )
-                    except httpx.ConnectError:
-                        return  # it takes no more connections
-                    except httpx.RemoteProtocolError:
-                        return  # an idle connection was closed
+                        answer = client.post("/v1/recommend", json={"history": ["i1"], "k": 3})
+                    except (httpx.NetworkError, httpx.RemoteProtocolError):
+                        ends.append(time.monotonic())
+                        return
+                    answers.append(answer.status_code)
 
+        askers = [pool.submit(ask) for _ in range(4)]
         with httpx.Client(base_url=server.address, timeout=SOON) as client:
-            askers = [threading.Thread(target=ask) for _ in range(4)]
-            for asker in askers:
-                asker.start()
-            while len(answers) < 8:
+            while len(answers) < 8 and not any(asker.done() for asker in askers):
                 time.sleep(0.01)
+            told = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             stopping = client.get("/readyz")
             while stopping.status_code == 200:
@@ -60,11 +62,11 @@ def test_a_server_bears_many_clients_and_stops_gracefully(folder):
             assert stopping.json() == {"status": "stopping"}
             assert client.post("/v1/recommend", json={"history": ["i1"], "k": 3}).status_code == 200
         server.output.append(server.process.communicate(timeout=SOON)[0])
-        until.set()
         for asker in askers:
-            asker.join(SOON)
+            asker.result(SOON)  # raises what the thread raised
         assert server.process.returncode == 0
         assert set(answers) == {200}
+        assert min(ends) > told + DRAIN / 2, "it takes requests while it drains"
         assert server.output[-1].strip() == "stopped"
 
 
