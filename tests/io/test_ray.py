@@ -27,7 +27,13 @@ from tests.prepare.encoders.tiny import save_bert
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As Ray's workers have: with another number of threads MKL rounds some products otherwise."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")  # no longer: where Ray runs, addresses are not tried, as other tests expect
 def ray():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
