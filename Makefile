@@ -8,7 +8,7 @@ POSTERS ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench lint install assets clean
+.PHONY: demo test test-avx2 bench lint install assets clean
 
 install: $(VENV)/.installed
 
@@ -31,8 +31,15 @@ demo: install
 	$(BIN)/speeder demo --out $(OUT) $(if $(POSTERS),--posters $(POSTERS))
 
 # Test files run on several cores at once; threads that wait do not spin, or they would slow the other files down
+PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile --timeout=600
+
 test: install assets lint
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --dist loadfile --timeout=600 --durations=15
+	$(PYTEST) --durations=15
+
+# What is compared to the last bit, as a processor without AVX-512 computes it: our kernels, torch, MKL, oneDNN
+# (on AMD's processors MKL does as it likes)
+test-avx2: install
+	SPEEDER_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m exact
 
 # Every op beside PyTorch and beside the machine's limits: bench/table.md, table.json, roofline.png
 bench: install

@@ -206,7 +206,7 @@ def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
 
 @torch.no_grad()
 def align_weights(model: nn.Module) -> None:
-    """Lay weights and buffers where fresh ones lie, at multiples of 64 bytes: a loaded model computes as before.
+    """Lay weights and buffers at multiples of 64 bytes, as fresh ones are: a loaded model computes what the saved did.
 
     Loaded ones are views of the file's memory map, at any multiple of 4 bytes, and MKL rounds some float32 products by
     where their operands lie. What lies well stays as it is; the rest is copied, one tensor at a time.

@@ -160,6 +160,7 @@ def test_an_evaluations_result(disk: SmallDisk) -> None:
     assert np.array_equal(Evaluation.load(path).ranks["masked"], found.ranks["masked"])
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(
     "keep", [0, 60_000]
 )  # room for nothing; for the configuration, but not for the weights
@@ -176,6 +177,7 @@ def test_a_saved_recommender(disk: SmallDisk, keep: int) -> None:
     assert sorted(files(folder)) == sorted(before)
 
 
+@pytest.mark.exact
 def test_shards_of_an_earlier_save_do_not_stay(tmp_path: Path) -> None:
     """They would be read in place of the new weights."""
     old, new = tiny_model(), tiny_model(stir=False)
@@ -198,6 +200,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("when", ["checkpoint", "model"])
 def test_training(disk: SmallDisk, place: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Full before the second checkpoint, or before the finished stage's model; resumed to the same last bit."""

@@ -101,6 +101,7 @@ def test_the_trap_works(trap: Trap, tmp_path: Path) -> None:
     assert trap.sprung
 
 
+@pytest.mark.exact
 def test_a_recommender(trap: Trap, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "model"
     model = tiny_model()

@@ -93,6 +93,7 @@ def test_ranks_survive_a_killed_worker(ray, tmp_path, dying):
     assert found == expected and list(found) == ["model.json"]
 
 
+@pytest.mark.exact
 def test_encoded_features_survive_a_killed_worker(ray, tmp_path, dying):
     torch.manual_seed(0)
     save_bert(tmp_path / "bert")

@@ -119,6 +119,7 @@ def test_gates_sum_to_one_over_what_is_present():
     assert gates[~present].eq(0).all()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("backend", "device"), places("compress_items"))
 def test_absent_modalities_are_never_read(backend, device):
     """NaN in an absent row changes neither results nor gradients, and gets zero gradient itself."""
@@ -143,6 +144,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda e, g, w: compress_items(e, g, present, w), inputs)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("backend", "device"), places("compress_items"))
 def test_gradients_are_bit_identical(backend, device):
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help
@@ -153,6 +155,7 @@ def test_gradients_are_bit_identical(backend, device):
         assert all(torch.equal(a, b) for a, b in zip(other, first, strict=True))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend):
     experts, logits, present, weight = make(items=9, hidden=40)
@@ -164,6 +167,7 @@ def test_strided_inputs(backend):
         assert torch.equal(a, b)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), ()])
 def test_only_wanted_gradients(wanted):
     """A gradient nobody needs comes back empty, and the others do not change."""

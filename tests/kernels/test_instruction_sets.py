@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from speeder_kernels import _host
 from tests.kernels.test_spae_attention_cpu import ISAS
@@ -37,6 +38,15 @@ def test_ops_over_items(isa):
     result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+@pytest.mark.exact
+def test_torch_and_the_kernels_keep_to_what_they_may_use():
+    """Or `make test-avx2` would test something else."""
+    torchs = torch.backends.cpu.get_cpu_capability().lower()
+    usual = {"portable": torchs, "avx2": "avx2"}.get(_host.best_instruction_set(), "avx512")
+    assert torchs == os.environ.get("ATEN_CPU_CAPABILITY", usual)
+    assert _host.instruction_set() == os.environ.get("SPEEDER_CPU_ISA", _host.instruction_set())
 
 
 def test_bfloat16_dot_products_are_not_used_where_they_are_slow():

@@ -174,6 +174,7 @@ def test_memory_of_the_compiled_kernel():
     assert float(result.stdout) < 0.1
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_only_wanted_gradients(backend, wanted):
@@ -187,6 +188,7 @@ def test_only_wanted_gradients(backend, wanted):
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_gradients_are_bit_identical(backend):
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help

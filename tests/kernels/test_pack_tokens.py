@@ -78,6 +78,7 @@ def check_against_the_loop(run, args):
             naive.assert_accurate(name, a, b, c, float(tokens))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu_equals_reference(dtype):
     """A batch of the size that several threads share, forward and backward."""
@@ -121,6 +122,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize(("backend", "device"), places("pack_tokens"))
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_gradients_are_bit_identical(backend, device, threads):
@@ -139,6 +141,7 @@ def test_gradients_are_bit_identical(backend, device, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", TABLES)
 def test_only_wanted_gradients(backend, wanted):
@@ -158,6 +161,7 @@ def test_only_wanted_gradients(backend, wanted):
     assert [len(g) for g in grads] == [size if need else 0 for size, need in zip(sizes, needs, strict=True)]
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_tables_and_int32_indices(backend):
     args = make()
@@ -286,6 +290,7 @@ def test_bad_arguments(changes, error, message):
         pack_tokens(**{**make(), **changes})
 
 
+@pytest.mark.exact
 def test_no_items_at_all():
     """Empty tables are fine where nothing points into them."""
     args = make(items=0, prompts=0)

@@ -143,6 +143,7 @@ def test_blocks_change_nothing(monkeypatch, budget):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("step", [1, 2])
 def test_strided_inputs(backend, step):
@@ -164,6 +165,7 @@ def test_softmax_scale_and_int64_indices():
     torch.testing.assert_close(spae_attention(**args, softmax_scale=0.7), run_naive(args, True, 0.7))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_are_bit_identical(backend):
     torch.use_deterministic_algorithms(False)  # it must hold without torch's help
@@ -192,6 +194,7 @@ def test_frozen_bias_costs_no_gradient(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.exact
 def test_autocast_changes_nothing():
     args = make([4, 2], [4, 2])
     with torch.autocast("cpu", dtype=torch.bfloat16):

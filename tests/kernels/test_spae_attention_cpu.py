@@ -154,6 +154,7 @@ def test_infinite_bias_hides_a_pair():
     assert out[0].eq(0).all() and out[1:].ne(0).all()
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_bit_identical_from_run_to_run(threads, count):
     """Ragged lengths, both tables, ranks that collide in a bucket: the sums have many terms."""
@@ -169,6 +170,7 @@ def test_bit_identical_from_run_to_run(threads, count):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("wanted", [(), ("q",), ("k",), ("v",), ("relative_bias",), ("v", "absolute_bias")])
 def test_only_what_is_asked_for(wanted):
     """A gradient nobody needs comes back empty, and the others do not change."""

@@ -58,6 +58,7 @@ def check_against_sorting(run, h, table, excluded, k):
     assert torch.equal(scores.double(), exact.gather(1, items))
 
 
+@pytest.mark.exact
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 3, 4, 5, 8, 9, 64, 65, 261, 300]),  # up to 8 rows go another way, in fours
@@ -92,6 +93,7 @@ def test_many_rows_and_items(rows, items, hidden, k, ties, threads, seed):
     assert torch.equal(scores.double(), exact.gather(1, best))
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("rows", [1, 7, 70])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_scores_are_float32(dtype, rows):
@@ -111,6 +113,7 @@ def test_a_nan_among_many_items_is_found():
         topk_items(torch.ones(1, 8), table, 3, backend="cpu")
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_order_of_every_float(backend):
     """Negative, zero of both signs, subnormal and infinite scores come in the right order."""

@@ -135,6 +135,7 @@ def test_kept_item_tokens_do_not_outlive_an_optimizer_step(fused):
     torch.testing.assert_close(model.score([[1, 2, 3]]), after)
 
 
+@pytest.mark.exact
 def test_kept_item_tokens_do_not_cross_autocast():
     model = tiny_model()
     exact = model.score([[1, 2, 3]])
@@ -144,6 +145,7 @@ def test_kept_item_tokens_do_not_cross_autocast():
     assert torch.equal(model.score([[1, 2, 3]]), exact)
 
 
+@pytest.mark.exact
 def test_catalogues_that_do_not_fit_are_refused_and_change_nothing():
     model = tiny_model()
     before = model.score([[1, 2]])

@@ -149,6 +149,7 @@ def test_only_new_tokens_run():
     assert counts == [2]
 
 
+@pytest.mark.exact
 def test_without_a_suffix_the_last_state_is_kept():
     model = fixed_model("prefix alone")
     sessions = UserSessions(model, 50)

@@ -35,6 +35,7 @@ def counted(computed):
     return run
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("protocol", ["full", "vhr", "sampled"])
 def test_every_protocol_gives_the_same_files(place, tmp_path, protocol):
     folder, data, model = place
@@ -71,6 +72,7 @@ def test_the_command(place, tmp_path, monkeypatch, capsys):
     assert asked_for == [(None, 2)] and computed == [0, 0, 0]  # 560 users are one part of 1,024
 
 
+@pytest.mark.exact
 def test_cold_items(place, tmp_path):
     _, data, _ = place
     warm, cold = hold_out(data, 0.2)

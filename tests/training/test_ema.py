@@ -37,6 +37,7 @@ def test_the_average_is_that_of_the_formula(values, decay):
     torch.testing.assert_close(model.weight.detach().double(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_a_stage_is_judged_by_the_average_and_ends_with_it(tmp_path, keep_best):
     """The same steps with and without an average: same losses, other validation, and a model that is the average."""

@@ -114,6 +114,7 @@ def test_what_a_kill_leaves_of_a_checkpoint_goes_with_the_next_one(tmp_path):
     assert max(sizes) == path.stat().st_size
 
 
+@pytest.mark.exact
 @pytest.mark.parametrize("stop_after", [1, 3, 5])
 def test_stopped_after_any_epoch_it_ends_the_same(data, tmp_path, stop_after):
     class Stop(Exception):

@@ -50,6 +50,7 @@ def test_items_of_one_group_are_alike(fitted):
     assert (nearest // 10 == torch.arange(40) // 10).float().mean() > 0.9
 
 
+@pytest.mark.exact
 def test_what_is_held_out_has_no_say(split, sequences, fitted):
     """Other held-out items leave the features bit for bit the same."""
     other = sequences.copy()
@@ -71,6 +72,7 @@ def test_the_recorded_hash_is_checked_against_the_split(split, fitted):
         check_training_hash(leaking.training_hash, split, "collaborative features")
 
 
+@pytest.mark.exact
 def test_the_seed_decides(split):
     first, second, third = (
         collaborative_features(

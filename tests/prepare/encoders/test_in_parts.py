@@ -38,6 +38,7 @@ def files(cache: Path) -> dict[str, bytes]:
     return found
 
 
+@pytest.mark.exact
 def test_the_same_files_as_in_one_process(bert, tmp_path):
     expected, there = TextEncoder(str(bert)).encode(TEXTS, cache=tmp_path / "one")
     found, present = TextEncoder(str(bert), runner=here).encode(TEXTS, cache=tmp_path / "parts")
@@ -57,6 +58,7 @@ def test_the_same_files_as_in_one_process(bert, tmp_path):
     assert torch.equal(again, expected)
 
 
+@pytest.mark.exact
 def test_an_interrupted_driver_goes_on_with_the_same_batches(bert, tmp_path):
     expected, _ = TextEncoder(str(bert)).encode(TEXTS, cache=tmp_path / "one")
 
@@ -77,6 +79,7 @@ def test_an_interrupted_driver_goes_on_with_the_same_batches(bert, tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "parts")
 
 
+@pytest.mark.exact
 def test_pictures_and_broken_ones(tmp_path):
     save_clip(tmp_path / "clip")
     paths = []

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, PreTrainedModel, T5Config, T5EncoderModel, T5Model
+from transformers import AutoTokenizer, BertModel, PreTrainedModel, T5Config, T5EncoderModel, T5Model
 
 from speeder.errors import SpeederError
+from speeder.prepare.encoders.pretrained import load_frozen
 from speeder.prepare.encoders.text import TextEncoder
 from tests.prepare.encoders.tiny import SIZES, WORDS, list_modules, save_bert, save_tokenizer, write
 
@@ -51,6 +53,7 @@ def test_every_way_of_pooling(bert: tuple[Path, PreTrainedModel], mode: str) -> 
     torch.testing.assert_close(encode(folder), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.exact
 def test_several_ways_stand_side_by_side_in_one_order(bert: tuple[Path, PreTrainedModel]) -> None:
     folder, model = bert
     list_modules(folder, {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True})
@@ -127,6 +130,7 @@ def test_without_a_limit_of_its_own_a_listed_model_reads_what_it_can(
     torch.testing.assert_close(encode(folder, [text])[0], expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.exact
 def test_an_older_folder_keeps_the_model_in_a_subfolder(
     bert: tuple[Path, PreTrainedModel], tmp_path: Path
 ) -> None:
@@ -199,6 +203,7 @@ def test_whatever_changes_the_features_changes_the_key(
     check("the prompt")
 
 
+@pytest.mark.exact
 def test_a_pooler_that_nobody_reads_may_be_missing(bert: tuple[Path, PreTrainedModel]) -> None:
     """transformers draws it at random, which must not make another key of every run."""
     folder = bert[0]
@@ -213,6 +218,16 @@ def test_a_pooler_that_nobody_reads_may_be_missing(bert: tuple[Path, PreTrainedM
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(SpeederError, match=r"lack the weights encoder\.layer\.1\.output\.dense\.bias"):
         TextEncoder(str(folder))
+
+
+@pytest.mark.exact
+def test_weights_lie_where_fresh_ones_do(bert: tuple[Path, PreTrainedModel]) -> None:
+    """At multiples of 64 bytes, whatever else the file holds: features must not follow from that."""
+    model, _ = load_frozen(BertModel, str(bert[0]))
+    assert {tensor.data_ptr() % 64 for tensor in (*model.parameters(), *model.buffers())} == {0}
+    with safe_open(bert[0] / "model.safetensors", "pt") as file:
+        places = {file.get_tensor(name).data_ptr() % 64 for name in file.keys()}  # noqa: SIM118, no mapping
+    assert places != {0}, "in a file whose weights lie so by chance nothing is tested"
 
 
 def only_pickled(folder: Path) -> None:
@@ -278,6 +293,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return model
 
 
+@pytest.mark.exact
 def test_a_model_of_the_hub_is_pooled_as_its_own_files_say(
     bert: tuple[Path, PreTrainedModel], hub: Path, tmp_path: Path
 ) -> None:

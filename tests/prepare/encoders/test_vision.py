@@ -215,6 +215,7 @@ def test_whatever_changes_the_features_changes_the_key(family: str, tmp_path: Pa
         check(key)
 
 
+@pytest.mark.exact
 def test_an_interrupted_encoding_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model", "clip")
     paths = [str(tmp_path / f"{number}.png") for number in range(5)]
