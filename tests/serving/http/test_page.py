@@ -79,7 +79,8 @@ def test_a_person_picks_films_and_sees_what_is_recommended_and_why(opened, model
     assert shown == [item.id for item in expected]
     for card, why in zip(page.locator(".card").all(), explain(model, ["i1", "i12"], shown), strict=True):
         shares = card.locator(".shares").get_attribute("aria-label")
-        assert f"Description {round(100 * why.gates['text'])} %" in shares
+        assert f"Text {round(100 * why.gates['text'])} %" in shares
+        assert f"Item embedding {round(100 * why.gates['item'])} %" in shares
         effects = {
             line.split("\n")[0]: line.split("\n")[-1]
             for line in card.locator(".effects li").all_inner_texts()

@@ -22,7 +22,7 @@ export async function get(path, parameters, signal) {
   return answer(await fetch(path + query, { signal }));
 }
 
-// A full queue is met by waiting as long as the server asks, twice at most.
+// On a full queue (503), wait as long as Retry-After says and try again, twice at most.
 export async function post(path, body, signal, tries = 3) {
   const response = await fetch(path, {
     method: "POST",

@@ -29,11 +29,11 @@ function writeAddress() {
 
 function add(item) {
   if (picks.some((other) => other.id === item.id)) {
-    at("search-status").textContent = `${name(item)} is among your picks already.`;
+    at("search-status").textContent = `${name(item)} is already picked.`;
     return;
   }
   if (picks.length >= about.max_history) {
-    at("search-status").textContent = `No more than ${about.max_history} picks.`;
+    at("search-status").textContent = `At most ${about.max_history} picks.`;
     return;
   }
   change([...picks, item]);
@@ -85,7 +85,7 @@ async function recommend() {
   try {
     const ids = picks.map((item) => item.id);
     const k = Math.min(COUNT, about.max_k, about.max_explained, about.items - picks.length);
-    if (k < 1) throw new Error("You have picked everything that there is.");
+    if (k < 1) throw new Error("You have picked every item.");
     const found = await post("v1/recommend", { history: ids, k }, signal);
     if (picks.some((item) => !item.title)) { // they came from the address
       picks = found.history;
@@ -97,7 +97,7 @@ async function recommend() {
     drawReasons(why.items);
   } catch (error) {
     if (error.name === "AbortError") return;
-    if (!drawn) clearCards(); // what is there belongs to other picks
+    if (!drawn) clearCards(); // the cards on the page are for other picks
     at("problem").textContent = error.message;
     at("problem").hidden = false;
     at("status").textContent = "";
@@ -108,10 +108,10 @@ async function recommend() {
 function drawCards(found) {
   at("problem").hidden = true;
   at("cards").replaceChildren(...found.items.map((item) => card(item, add)));
-  const read = found.read < found.history.length ? `, of which the newest ${found.read} were read` : "";
+  const read = found.read < found.history.length ? ` (the model reads the newest ${found.read})` : "";
   const count = found.history.length;
   at("status").textContent =
-    `${found.items.length} for ${count === 1 ? "your pick" : `your ${count} picks`}${read}, the best first`;
+    `${found.items.length} for ${count === 1 ? "your pick" : `your ${count} picks`}${read}, best first`;
 }
 
 function drawReasons(items) {

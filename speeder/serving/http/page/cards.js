@@ -1,14 +1,14 @@
-// A recommended item as a card: its picture, what it is made of, and which picks speak for it.
+// A recommended item as a card: its picture, the modalities' weights, and the effect of each pick.
 
 import { cover, element, name } from "./dom.js";
 
 const KNOWN = {
-  text: ["Description", "var(--text-share)"],
-  image: ["Picture", "var(--image-share)"],
-  collaborative: ["Who else took it", "var(--collaborative-share)"],
-  item: ["Learned by heart", "var(--item-share)"],
+  text: ["Text", "var(--text-share)"],
+  image: ["Image", "var(--image-share)"],
+  collaborative: ["Collaborative", "var(--collaborative-share)"],
+  item: ["Item embedding", "var(--item-share)"],
 };
-const SHOWN = 3; // picks that a card names before it is opened
+const SHOWN = 3; // picks listed before the card is opened
 
 function modality(key, place) {
   return KNOWN[key] ?? [key, `hsl(${(200 + 70 * place) % 360} 55% 50%)`];
@@ -39,7 +39,7 @@ export function card(item, onPick) {
   return made;
 }
 
-// `largest`: the greatest change among all cards, so that bars compare across them.
+// `largest`: the largest change among all cards, so that bars are comparable across cards.
 export function fillWhy(made, explained, largest) {
   const effects = explained.history
     .filter((effect) => effect.change !== null)
@@ -47,12 +47,12 @@ export function fillWhy(made, explained, largest) {
   const rows = effects.map((effect) => effectRow(effect, largest));
   const rest = rows.slice(SHOWN);
   made.querySelector(".why").replaceChildren(
-    element("h4", { textContent: "Made of" }),
+    element("h4", { textContent: "Modality weights" }),
     shareBar(explained.gates),
-    element("h4", { textContent: "Which picks mattered" }),
+    element("h4", { textContent: "Effect of your picks" }),
     rows.length
       ? element("ul", { class: "effects" }, ...rows.slice(0, SHOWN))
-      : element("p", { class: "quiet", textContent: "your only pick: there is nothing to compare it with" }),
+      : element("p", { class: "quiet", textContent: "Pick one more item to compare." }),
     ...(rest.length
       ? [element("details", {}, element("summary", { textContent: `${rest.length} more` }),
           element("ul", { class: "effects" }, ...rest))]

@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { cover, element, name } from "./dom.js";
 
-const WAIT = 120; // milliseconds of quiet before the server is asked
+const WAIT = 120; // milliseconds without typing before the server is queried
 
 export function searchBox(input, list, status, onPick) {
   let hits = [];
@@ -64,7 +64,7 @@ export function searchBox(input, list, status, onPick) {
       shown = query;
       show(found.items);
       const count = found.items.length;
-      status.textContent = count ? "" : `Nothing is called “${query}”.`;
+      status.textContent = count ? "" : `No item matches “${query}”.`;
     } catch (error) {
       if (error.name === "AbortError") return;
       show([]);
@@ -81,7 +81,7 @@ export function searchBox(input, list, status, onPick) {
     if (event.key === "Enter" && input.value.trim() !== shown) {
       event.preventDefault();
       clearTimeout(timer);
-      await search(); // what is listed answers to what was typed before
+      await search(); // the hits are those of an earlier query
       if (input.value.trim() !== shown) return;
     }
     if (!hits.length) return;
