@@ -1,1 +1,1 @@
-"""Recommendations for users: kept sessions, whole files, and HTTP."""
+"""Serving recommendations: returning users, files of users, and HTTP."""

@@ -1,4 +1,4 @@
-"""Recommendations for a Parquet file of user histories, as another one."""
+"""Recommendations for a Parquet file of user histories, written to another Parquet file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, sha256_file
 from speeder.io.parts import Runner, Work, computed, folder_identity, here
 
-PART_ROWS = 1024  # users of a part: what a killed worker or driver costs at most
+PART_ROWS = 1024  # users per part: the most work that a killed worker or driver loses
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view)
 _STRINGS = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
 
@@ -36,20 +36,20 @@ def recommend_file(
     Args:
         model_folder: of a saved `SpeederForCausalLM`.
         histories: a Parquet file, or a folder of them, with the columns `user` (strings or integers) and `items`
-            (lists of the catalogue's ids, oldest first); others are not read.
+            (lists of the catalogue's ids, oldest first); other columns are ignored.
         out: the Parquet file to write, whole or not at all: `user`, `items` (lists of `k` ids, best first) and
             `scores` (lists of `k` float32), rows in the order of `histories`.
         k, exclude_seen: as `SpeederForCausalLM.recommend` takes them.
-        part_rows: users of a part. Unfinished parts lie beside `out`, and the same call goes on with them.
+        part_rows: users per part. Finished parts are kept beside `out`, and the same call goes on after a stop.
         runner: where parts are computed: `here`, or an `OnRay`.
 
     Returns:
-        how many users there are.
+        the number of users.
 
     Raises:
-        SpeederError: there is no such model, a file or column is missing or of another type, or a history is empty,
-            has an item that the catalogue lacks, or leaves fewer than `k` items, or `out` lies among the histories; all
-            before any is computed.
+        SpeederError: there is no such model; a file or column is missing or of another type; a history is empty, has
+            an item that the catalogue lacks, or leaves fewer than `k` items; or `out` is among the histories. All of
+            it is checked before anything is computed.
     """
     model_folder, histories, out = Path(model_folder), Path(histories), Path(out)
     if part_rows < 1:
@@ -110,7 +110,7 @@ def _catalogue(model_folder: Path) -> ItemCatalogue:
 
 
 def _open(path: Path) -> ds.FileSystemDataset:
-    """The histories, of whose columns `user` and `items` have the right types."""
+    """The histories; `SpeederError` unless columns `user` and `items` have the right types."""
     try:
         dataset = ds.dataset(sorted(path.glob("*.parquet")) if path.is_dir() else path, format="parquet")
     except FileNotFoundError:
@@ -139,7 +139,7 @@ def _is(kind: pa.DataType, tests: Sequence[Callable]) -> bool:
 def _checked(
     dataset: ds.FileSystemDataset, catalogue: ItemCatalogue, k: int, exclude_seen: bool, part_rows: int
 ) -> Iterator[pa.Table]:
-    """Parts of the histories, in order; a history that the model would refuse is an error that names its row."""
+    """The histories in parts, in order; a history that the model would refuse is an error with its row."""
     row = 0
     for table in _rows(dataset, part_rows):
         for user, items in zip(table["user"].to_pylist(), table["items"].to_pylist(), strict=True):
@@ -156,13 +156,13 @@ def _checked(
                 raise SpeederError(f"{where}: {error.args[0]}") from None
             left = len(catalogue) - len(set(items)) * exclude_seen
             if left < k:
-                raise SpeederError(f"{where}: expected {k} items to recommend, but {left} are left unseen")
+                raise SpeederError(f"{where}: expected at least {k} unseen items, got {left}")
             row += 1
         yield table
 
 
 def _rows(dataset: ds.FileSystemDataset, count: int) -> Iterator[pa.Table]:
-    """Tables of `count` rows, but for the last, however the files are cut."""
+    """Tables of `count` rows (the last may have fewer), whatever the files' row groups."""
     kept = None
     for batch in dataset.to_batches(columns=["user", "items"]):
         table = pa.Table.from_batches([batch])

@@ -1,4 +1,4 @@
-"""Returning users: what the backbone computed of their histories is kept, and new events alone run through it."""
+"""Returning users: keys and values of their histories are kept, and only new events run through the backbone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from speeder.model.recommend import Recommendation
 
 @dataclass
 class KeptState:
-    """The beginning of a sequence whose keys and values lie in the pool.
+    """A sequence's prefix whose keys and values are in the pool.
 
     Attributes:
         tokens: `(2, n)` ids and ranks.
-        slots: `(n,)` where in the pool.
+        slots: `(n,)` the tokens' slots in the pool.
         shared: how many of the slots belong to the instruction that all sequences begin with.
-        last: `(H,)` the last token's final state, where the sequence ends with it; else None.
+        last: `(H,)` the last token's final state, if the sequence ends with it; else None.
     """
 
     tokens: np.ndarray
@@ -44,14 +44,14 @@ class KeptState:
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """What a [`UserSessions`] holds.
+    """The memory of a [`UserSessions`].
 
     Attributes:
-        histories: users whose events are known.
-        users: those of them whose keys and values are kept.
-        tokens: tokens whose keys and values are kept, the shared instruction's counted once.
+        histories: users with known events.
+        users: users with kept keys and values.
+        tokens: tokens with kept keys and values, the shared instruction's counted once.
         max_tokens: the limit.
-        bytes: reserved for `max_tokens`, from the first pass on.
+        bytes: bytes reserved for `max_tokens`, from the first pass on.
     """
 
     histories: int
@@ -62,23 +62,23 @@ class SessionMemory:
 
 
 class UserSessions:
-    """Recommendations for returning users from their new events alone.
+    """Recommendations for returning users, computed from their new events only.
 
-    The keys and values of a user's tokens are kept, and the next visit runs the new events' tokens and the prompt's
-    suffix through the backbone. Scores equal those of `model.score` over the whole history but for rounding. What is
-    kept is the longest common beginning of the old and the new sequence, so a history that outgrows
-    `config.max_history` is run anew at each visit: its window slides, and every rank changes.
+    The keys and values of a user's tokens are kept. The next visit runs only the new events' tokens and the prompt's
+    suffix through the backbone. Scores equal those of `model.score` over the whole history, but for rounding. The
+    longest common prefix of the old and the new sequence is reused. So a history longer than `config.max_history` runs
+    again at each visit: its window slides, and every rank changes.
 
-    States of users seen longest ago make room for others. The events themselves, as indices of the catalogue, stay
-    until `forget` (8 bytes each), and such a user's next visit runs the whole history. So does every user's after the
-    model has changed: its weights, its catalogue, its prompt or autocast's dtype. Changes are seen by the tensors'
-    versions and by each switch to training; what leaves neither trace, such as a write to a weight's `.data` in
-    evaluation mode, needs `clear`. Not safe for several threads at once.
+    When the room is used up, the states of the least recently used users are dropped. Their events, as indices of the
+    catalogue, stay until `forget` (8 bytes each), and their next visit runs the whole history. So does every user's
+    after a change of the model: its weights, catalogue, prompt or autocast's dtype. Changes are noticed by the tensors'
+    versions and by each switch to training. A write to a weight's `.data` in evaluation mode is not noticed: call
+    `clear` after it. Not safe for several threads at once.
 
     Args:
-        max_tokens: tokens whose keys and values are kept at most, the running batch's and the instruction's included.
-            One takes `2 * layers * key/value heads * head size` numbers.
-        batch_size: users that run at once, at most.
+        max_tokens: tokens whose keys and values are kept at most, with those of the running batch and the instruction.
+            A token takes `2 * layers * key/value heads * head size` numbers.
+        batch_size: most users per batch.
 
     Raises:
         ValueError: an argument is not positive, or `max_tokens` cannot hold one longest history.
@@ -92,29 +92,31 @@ class UserSessions:
         self._pool = KeyValuePool(max_tokens)
         self._check_length(len(model.sequence([0] * model.config.max_history).ids))
         self._histories: dict[Hashable, array] = {}
-        self._states: OrderedDict[Hashable, KeptState] = OrderedDict()  # the one used longest ago comes first
+        self._states: OrderedDict[Hashable, KeptState] = OrderedDict()  # the least recently used comes first
         self._root = self._state = None
 
     @torch.no_grad()
     def recommend(
         self, events: Mapping[Hashable, Sequence[int | str]], k: int = 10, exclude_seen: bool = True
     ) -> dict[Hashable, list[Recommendation]]:
-        """Take in users' new events and return the `k` best next items of each, best first.
+        """Add users' new events and return the `k` best next items of each, best first.
 
         Args:
             events: user -> item indices or ids since the last call, oldest first; of a new user the whole history.
-            k: how many items, at most the catalogue's size (less the seen ones).
+            k: number of items, at most the catalogue's size (minus the seen ones).
             exclude_seen: leave out every item of the whole history, also those too old to be read.
 
         Raises:
-            ValueError: no user, a user without any event, an index out of range, or `k` out of range. KeyError: no
-                such id. No event is taken in then.
+            ValueError: no user, a user without any event, an index out of range, or `k` out of range. KeyError: an
+                unknown id. Then no event is added.
         """
         histories = self._extended(events)
         seen = [sorted(set(history)) for history in histories.values()] if exclude_seen else None
         most = len(self.model.catalogue) - max(map(len, seen or [[]]))
         if not 1 <= k <= most:
-            raise ValueError(f"k: expected 1..{most}, the items that each user may be given, got {k}")
+            raise ValueError(
+                f"k: expected 1..{most}, the items that can be recommended to each user, got {k}"
+            )
         queries = self._queries(histories)
         found = self.model._best(queries, self.model._vectors(), k, seen)
         self._take_in(histories)
@@ -122,7 +124,7 @@ class UserSessions:
 
     @torch.no_grad()
     def score(self, events: Mapping[Hashable, Sequence[int | str]]) -> torch.Tensor:
-        """Take in users' new events and score the whole catalogue as each one's next item.
+        """Add users' new events and score the whole catalogue as each one's next item.
 
         Returns:
             `(n, I)` float32 logits on the CPU, in the order of `events`.
@@ -137,7 +139,7 @@ class UserSessions:
 
     @torch.no_grad()
     def extend(self, events: Mapping[Hashable, Sequence[int | str]]) -> None:
-        """Take in users' new events and run them, so that the next `recommend` has less to do.
+        """Add users' new events and run them, so that the next `recommend` has less to compute.
 
         Raises:
             ValueError, KeyError: as `recommend`.
@@ -151,18 +153,18 @@ class UserSessions:
         return list(self._histories.get(user, ()))
 
     def forget(self, user: Hashable) -> None:
-        """Drop a user's events and state; nothing happens where there is none."""
+        """Drop a user's events and state, if there are any."""
         self._histories.pop(user, None)
         self._drop(user)
 
     def clear(self) -> None:
-        """Drop everything computed, and its memory; events stay."""
+        """Drop all states and free their memory; events stay."""
         self._states.clear()
         self._pool = KeyValuePool(self._pool.capacity)
         self._root = self._state = None
 
     def memory(self) -> SessionMemory:
-        """How much is held."""
+        """How much is kept."""
         pool = self._pool
         used = pool.capacity - pool.free
         return SessionMemory(len(self._histories), len(self._states), used, pool.capacity, pool.nbytes)
@@ -170,7 +172,7 @@ class UserSessions:
     # ---- events -------------------------------------------------------------------------------------------
 
     def _extended(self, events: Mapping[Hashable, Sequence[int | str]]) -> dict[Hashable, list[int]]:
-        """Each user's whole history with the new events, which are not taken in yet."""
+        """Each user's whole history with the new events, which are not added yet."""
         if not isinstance(events, Mapping):
             raise ValueError(f"events: expected a mapping from users to items, got {type(events).__name__}")
         for user, items in events.items():
@@ -191,13 +193,13 @@ class UserSessions:
     # ---- states -------------------------------------------------------------------------------------------
 
     def _queries(self, histories: dict[Hashable, list[int]]) -> torch.Tensor:
-        """Run what is new and return `(n, H)` float32 queries."""
+        """Run the new tokens and return `(n, H)` float32 queries."""
         states = self._run(histories, answer=True)
         with self.model.evaluating():
             return self.model.item_queries(states)
 
     def _run(self, histories: dict[Hashable, list[int]], answer: bool) -> torch.Tensor | None:
-        """Bring users' states up to date; with `answer` the `(n, H)` final states that items are scored from."""
+        """Update users' states; with `answer`, return the `(n, H)` final states that items are scored from."""
         with self.model.evaluating():
             state = ModelState(self.model)
             if not state.same(self._state):
@@ -217,11 +219,11 @@ class UserSessions:
     def _check_length(self, tokens: int) -> None:
         if tokens > self._pool.capacity:
             raise ValueError(
-                f"max_tokens: expected at least {tokens}, one history, got {self._pool.capacity}"
+                f"max_tokens: expected at least {tokens}, the tokens of one history, got {self._pool.capacity}"
             )
 
     def _computed_root(self) -> KeptState:
-        """The state of no event at all: the instruction that every sequence begins with."""
+        """The state without any event: the instruction that every sequence begins with."""
         self._pool = KeyValuePool(self._pool.capacity)
         tokens = prefix_tokens(self.model)
         root = KeptState(tokens[:, :0], np.arange(0))
@@ -231,7 +233,7 @@ class UserSessions:
         return root
 
     def _batches(self, sequences: dict[Hashable, np.ndarray]) -> Iterator[dict[Hashable, np.ndarray]]:
-        """Up to `batch_size` users at a time, and no more than the pool holds at once."""
+        """Batches of up to `batch_size` users, and of no more tokens than the pool holds."""
         batch, used = {}, self._root.shared
         for user, tokens in sequences.items():
             own = tokens.shape[1] - common_length(tokens, self._root.tokens)
@@ -242,22 +244,22 @@ class UserSessions:
         yield batch
 
     def _run_batch(self, batch: dict[Hashable, np.ndarray], suffix: int, answer: bool) -> torch.Tensor | None:
-        """Run the tokens that are not kept yet of sequences, which end with the suffix where `answer` asks for their
-        last states. The suffix is not kept."""
+        """Run the tokens of sequences that are not kept yet. With `answer` they end with the suffix, and their last
+        states are returned. The suffix is not kept."""
         root = self._root
         for user, tokens in batch.items():
             state = self._states.pop(user, None) or KeptState(root.tokens, root.slots, root.shared, root.last)
             self._states[user] = state  # now the newest
             common = common_length(state.tokens, tokens)
             if answer and common == tokens.shape[1] and (common < len(state.slots) or state.last is None):
-                common -= 1  # the state that is asked for was not kept: its token runs again
+                common -= 1  # the requested state was not kept: its token runs again
             self._crop(state, common)
         states = [self._states[user] for user in batch]
         runs = [(s, t) for s, t in zip(states, batch.values(), strict=True) if len(s.slots) < t.shape[1]]
         try:
             needed = sum(tokens.shape[1] - len(state.slots) for state, tokens in runs)
             while self._pool.free < needed:
-                self._drop(next(iter(self._states)))  # never one of the batch, which fits by itself
+                self._drop(next(iter(self._states)))  # never one of the batch, which fits on its own
             if runs:
                 hidden = self._continue(*zip(*runs, strict=True))
                 for (state, _), last in zip(runs, hidden, strict=True):
@@ -287,7 +289,7 @@ class UserSessions:
         return continued_states(self.model, table, sequences, kept, PackedCache(write, order))
 
     def _crop(self, state: KeptState, length: int) -> None:
-        """Cut a state to its first tokens and free the others' slots."""
+        """Keep a state's first tokens and free the others' slots."""
         if length < len(state.slots):
             self._pool.give_back(state.slots[max(length, state.shared) :])
             state.tokens, state.slots = state.tokens[:, :length], state.slots[:length]

@@ -35,8 +35,8 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         404: "no such item",
         413: "the body is too large",
         422: "a field is wrong",
-        503: "too many requests wait; Retry-After tells when to try again",
-        504: "not answered in time",
+        503: "too many requests wait; Retry-After says when to try again",
+        504: "no answer in time",
     }.items()
 }
 
@@ -51,17 +51,17 @@ def create_app(
 ) -> FastAPI:
     """The application that serves a recommender.
 
-    The model belongs to it from now on: one thread, started with the application, runs it.
+    From now on only the application may use the model: one thread, started with it, runs the model.
 
     Args:
         model: with its catalogue.
-        limits: bounds of requests, batches and queues.
-        name: what the page calls the model.
-        threads: that the model may use; None leaves torch's choice.
-        pictures: whether pictures that the catalogue names, and that lie on this machine, are shown.
+        limits: limits of requests, batches and queues.
+        name: the model's name on the page.
+        threads: number of threads for the model; None keeps torch's.
+        pictures: whether to show pictures that the catalogue names and that are on this machine.
 
     Returns:
-        the application; `app.state.metrics` and `app.state.draining` are the server's to read and to set.
+        the application; the server reads `app.state.metrics` and sets `app.state.draining`.
     """
     limits = limits or Limits()
     metrics, lookup = Metrics(), Lookup(model.catalogue, pictures)
@@ -88,7 +88,7 @@ def create_app(
     app = FastAPI(
         title="Speeder",
         version=__version__,
-        description="Recommendations by a language model to which an item is one token.",
+        description="Recommendations by a language model in which an item is one token.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -110,7 +110,7 @@ def create_app(
         )  # searches take a large catalogue long
 
     async def run(request: Request, lane: str, job: object) -> Any:
-        """A job's result; where the deadline passes or the client goes away, nobody waits for it any more."""
+        """A job's result. The job is cancelled at the deadline, or when the client disconnects."""
         try:
             future = asyncio.wrap_future(batcher.submit(lane, job))
         except QueueFull as error:
@@ -154,7 +154,7 @@ def create_app(
 
     @app.post("/v1/explain", tags=["recommend"], responses=_REFUSALS)
     async def explain(body: Requests.explain, request: Request) -> schemas.Explanations:
-        """Why items have their scores: shares of the modalities, and what each history item does to the score."""
+        """Why items have their scores: the modalities' shares, and the effect of each history item on the score."""
         history = await understood(body)
         items = [lookup.row(entry, f"items.{i}") for i, entry in enumerate(body.items)]
         found = await run(request, EXPLAIN, ExplainJob(tuple(history), tuple(items)))
@@ -172,10 +172,10 @@ def create_app(
 
     @app.get("/v1/items", tags=["items"], responses={422: _REFUSALS[422]})
     def search(
-        q: Annotated[str, Query(description="words, or their beginnings", max_length=limits.max_query)],
+        q: Annotated[str, Query(description="words, or prefixes of words", max_length=limits.max_query)],
         limit: Annotated[int, Query(ge=1, le=limits.max_results)] = min(10, limits.max_results),
     ) -> schemas.Found:
-        """Items by title (or id), the best first."""
+        """Items by title (or id), best first."""
         return schemas.Found(items=[schemas.Item(**lookup.item(row)) for row in lookup.search(q, limit)])
 
     @app.get(
@@ -193,7 +193,7 @@ def create_app(
 
     @app.get("/v1/model", tags=["server"])
     def about() -> schemas.About:
-        """What is served."""
+        """The model and the server's limits."""
         return schemas.About(
             name=name,
             items=len(model.catalogue),
@@ -208,14 +208,14 @@ def create_app(
     @app.head("/healthz", include_in_schema=False)  # which some probes ask for
     @app.get("/healthz", tags=["server"], responses={503: {"model": schemas.State}})
     async def healthz() -> JSONResponse:
-        """Whether the process works; where it does not, it should be started again."""
+        """Liveness: if this fails, restart the process."""
         well = batcher.healthy(limits.stuck_s)
         return JSONResponse({"status": "ok" if well else "the model is stuck"}, 200 if well else 503)
 
     @app.head("/readyz", include_in_schema=False)  # which some probes ask for
     @app.get("/readyz", tags=["server"], responses={503: {"model": schemas.State}})
     async def readyz() -> JSONResponse:
-        """Whether requests should be sent here."""
+        """Readiness: whether to send requests here."""
         status = "stopping" if app.state.draining else "ready" if ready() else "the model is stuck"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
@@ -238,11 +238,11 @@ def create_app(
 
 
 async def _disconnected(request: Request) -> None:
-    """Return once the client has gone away."""
+    """Return once the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _swagger_folder() -> Path:
-    """Swagger UI's files, which the package fastapi-offline carries."""
+    """Swagger UI's files, from the package fastapi-offline."""
     return Path(find_spec("fastapi_offline").submodule_search_locations[0]) / "static"

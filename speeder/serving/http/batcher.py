@@ -1,8 +1,8 @@
-"""A micro-batcher: many requests wait at once, one thread owns the model and runs them together.
+"""A micro-batcher: one thread owns the model and runs waiting requests together.
 
 Requests of one kind form a lane. The thread takes whatever waits in a lane, up to its batch size; where the model is
-idle, the first request waits a few milliseconds for company. Lanes take turns, so that a long job of one kind cannot
-starve the other. A request that nobody waits for any more leaves the queue, and one that fails fails alone.
+idle, the first request waits a few milliseconds for others. Lanes take turns, so that a long job of one kind cannot
+starve the other. A cancelled request leaves the queue, and a request that fails fails alone.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """As many requests wait as may.
+    """The queue has no room for another request.
 
     Attributes:
-        retry_after: whole seconds after which the queue is likely to have room.
+        retry_after: seconds (int) after which the queue is likely to have room.
     """
 
     def __init__(self, lane: str, retry_after: int):
@@ -33,14 +33,14 @@ class QueueFull(Exception):
 
 
 class Closed(Exception):
-    """The batcher has been closed, and takes no more requests."""
+    """The batcher is closed and accepts no more requests."""
 
 
 class Observer(Protocol):
-    """Is told of every batch."""
+    """Receives the size and the time of every batch."""
 
     def batch(self, lane: str, size: int, seconds: float) -> None:
-        """A batch of so many requests took the model so long."""
+        """A batch of this many requests took this many seconds."""
 
 
 @dataclass
@@ -49,10 +49,10 @@ class Lane:
 
     Attributes:
         name: for messages and metrics.
-        run: takes requests and returns as many results, in order; called in the batcher's thread alone.
-        max_batch: requests that run together.
+        run: takes requests and returns as many results, in order; called only in the batcher's thread.
+        max_batch: requests per batch.
         capacity: requests that may wait.
-        max_wait: seconds that the first one waits for company.
+        max_wait: seconds that the first request waits for others.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Lane:
     batch_seconds: float = field(default=0.0, init=False)  # a moving average
 
     def retry_after(self) -> int:
-        """Whole seconds until what waits has run, at the pace of late; at least 1."""
+        """Estimated seconds until the waiting requests have run, rounded up; at least 1."""
         batches = math.ceil(len(self.waiting) / self.max_batch)
         return max(1, math.ceil(batches * self.batch_seconds))
 
@@ -79,7 +79,7 @@ class _Ticket:
 class Batcher:
     """Runs the requests of several lanes in one thread.
 
-    `submit` may be called from any thread, `start` and `close` are for whoever owns the batcher.
+    `submit` may be called from any thread; `start` and `close` are for the owner of the batcher.
     """
 
     def __init__(self, lanes: Sequence[Lane], observer: Observer | None = None):
@@ -96,7 +96,7 @@ class Batcher:
         self._thread.start()
 
     def close(self, timeout: float | None = None) -> bool:
-        """Take no more requests, run those that wait, and end the thread; False where that took too long."""
+        """Accept no more requests, run the waiting ones, and end the thread; False if that took too long."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -105,7 +105,7 @@ class Batcher:
         return not self._thread.is_alive()
 
     def healthy(self, stuck_after: float) -> bool:
-        """Whether the thread lives, and its batch began no longer ago than so many seconds."""
+        """Whether the thread is alive, and its current batch started at most this many seconds ago."""
         since = self._busy_since
         return self._thread.is_alive() and (since is None or time.monotonic() - since <= stuck_after)
 
@@ -114,13 +114,13 @@ class Batcher:
         return len(self._lanes[lane].waiting)
 
     def submit(self, lane: str, job: Any) -> Future:
-        """Queue a request; cancelling the future takes it out of the queue again.
+        """Queue a request; cancelling the future removes it from the queue.
 
         Returns:
-            its result, or what the lane's `run` raised for this request.
+            a future of its result, or of what the lane's `run` raised for it.
 
         Raises:
-            QueueFull: too many wait. Closed: the batcher is closed.
+            QueueFull: too many requests wait. Closed: the batcher is closed.
         """
         chosen, ticket = self._lanes[lane], _Ticket(job, time.monotonic(), Future())
         with self._changed:

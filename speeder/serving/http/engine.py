@@ -1,4 +1,4 @@
-"""What the batcher's thread does with the model: recommend for several users at once, explain for one."""
+"""What the batcher's thread runs: recommendations for several users at once, and explanations one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from speeder.model.recommend import Recommendation
 
 @dataclass(frozen=True)
 class RecommendJob:
-    """A checked request: item indices of a history, oldest first, and how many items are asked for.
+    """A checked request: item indices of a history, oldest first, and the number of items to recommend.
 
     The catalogue has at least `k` items, less those of the history where `exclude_seen`.
     """
@@ -27,21 +27,21 @@ class RecommendJob:
 
 @dataclass(frozen=True)
 class ExplainJob:
-    """A checked request: item indices of a history, and of the items that are to be explained."""
+    """A checked request: item indices of a history, and of the items to explain."""
 
     history: tuple[int, ...]
     items: tuple[int, ...]
 
 
 class Engine:
-    """A model at work. After it was made, one thread alone may use it."""
+    """Runs the model. Once made, it must be used by one thread only."""
 
     def __init__(self, model: SpeederForCausalLM, threads: int | None = None):
         self.model, self._threads = model.eval(), threads
 
     def warm_up(self) -> None:
-        """Compute what is kept between requests, in the thread that will serve them."""
-        if self._threads is not None:  # OpenMP counts threads for each thread that starts some
+        """Compute what is kept between requests, in the serving thread."""
+        if self._threads is not None:  # OpenMP has a thread count for each calling thread
             torch.set_num_threads(self._threads)
         self.model.recommend([[0]], k=1, exclude_seen=False)
 
@@ -50,7 +50,7 @@ class Engine:
         """The results of several requests by one pass through the backbone.
 
         Raises:
-            ValueError: a score is no number.
+            ValueError: a score is NaN or infinite.
         """
         model, vectors = self.model, self.model._vectors()
         states = torch.cat(list(model.user_states([job.history for job in jobs], batch_size=len(jobs))))
@@ -61,16 +61,16 @@ class Engine:
             for row, items in zip(rows, found, strict=True):
                 results[row] = items[: jobs[row].k]
         if not all(math.isfinite(item.score) for items in results for item in items):
-            raise ValueError("the model gave a score that is no finite number")
+            raise ValueError("the model gave a score that is not finite")
         return results
 
     def explain(self, jobs: Sequence[ExplainJob]) -> list[list[Explanation]]:
-        """Explanations, one request after the other: each is a batch of histories by itself."""
+        """Explanations, one request after the other: each is a batch of histories of its own."""
         return [explain(self.model, job.history, job.items) for job in jobs]
 
 
 def _by_k(jobs: Sequence[RecommendJob], seen: list[list[int]], items: int) -> list[tuple[int, list[int]]]:
-    """Rows to rank together, and how deep: the deepest request's, for all that have so many items left."""
+    """Pairs of `k` and the rows to rank with it: the largest `k` for all rows that have that many unseen items."""
     deepest = max(job.k for job in jobs)
     together = [row for row in range(len(jobs)) if items - len(seen[row]) >= deepest]
     alone = [(jobs[row].k, [row]) for row in range(len(jobs)) if items - len(seen[row]) < deepest]

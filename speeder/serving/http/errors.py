@@ -1,4 +1,4 @@
-"""Every refusal in one shape: which field, what was expected, what came."""
+"""Every error in one form: which field, what was expected, what was received."""
 
 import logging
 import uuid
@@ -12,12 +12,12 @@ from starlette.exceptions import HTTPException
 
 log = logging.getLogger(__name__)
 
-_SHOWN = 80  # characters of what came that an answer repeats
+_SHOWN = 80  # characters of the received value that a message repeats
 _BODY_ITSELF = "body"
 
 
 class Problem(BaseModel):
-    """One thing that is wrong with a request, or why it could not be served."""
+    """One mistake in a request, or the reason why it could not be served."""
 
     field: str
     expected: str
@@ -26,7 +26,7 @@ class Problem(BaseModel):
 
 
 class Problems(BaseModel):
-    """The body of every answer above 399."""
+    """The body of every response with status 400 or above."""
 
     errors: list[Problem]
 
@@ -42,18 +42,18 @@ class ApiError(Exception):
         self.problem = Problem(field=field, expected=expected, got=shown(got), message=str(self))
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The HTTP response."""
         return _answer(self.status, [self.problem], self.headers)
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: text as it is, else its representation, and never much of it."""
+    """A value for a message: text as it is, else its representation, cut to `_SHOWN` characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
 
 
 def add_error_handlers(app: FastAPI) -> None:
-    """Answer every error of an application in the same shape."""
+    """Answer every error of an application in the same form."""
 
     @app.exception_handler(ApiError)
     async def refuse(request: Request, error: ApiError) -> JSONResponse:
@@ -66,7 +66,7 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == 400:  # JSON that the parser gives up on, such as one nested too deep
-            return ApiError(400, _BODY_ITSELF, "JSON", "what cannot be read as such").response()
+            return ApiError(400, _BODY_ITSELF, "JSON", "something that is not JSON").response()
         what = f"{request.method} {request.url.path}"
         expected = {404: "a path of this server", 405: "another method"}.get(error.status_code, "")
         message = f"{shown(what)}: {error.detail}"
@@ -75,15 +75,15 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def failed(path: str, error: BaseException) -> JSONResponse:
-    """A fault of the server: the answer has a number, under which the log tells what happened."""
+    """A bug of the server: the response has a number, and the log has the traceback under it."""
     number = uuid.uuid4().hex[:12]
     log.error("%s failed (%s)", path, number, exc_info=error)
-    message = f"the server failed; its log tells why under {number}"
+    message = f"the server failed; see its log under {number}"
     return _answer(500, [Problem(field="server", expected="an answer", got="a fault", message=message)])
 
 
 def _problem(entry: dict[str, Any]) -> Problem:
-    """One of pydantic's errors in this server's words."""
+    """One of pydantic's errors in this server's form."""
     where, kind = list(entry["loc"]), entry["type"]
     if where and where[0] in ("body", "query", "path"):
         where = where[1:]
@@ -110,6 +110,8 @@ def _problem(entry: dict[str, Any]) -> Problem:
 
 
 def _answer(status: int, problems: list[Problem], headers: dict[str, str] | None = None) -> JSONResponse:
-    # JSON may spell halves of surrogate pairs, which no answer in UTF-8 can repeat
-    told = [{key: text.encode(errors="replace").decode() for key, text in problem} for problem in problems]
-    return JSONResponse({"errors": told}, status, headers)
+    # JSON may contain lone surrogates, which UTF-8 cannot encode
+    encodable = [
+        {key: text.encode(errors="replace").decode() for key, text in problem} for problem in problems
+    ]
+    return JSONResponse({"errors": encodable}, status, headers)

@@ -1,4 +1,4 @@
-"""How much a server takes: sizes of requests, of batches and of queues, and how long things may last."""
+"""The limits of a server: sizes of requests, batches and queues, and times."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from speeder.errors import SpeederError
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one server. All are at least 1, but for `batch_wait_ms` and `drain_s`, which may be 0.
+    """Limits of one server. All are at least 1, except `batch_wait_ms` and `drain_s`, which may be 0.
 
     Attributes:
         max_history: items of a posted history; the model reads the newest `config.max_history` of them.
-        max_k: items that are recommended at once.
-        max_explained: items that are explained at once.
-        max_query: characters of a search.
+        max_k: items recommended per request.
+        max_explained: items explained per request.
+        max_query: characters of a search query.
         max_results: hits of a search.
-        max_body_bytes: of a request's body.
-        max_batch: histories that run through the model together.
-        batch_wait_ms: how long the first request of a batch waits for company while the model is idle.
-        max_queue: requests for recommendations that wait; further ones get 503.
+        max_body_bytes: bytes of a request's body.
+        max_batch: histories per batch.
+        batch_wait_ms: milliseconds that the first request of a batch waits for others while the model is idle.
+        max_queue: waiting requests for recommendations; further ones get 503.
         max_explain_queue: the same for explanations, which cost as much as a history has items.
-        deadline_s: seconds after which a request is given up with 504; its head must arrive in that time too (from
-            its first byte, or from the connection's beginning), and so must its body. A client that reads nothing of
-            an answer for so long is cut off.
+        deadline_s: seconds after which a request gets 504. Its head (from its first byte, or from the start of the
+            connection) and its body must also arrive within that time. A client that reads nothing of an answer for
+            that long is disconnected.
         max_connections: open connections; further ones get 503.
-        drain_s: seconds between SIGTERM and the end of taking connections, while /readyz says 503.
-        stuck_s: seconds that one batch may take before /healthz says 503.
+        drain_s: seconds after SIGTERM in which requests are still accepted, while /readyz answers 503.
+        stuck_s: seconds that one batch may take before /healthz answers 503.
     """
 
     max_history: int = 1000

@@ -1,4 +1,4 @@
-"""Between a client's words and item indices: ids, titles, searches, and how an item is shown."""
+"""From ids, titles and searches to item indices, and from indices to what clients see."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from speeder.serving.http.errors import ApiError, shown
 from speeder.serving.http.pictures import Pictures
 from speeder.serving.http.search import MEANT, TitleIndex
 
-_CHOICES = 5  # items that an ambiguous title's refusal names
+_CHOICES = 5  # items listed in the error about an ambiguous title
 
 
 class Lookup:
@@ -28,21 +28,21 @@ class Lookup:
         return {"id": external, "title": self._catalogue.titles[row], "picture": path}
 
     def row(self, external: str, field: str, status: int = 422) -> int:
-        """The index of an id; an `ApiError` names the field where there is no such item."""
+        """The index of an id; `ApiError`, with the field, if there is no such item."""
         try:
             return self._catalogue.index_of(external)
         except KeyError:
             raise ApiError(status, field, "the id of an item", external) from None
 
     def search(self, query: str, limit: int) -> list[int]:
-        """Indices of the items that a query finds, the best first."""
+        """Indices of the items that a query finds, best first."""
         return self._index.search(query, limit)
 
     def history(self, ids: Sequence[str] | None, titles: Sequence[str] | None) -> list[int]:
         """A history's indices, from ids or from titles.
 
         Raises:
-            ApiError: 422, an id is unknown, or a title means no item or several.
+            ApiError: 422, an id is unknown, or a title matches no item or several.
         """
         if ids is not None:
             return [self.row(external, f"history.{place}") for place, external in enumerate(ids)]
@@ -59,4 +59,4 @@ class Lookup:
         )
         count = f"{len(rows)} or more" if len(rows) == MEANT else str(len(rows))
         more = "; ..." if len(rows) > _CHOICES else ""
-        raise ApiError(422, field, f"a title that means one item, not {count}: {named}{more}", title)
+        raise ApiError(422, field, f"a title of one item, not of {count}: {named}{more}", title)

@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests, times, batches, queues, and the process itself."""
+"""Prometheus metrics: requests, times, batches, queues, and the process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Metrics:
     """The metrics of one server, in a registry of their own; also the batcher's observer."""
 
     def __init__(self):
-        disable_created_metrics()  # a time of birth for each label set doubles the text, and tells nothing here
+        disable_created_metrics()  # a creation time per label set would double the text, and is of no use here
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         make = {"registry": self.registry}
         self.requests = Counter(
             "speeder_requests",
-            "Answered requests; 499: the client went away.",
+            "Answered requests; 499: the client disconnected.",
             ["route", "method", "status"],
             **make,
         )
@@ -44,31 +44,31 @@ class Metrics:
         self.in_flight = Gauge("speeder_requests_in_flight", "Requests being answered.", **make)
         self.refused = Counter(
             "speeder_refused",
-            "Requests that found a full queue, ran past their deadline, or whose client went away.",
+            "Requests with a full queue, a missed deadline, or a client that disconnected.",
             ["lane", "reason"],
             **make,
         )
         self.batch_size = Histogram(
-            "speeder_batch_size", "Requests that ran together.", ["lane"], buckets=_SIZES, **make
+            "speeder_batch_size", "Requests per batch.", ["lane"], buckets=_SIZES, **make
         )
         self.batch_seconds = Histogram(
-            "speeder_batch_seconds", "Time that a batch took the model.", ["lane"], buckets=_SECONDS, **make
+            "speeder_batch_seconds", "Time of a batch in the model.", ["lane"], buckets=_SECONDS, **make
         )
         self.queue_depth = Gauge("speeder_queue_depth", "Requests that wait for the model.", ["lane"], **make)
-        self.ready = Gauge("speeder_ready", "1 while the server takes requests.", **make)
+        self.ready = Gauge("speeder_ready", "1 while the server accepts requests.", **make)
         self.items = Gauge("speeder_catalogue_items", "Items that can be recommended.", **make)
 
     def watch_queue(self, lane: str, depth: Callable[[], int]) -> None:
-        """Ask for a lane's depth whenever the metrics are read."""
+        """Measure a lane's depth whenever the metrics are read."""
         self.queue_depth.labels(lane).set_function(depth)
 
     def batch(self, lane: str, size: int, seconds: float) -> None:
-        """The batcher ran so many requests in so many seconds."""
+        """Record a batch of the batcher."""
         self.batch_size.labels(lane).observe(size)
         self.batch_seconds.labels(lane).observe(seconds)
 
     def request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Record an answered request."""
         self.requests.labels(route, method, str(status)).inc()
         self.latency.labels(route).observe(seconds)
 

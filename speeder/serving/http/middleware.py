@@ -1,4 +1,4 @@
-"""What every request passes before its route: bounds on the body, security headers, and being counted."""
+"""What every request passes before its route: limits of the body, security headers, metrics."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ _HEADERS = {
 
 
 class Gate:
-    """ASGI middleware. A body is read here, whole and within its bounds, before the application sees the request."""
+    """ASGI middleware. It reads the whole body, within its limits, before the application sees the request."""
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics):
         self.app, self.limits, self.metrics = app, limits, metrics
@@ -47,10 +47,10 @@ class Gate:
             except ApiError as error:
                 await error.response()(scope, receive, send_on)
                 return
-            if body is not None:  # else the client went away
+            if body is not None:  # else the client disconnected
                 await self.app(scope, _replay(body, receive), send_on)
         except Exception as error:
-            if status != 499:  # the answer has begun, and cannot be taken back
+            if status != 499:  # the response has begun, and cannot be replaced
                 raise
             await failed(scope["path"], error)(scope, receive, send_on)
         finally:
@@ -61,7 +61,7 @@ class Gate:
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         most = self.limits.max_body_bytes
         expected = f"at most {most} bytes"
-        close = {"connection": "close"}  # what is left of the body is not read
+        close = {"connection": "close"}  # the rest of the body is not read
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if length.isdigit() and int(length) > most:
             raise ApiError(413, "body", expected, f"{int(length)} bytes", close)
@@ -84,7 +84,7 @@ class Gate:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body in one message, and then what the server says, such as that the client went away."""
+    """The body in one message, and then the server's messages, such as a disconnect."""
     given = False
 
     async def replay() -> Message:
@@ -98,7 +98,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _route(scope: Scope) -> str:
-    """The route's template, so that paths of unlimited number do not become labels."""
+    """The route's template: paths are unlimited in number, and must not become labels."""
     route = getattr(scope.get("route"), "path", None)
     if route is None:
         return "static" if "/static/" in scope["path"] else "none"
@@ -106,7 +106,7 @@ def _route(scope: Scope) -> str:
 
 
 def _security(path: str) -> list[tuple[bytes, bytes]]:
-    # Swagger UI sets styles of its own in the page
+    # Swagger UI sets inline styles
     policy = _POLICY.format(style=" 'unsafe-inline'" if path.endswith("/docs") else "")
     headers = {**_HEADERS, "content-security-policy": policy}
     return [(name.encode(), value.encode()) for name, value in headers.items()]

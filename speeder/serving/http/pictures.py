@@ -21,7 +21,7 @@ class Pictures:
     """Pictures of a catalogue's items.
 
     Args:
-        shown: False serves none, whatever the catalogue names.
+        shown: whether to serve any.
     """
 
     def __init__(self, catalogue: ItemCatalogue, shown: bool = True):
@@ -30,7 +30,7 @@ class Pictures:
         self.there = lru_cache(maxsize=1 << 16)(self._there)
 
     def any(self) -> bool:
-        """Whether one of the first items that name a picture has it."""
+        """Whether one of the first 20 items that name a picture has it."""
         named = (row for row, path in enumerate(self._paths) if path)
         return any(self.there(row) for row, _ in zip(named, range(20), strict=False))
 
@@ -38,11 +38,11 @@ class Pictures:
         path = self._paths[row]
         try:
             return path is not None and Path(path).is_file()
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError):  # an impossible file name
             return False
 
     def _jpeg(self, row: int) -> bytes | None:
-        """An item's picture as JPEG of at most `SIZE`; None where there is none that can be read."""
+        """An item's picture as JPEG of at most `SIZE`; None if there is no readable one."""
         if not self.there(row):
             return None
         try:

@@ -1,7 +1,7 @@
-"""Connections within bounds: how many there are, how large and how late a request's head may be, how slow a reader.
+"""Limits of connections: their number, the size and time of a request's head, and the time that a client may not read.
 
-uvicorn bounds none of these by itself: heads of any size are kept, a connection that says nothing stays for ever, and
-so does one whose client does not read; at `limit_concurrency` every connection is refused, also those there before.
+uvicorn limits none of these by itself. It keeps heads of any size, and a connection that sends nothing or reads nothing
+stays for ever. At `limit_concurrency` it refuses every connection, even those that were open before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from speeder.serving.http.limits import Limits
 
-MAX_HEAD = 64 * 1024  # bytes of a request's line and headers, and of what came in one piece with their end
+MAX_HEAD = (
+    64 * 1024
+)  # bytes of a request's line and headers, and of the data received together with their end
 
 
 def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
@@ -34,7 +36,7 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._expect_head(None)
             self._expect_reader(None)
-            if self._answering is not None:  # uvicorn tells the newest of several requests alone
+            if self._answering is not None:  # of several requests, uvicorn informs only the newest
                 self._answering.disconnected = True
                 self._answering.message_event.set()
             super().connection_lost(exc)
@@ -72,14 +74,14 @@ def bounded_protocol(limits: Limits) -> type[asyncio.Protocol]:
             super().on_message_complete()
 
         def _expect_head(self, seconds: float | None) -> None:
-            """It must be complete after so many seconds; None: it is, or need not be."""
+            """Set the time in which the head must be complete; None: no limit."""
             if self._timer is not None:
                 self._timer.cancel()
             late = f"A request's head must come within {limits.deadline_s:g} s."
             self._timer = None if seconds is None else self.loop.call_later(seconds, self._refuse, late)
 
         def _expect_reader(self, seconds: float | None) -> None:
-            """The client must read on within so many seconds; None: it does."""
+            """Set the time in which the client must read; None: no limit."""
             if self._unread is not None:
                 self._unread.cancel()
             self._unread = None if seconds is None else self.loop.call_later(seconds, self.transport.abort)

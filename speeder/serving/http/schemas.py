@@ -1,4 +1,4 @@
-"""What requests and answers look like. Requests' bounds are the server's, so their classes are made with them."""
+"""Requests and responses. Request classes are made at run time, since they state the server's limits."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -26,7 +26,7 @@ class Recommended(Item):
 
 
 class Recommendations(BaseModel):
-    """The answer to a history: `history` as it was understood, of which the newest `read` items were read."""
+    """Recommendations for `history`, as its ids or titles were resolved; the model read its newest `read` items."""
 
     items: list[Recommended]
     history: list[Item]
@@ -34,13 +34,13 @@ class Recommendations(BaseModel):
 
 
 class Found(BaseModel):
-    """Hits of a search, the best first."""
+    """Hits of a search, best first."""
 
     items: list[Item]
 
 
 class Effect(BaseModel):
-    """How an item's score falls without one entry of the history; null where nothing would be left to read."""
+    """How far an item's score falls without one entry of the history; null for the only entry."""
 
     id: str
     title: str
@@ -48,7 +48,7 @@ class Effect(BaseModel):
 
 
 class Explained(Item):
-    """Why an item has its score: the modalities' shares of its token, and the effect of each history item read."""
+    """Why an item has its score: the modalities' shares of its token, and the effect of each history item."""
 
     score: float
     gates: dict[str, float]
@@ -56,13 +56,13 @@ class Explained(Item):
 
 
 class Explanations(BaseModel):
-    """One explanation for each item asked about, in the same order."""
+    """One explanation per requested item, in the same order."""
 
     items: list[Explained]
 
 
 class About(BaseModel):
-    """The model that is served, and the server's bounds."""
+    """The model, and the server's limits."""
 
     name: str
     items: int
@@ -75,21 +75,21 @@ class About(BaseModel):
 
 
 class State(BaseModel):
-    """Whether the server is well, or ready for requests."""
+    """The server's liveness or readiness."""
 
     status: str
 
 
 @dataclass(frozen=True)
 class RequestModels:
-    """The classes of request bodies under a server's bounds."""
+    """The classes of request bodies, with a server's limits."""
 
     recommend: type[BaseModel]
     explain: type[BaseModel]
 
 
 def request_models(limits: Limits) -> RequestModels:
-    """Classes whose schema states the bounds, so that OpenAPI tells them and pydantic holds to them."""
+    """Classes whose schema states the limits, so that OpenAPI documents them and pydantic enforces them."""
     entry = Annotated[str, Field(min_length=1, max_length=_MAX_ID)]
 
     class History(BaseModel):
@@ -102,7 +102,7 @@ def request_models(limits: Limits) -> RequestModels:
         titles: Annotated[
             list[entry] | None,
             Field(
-                description="in place of `history`: titles, oldest first, each of which must mean one item",
+                description="in place of `history`: titles, oldest first, each of which must match one item",
                 min_length=1,
                 max_length=min(MAX_TITLES, limits.max_history),
             ),
@@ -119,7 +119,7 @@ def request_models(limits: Limits) -> RequestModels:
             extra="forbid", json_schema_extra={"examples": [{"history": ["50", "172", "133"], "k": 5}]}
         )
 
-        k: Annotated[int, Field(description="how many items", ge=1, le=limits.max_k)] = 10
+        k: Annotated[int, Field(description="number of items", ge=1, le=limits.max_k)] = 10
         exclude_seen: Annotated[bool, Field(description="leave out every item of the history")] = True
 
     class ExplainRequest(History):

@@ -1,6 +1,6 @@
-"""Items by title: every word of the query begins a word of the title.
+"""Items by title: every word of the query is a prefix of a word of the title.
 
-What a query costs is bounded, however large the catalogue is and however common its words are.
+The cost of a query is bounded, however large the catalogue is and however common the words are.
 """
 
 from __future__ import annotations
@@ -16,24 +16,22 @@ from itertools import accumulate, islice
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.titles import natural_title, split_year, title_keys
 
-MEANT = 50  # hits of which a title may mean one
-MOST_WORDS = 16  # of a query; more are not looked at
-MOST_ITEMS = (
-    5000  # with the query's rarest word; of more, those are looked at whose word comes first in the alphabet
-)
+MEANT = 50  # hits among which a title is looked for
+MOST_WORDS = 16  # words of a query; further ones are ignored
+MOST_ITEMS = 5000  # items with the query's rarest word; of more, those whose word comes first in the alphabet
 _WORD = re.compile(r"\w+")
 _APOSTROPHE = re.compile(r"['\u2019`]")
 
 
 def words(text: str) -> list[str]:
-    """Words without case, accents and punctuation."""
+    """The words of a text, without case, accents and punctuation."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     letters = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return _WORD.findall(_APOSTROPHE.sub("", letters))
 
 
 class TitleIndex:
-    """An index over a catalogue's titles; items without one are found by their id alone."""
+    """An index over a catalogue's titles; items without a title are found only by their id."""
 
     def __init__(self, catalogue: ItemCatalogue):
         self._catalogue = catalogue
@@ -46,11 +44,11 @@ class TitleIndex:
                 rows[word].append(row)
         self._rows = dict(rows)
         self._words = sorted(rows)
-        # items of all words before a place, to tell how common a beginning is without looking
+        # items of all words before a place: the frequency of a prefix without a scan
         self._before = [0, *accumulate(len(rows[word]) for word in self._words)]
 
     def search(self, query: str, limit: int) -> list[int]:
-        """Item indices, the best first: whole titles, then those that begin with the query, then shorter ones."""
+        """Item indices, best first: exact titles, then titles that begin with the query, then shorter ones."""
         asked = words(query)[:MOST_WORDS]
         by_id = [self._catalogue.index_of(query)] if self._known(query) else []
         if not asked:
@@ -61,9 +59,9 @@ class TitleIndex:
         return (by_id + ranked)[:limit]
 
     def resolve(self, title: str) -> list[int]:
-        """The items that a title can mean: those that have it, with or without its year, else what a search finds.
+        """The items that a title matches: those with this title, with or without its year, else the search's hits.
 
-        No more than `MEANT` are looked at: an item that has the title is among the first hits.
+        Only the first `MEANT` hits are compared: an item with the title is among them.
         """
         name, year = split_year(title)
         keys = set(title_keys(name)[:1])
@@ -83,7 +81,7 @@ class TitleIndex:
         return True
 
     def _range(self, prefix: str) -> range:
-        """Places of the words that begin so."""
+        """Places of the words with a prefix."""
         return range(bisect_left(self._words, prefix), bisect_left(self._words, prefix + chr(sys.maxunicode)))
 
     def _frequency(self, prefix: str) -> int:

@@ -1,4 +1,4 @@
-"""Running the application: one process, until it is told to stop."""
+"""Running the application: one process, until it is stopped."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from speeder.errors import SpeederError
 from speeder.serving.http.limits import Limits
 from speeder.serving.http.protocol import bounded_protocol
 
-BACKLOG = 512  # connections that the system holds until they are taken
+BACKLOG = 512  # connections that the system holds until they are accepted
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with two differences: SIGTERM first turns /readyz and then, `drain_s` later, stops the server; and a
-    server that stopped as it was told to ends with status 0."""
+    """uvicorn's server, with two differences. On SIGTERM /readyz answers 503 first, and the server stops `drain_s`
+    later. A server that was stopped by a signal ends with status 0."""
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, started: Callable[[], None]):
         super().__init__(config)
@@ -35,7 +35,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         again, self._app.state.draining = self._app.state.draining, True
-        # a second signal, a person who waits, or nothing to drain yet
+        # a second signal, Ctrl-C, or nothing to drain yet
         if again or sig == signal.SIGINT or self._loop is None:
             self.force_exit = self.should_exit and sig == signal.SIGINT
             self.should_exit = True
@@ -46,13 +46,13 @@ class Server(uvicorn.Server):
 
 
 def build_server(app: FastAPI, started: Callable[[], None]) -> Server:
-    """A server for an application, which calls `started` once it takes requests."""
+    """A server for an application; it calls `started` once it accepts requests."""
     limits: Limits = app.state.limits
     config = uvicorn.Config(
         app,
         http=bounded_protocol(limits),
         timeout_graceful_shutdown=max(1, round(limits.deadline_s)),
-        timeout_keep_alive=75,  # longer than a reverse proxy's, which then never meets a connection just closed
+        timeout_keep_alive=75,  # longer than a reverse proxy's, which then never uses a connection just closed
         backlog=BACKLOG,
         server_header=False,
         access_log=False,
@@ -65,14 +65,14 @@ def build_server(app: FastAPI, started: Callable[[], None]) -> Server:
 def serve(
     app: FastAPI, host: str = "127.0.0.1", port: int = 8000, say: Callable[[str], None] = print
 ) -> None:
-    """Serve an application until SIGTERM or SIGINT; requests that were taken are answered first.
+    """Serve an application until SIGTERM or SIGINT; accepted requests are answered first.
 
     Args:
         port: 0 takes a free one.
-        say: is told the address once requests are taken, and that the server has stopped.
+        say: called with the address once requests are accepted, and again once the server has stopped.
 
     Raises:
-        SpeederError: the application could not start. OSError: the address cannot be had.
+        SpeederError: the application could not start. OSError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=BACKLOG) as sock:
