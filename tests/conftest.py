@@ -17,8 +17,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before anything imports triton
 
 from tests.assets_fixture import efficientnet_folder, minilm_folder, ml100k_folder, smollm2_folder
+from tests.kernels.compile_summary import pytest_terminal_summary
 
-__all__ = ["efficientnet_folder", "minilm_folder", "ml100k_folder", "smollm2_folder"]
+__all__ = [
+    "efficientnet_folder",
+    "minilm_folder",
+    "ml100k_folder",
+    "pytest_terminal_summary",
+    "smollm2_folder",
+]
 
 
 @pytest.fixture(autouse=True)

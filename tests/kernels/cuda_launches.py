@@ -24,6 +24,7 @@ SIZES = (32, 64, 96, 128, 256)
 TABLES = (512, 512)  # entries a head: what bias and gradients take of shared memory depends on them
 HIDDEN = (576, 577)  # of pack_tokens and compress_items: rows that go in 16 bytes an access, and in elements
 MODALITIES = 4
+SHARED_A100 = 163 * 1024  # bytes that a block may have
 FLAGS = ("-O0", "-g0", "-fno-sanitize=all")  # nothing is run: neither sanitizers nor speed matter
 
 
@@ -34,6 +35,11 @@ def launches() -> list[dict]:
         found = [pool.submit(op, folder) for op in (_attention, _pack_tokens, _compress_items)]
         distinct = dict.fromkeys((x.kernel, x.threads, x.shared) for rows in found for x in rows.result())
     return [dict(zip(("kernel", "threads", "shared"), x, strict=True)) for x in distinct]
+
+
+def problems(found: list[dict]) -> list[str]:
+    """Launches that ask for more shared memory than an A100 has."""
+    return [f"too much shared memory: {launch}" for launch in found if launch["shared"] > SHARED_A100]
 
 
 def _attention(folder: Path) -> list[Launch]:

@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 
 from speeder_kernels.validate import FLOATS
+from tests.kernels import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = Path(__file__).with_name("cuda_host")
+SOURCES = "tests/kernels/cuda_host"
 # Bytes of shared memory that a block may have: on sm_90 and sm_100, and on sm_86, sm_89 and sm_120.
 SHARED_H100, SHARED_LEAST = 227 * 1024, 99 * 1024
 
@@ -56,13 +57,14 @@ def compile_program(
     `watch`: every access to global memory is watched for races (see cuda_host/watched_memory.h), in the place of the
     sanitizers, since a program is compiled for one or the other.
     """
-    program, source = folder / name, str(SOURCES / f"{name}.cpp")
+    program, compiled = folder / name, folder / f"{name}.o"
     if watch:
-        _compile(csrc, "-O1", "-fsanitize=thread", *extra, "-c", source, "-o", f"{program}.o")
-        _compile(csrc, f"{program}.o", str(_shared("engine")), str(_shared("watch")), "-o", str(program))
+        _compile(csrc.parent, name, compiled, "-O1", "-fsanitize=thread", *extra)
+        _link(program, compiled, _shared("engine"), _shared("watch"))
         return program
-    flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    _compile(csrc, *flags, *extra, source, str(_shared("engine")), "-o", str(program))
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    _compile(csrc.parent, name, compiled, "-O1", "-g1", *sanitizers, *extra)
+    _link(program, compiled, _shared("engine"), *sanitizers, *extra)
     return program
 
 
@@ -72,21 +74,42 @@ def _shared(name: str) -> Path:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder)
     compiled = Path(folder) / f"{name}.o"
-    _compile(ROOT / "csrc", "-O2", "-g1", "-c", str(SOURCES / f"{name}.cpp"), "-o", str(compiled))
+    _compile(ROOT, name, compiled, "-O2", "-g1")
     return compiled
 
 
-def _compile(csrc: Path, *arguments: str) -> None:
-    compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-Wall", "-Wextra", "-Werror"]
-    command = [*compiler, f"-I{csrc}", f"-I{SOURCES}", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+def _compile(root: Path, name: str, out: Path, *flags: str) -> None:
+    """One file of `cuda_host/`; `root` has csrc/ and what else it includes."""
+    command = [
+        *compilers.cxx(),
+        "-std=c++17",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Icsrc",
+        f"-I{SOURCES}",
+        *flags,
+    ]
+    _run([*command, "-c", f"{SOURCES}/{name}.cpp", "-o", str(out)], root)
+
+
+def _link(program: Path, *parts: Path | str) -> None:
+    _run([os.environ.get("CXX", "g++"), *map(str, parts), "-o", str(program)], ROOT)
+
+
+def _run(command: list[str], root: Path) -> None:
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-8000:]
 
 
 def plant(folder: Path, *edits: tuple[str, str, str]) -> Path:
-    """A copy of csrc/ in `folder` with faults: `(file, sound text, faulty text)`, where the sound text occurs once."""
+    """A copy of csrc/ in `folder` with faults: `(file, sound text, faulty text)`, where the sound text occurs once.
+
+    `cuda_host/` lies beside it at its place, so that its programs are compiled there as they are in a clone.
+    """
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copytree(ROOT / SOURCES, folder / SOURCES)
     for name, sound, faulty in edits:
         text = (csrc / name).read_text()
         assert text.count(sound) == 1, f"{name}: {sound!r} occurs {text.count(sound)} times"

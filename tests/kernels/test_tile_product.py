@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from speeder_kernels import _host
+from tests.kernels import compilers
 from tests.kernels.test_spae_attention_cpu import ISAS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,14 +24,12 @@ def test_products_are_exact_and_touch_nothing_else(isa, level, tmp_path):
     if ISAS.index(isa) > ISAS.index(_host.best_instruction_set()):
         pytest.skip(f"this processor has no {isa}")
     flags = runpy.run_path(str(ROOT / "setup.py"))["ISAS"][isa]
-    sources = [
-        ROOT / "tests" / "kernels" / "guarded_product.cpp",
-        ROOT / "csrc" / "cpu" / "common" / "isa.cpp",
-    ]
-    program = tmp_path / "guarded_product"
-    command = [os.environ.get("CXX", "g++"), level, "-std=c++17", *flags, f"-DSPEEDER_ISA={isa}"]
-    command += [f"-I{ROOT / 'csrc'}", *map(str, sources), "-o", str(program)]
-    subprocess.run(command, check=True)
+    program, parts = tmp_path / "guarded_product", []
+    for source in ("tests/kernels/guarded_product.cpp", "csrc/cpu/common/isa.cpp"):
+        parts.append(tmp_path / f"{Path(source).stem}.o")
+        command = [*compilers.cxx(), level, "-std=c++17", *flags, f"-DSPEEDER_ISA={isa}", "-Icsrc"]
+        subprocess.run([*command, "-c", source, "-o", parts[-1]], cwd=ROOT, check=True)
+    subprocess.run([os.environ.get("CXX", "g++"), *parts, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, (result.returncode, result.stdout)
     checked, wrong = (int(word) for word in result.stdout.split() if word.isdigit())

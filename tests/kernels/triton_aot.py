@@ -1,11 +1,12 @@
 """Compiles every Triton kernel as it can be launched, with no GPU, and lists what the machine code takes.
 
-    python tests/kernels/triton_aot.py --out table.json [--only pack_tokens] [--arch 90] [--jobs 2]
+    python tests/kernels/triton_aot.py --out table.json [--only pack_tokens topk_items] [--arch 90] [--jobs 2]
+    python tests/kernels/triton_aot.py --dry
 
 It calls the launchers themselves, on meta tensors, as if each architecture's GPU were there: Triton specialises
 and compiles as it would there, and what would be launched is recorded. So a configuration cannot be forgotten
 here that a launcher knows; what must be listed (`CASES`) is which calls there are. A kernel that no case
-launches, or a row of the table of tiles that none uses, is an error.
+launches, or a row of the table of tiles that none uses, is an error; `--dry` compiles nothing and looks only for these.
 
 Run it as a process of its own, without TRITON_INTERPRET. The table is a JSON list of rows:
     op, kernel, arch, case, dtype; constants, num_warps, num_stages; registers (a thread), stack (bytes a thread:
@@ -180,9 +181,9 @@ class Driver:
         return 0
 
 
-def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
+def compile_op(op: str, arch: str, dry: bool = False) -> tuple[list[dict], set[str], set[tuple]]:
     """Every launch of one op for one architecture, compiled: rows of the table, the kernels launched, and the keys
-    of the table of tiles that were used."""
+    of the table of tiles that were used. `dry`: nothing is compiled, and there are no rows."""
     calls = (
         ({"op": op, "case": name, "dtype": str(dtype).removeprefix("torch.")}, call)
         for dtype in TARGETS[arch]
@@ -190,13 +191,14 @@ def compile_op(op: str, arch: str) -> tuple[list[dict], set[str], set[tuple]]:
         if (arch == ODD_ARCH or not name.endswith(ODD))
         and ((op, arch) not in UNTUNED or name in UNTUNED_CASES)
     )
-    return compile_calls(calls, arch, measure)
+    return compile_calls(calls, arch, None if dry else measure)
 
 
 def compile_calls(
-    calls: Iterable[tuple[dict, Callable[[], object]]], arch: str, look: Callable[[Any, dict], dict]
+    calls: Iterable[tuple[dict, Callable[[], object]]], arch: str, look: Callable[[Any, dict], dict] | None
 ) -> tuple[list[dict], set[str], set[tuple]]:
-    """Every launch of `calls`, each with what its rows begin with; `look(compiled kernel, options)` ends a row."""
+    """Every launch of `calls`, each with what its rows begin with; `look(compiled kernel, options)` ends a row. Without
+    it nothing is compiled."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -212,8 +214,10 @@ def compile_calls(
             return super().__getitem__(key)
 
     def record(kernel, *args, grid, warmup, **options):
-        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
         kernels.add(kernel.__name__)
+        if look is None:
+            return None
+        compiled = run(kernel, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             rows.append({"kernel": kernel.__name__, "arch": arch, **context, **look(compiled, options)})
@@ -292,8 +296,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", required=True, help="where the table goes, as JSON")
-    parser.add_argument("--only", choices=CASES, help="one op")
+    parser.add_argument("--out", help="where the table goes, as JSON")
+    parser.add_argument("--dry", action="store_true", help="compile nothing")
+    parser.add_argument("--only", choices=CASES, nargs="+", default=list(CASES), help="some ops")
     parser.add_argument("--arch", choices=TARGETS, help="one architecture")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
@@ -301,13 +306,18 @@ def main() -> None:
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels are not compiled")
     from speeder_kernels.triton import tiles
 
-    jobs = list(itertools.product([args.only] if args.only else CASES, [args.arch] if args.arch else TARGETS))
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        results = pool.starmap(compile_op, jobs, chunksize=1)
-    table = [row for rows, _, _ in results for row in rows]
-    Path(args.out).write_text(json.dumps(table, indent=0))
-    print(f"{len(table)} configurations compiled")
-    if not args.only:
+    if args.dry == bool(args.out):
+        parser.error("expected --out, or --dry")
+    jobs = list(itertools.product(args.only, [args.arch] if args.arch else TARGETS))
+    if args.dry:
+        results = [compile_op(*job, dry=True) for job in jobs]
+    else:
+        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+            results = pool.starmap(compile_op, jobs, chunksize=1)
+        table = [row for rows, _, _ in results for row in rows]
+        Path(args.out).write_text(json.dumps(table, indent=0))
+        print(f"{len(table)} configurations compiled")
+    if set(args.only) == set(CASES) and not args.arch:
         unlaunched = jit_kernels().difference(*(kernels for _, kernels, _ in results))
         unused = set(tiles.TILES).difference(*(used for _, _, used in results))
         if unlaunched or unused:
