@@ -51,4 +51,4 @@ lint: install
 	find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
-	rm -rf build speeder_kernels/*.so speeder.egg-info $(VENV)/.installed
+	rm -rf build speeder_kernels/*.so speeder_kernels/_build_info.py speeder.egg-info $(VENV)/.installed

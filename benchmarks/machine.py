@@ -33,7 +33,7 @@ def describe(threads: int, keeps_memory: bool) -> dict[str, object]:
         "instruction_set": _host.instruction_set(),
         "threads": threads,
         "torch": torch.__version__,
-        "compiler": _host.build_info()["compiler"],
+        "compiler": _host.build_info().get("compiler", "none"),
         "python": platform.python_version(),
         "system": platform.platform(),
         "freed memory is kept": keeps_memory,

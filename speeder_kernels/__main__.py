@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from speeder_kernels.dispatch import backends, interprets_triton, not_built_for, too_old
-
-try:
-    from speeder_kernels import _host
-except ImportError:
-    _host = None
+from speeder_kernels import _host
+from speeder_kernels.dispatch import HOW_TO_BUILD, backends, interprets_triton, not_built_for, too_old
 
 
 def describe() -> str:
     """The report, a line a fact."""
     lines = [f"torch              {torch.__version__}"]
-    if _host is None:
-        lines.append("compiled code      not built (pip install --no-build-isolation . builds it)")
-    else:
-        info = _host.build_info()
+    info = _host.build_info()
+    if info:
+        cpu = f"for {_host.instruction_set()}" if info["compiler"] else f"no: {info['cpu_missing']}"
         cuda = f"{info['cuda']} for {info['cuda_archs']}" if info["cuda"] else f"no: {info['cuda_missing']}"
         lines += [
-            f"built with         {info['compiler']}, torch {info['torch']}",
+            f"built with         {info['compiler'] or 'no C++ compiler'}, torch {info['torch']}",
+            f"CPU kernels        {cpu}",
             f"CUDA kernels       {cuda}",
-            f"instruction set    {_host.instruction_set()}",
         ]
+    else:
+        lines.append(f"compiled code      not built ({HOW_TO_BUILD})")
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         reason, unbuilt = too_old(device), not_built_for(device)

@@ -14,6 +14,7 @@ import importlib
 import importlib.util
 import os
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from speeder_kernels import _host
 from speeder_kernels.validate import FLOATS, names
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # in order of preference
@@ -44,6 +46,7 @@ OLDEST_TRITON = (3, 6)
 OLDEST_GPU = (8, 0)  # compute capability: older ones have neither bfloat16 products nor asynchronous copies
 LARGEST_HEAD = 256  # of spae_attention on a GPU: the tiles of wider heads do not fit into a processor
 LARGEST_AMD_HEAD = 128  # the backward of wider ones takes more shared memory than CDNA3's 64 KiB
+HOW_TO_BUILD = "pip install --no-build-isolation . builds it"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def _load(name: str) -> str:
     """Load one compiled library; returns why not, or an empty string."""
     path = library_path(name)
     if not path.exists():
-        return f"{name} was not built (pip install --no-build-isolation . builds it)"
+        kind = "cuda" if name == "_ops_cuda.so" else "cpu"
+        return f"{name} was not built ({_host.build_info().get(f'{kind}_missing') or HOW_TO_BUILD})"
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -177,11 +181,7 @@ def not_built_for(device: torch.device) -> str:
 
 @functools.cache
 def _built_archs() -> list[str]:
-    try:
-        from speeder_kernels import _host
-    except ImportError:  # nothing was compiled
-        return []
-    return _host.build_info()["cuda_archs"].split()
+    return _host.build_info().get("cuda_archs", "").split()
 
 
 def dtypes(op: str, name: str) -> tuple[torch.dtype, ...]:
@@ -218,6 +218,16 @@ def _refusal(op: str, name: str, tensor: Tensor) -> str:
     return ""
 
 
+@functools.cache
+def _warn_of_the_reference(reason: str) -> None:
+    """Once in a process: all works without the compiled kernels, but nobody should wonder why it is slow."""
+    warnings.warn(
+        f"speeder_kernels has no compiled CPU kernels, and runs on its slower reference: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def choose(op: str, backend: str | None, tensor: Tensor) -> str:
     """The backend to run `op` on `tensor`: the one asked for, or the first of NAMES that can.
 
@@ -234,6 +244,8 @@ def choose(op: str, backend: str | None, tensor: Tensor) -> str:
             if DEVICES.get(name, device) != device:
                 continue  # before asking whether it is missing: a CPU tensor makes nobody look for CUDA
             if not (name == "triton" and interprets_triton()) and not _refusal(op, name, tensor):
+                if name == "reference" and device == "cpu" and missing("cpu"):
+                    _warn_of_the_reference(missing("cpu"))
                 return name
     if backend not in NAMES:
         raise ValueError(f"backend: expected None or one of {', '.join(NAMES)}, got {backend!r}")

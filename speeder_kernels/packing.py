@@ -6,10 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-try:
-    from speeder_kernels import _host
-except ImportError:  # not built: the same plan is made in Python, slower
-    _host = None
+from speeder_kernels import _host
 
 
 def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
@@ -48,9 +45,8 @@ def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[l
         at = int(bad[0])
         raise ValueError(f"lengths: expected 1..{max_tokens} (max_tokens), got {array[at]} at position {at}")
     array = np.ascontiguousarray(array, dtype=np.int64)
-    if _host is None:
-        return _plan_in_python(array, int(max_tokens))
-    return _host.plan_packing(array, int(max_tokens))
+    plan = _host.plan_packing(array, int(max_tokens))
+    return _plan_in_python(array, int(max_tokens)) if plan is None else plan
 
 
 def _plan_in_python(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:

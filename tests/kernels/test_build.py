@@ -1,11 +1,14 @@
-"""The build: what SPEEDER_CUDA means, what setup.py writes, and that CUDA code compiles without spills."""
+"""The build: what its environment variables mean, what setup.py writes, and a build without a compiler.
+
+That CUDA code compiles: test_cuda_compiles.py.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,6 @@ import pytest
 import torch
 
 from speeder_kernels import dispatch
-from tests.kernels import cuda_launches, cuda_resources, gpu_resources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,10 +50,21 @@ def toolkit(tmp_path) -> Path:
 
 def test_cuda_0_and_unknown_values(build, toolkit):
     path = {"PATH": f"{toolkit}/bin:/usr/bin:/bin"}
-    assert build.find_cuda({**path, "SPEEDER_CUDA": "0"}).missing == "switched off by SPEEDER_CUDA=0"
+    off = build.find_cuda("13.0", {**path, "SPEEDER_CUDA": "0"})
+    assert (off.nvcc, off.missing) == ("", "switched off by SPEEDER_CUDA=0")
     for value in ("yes", "2", "AUTO"):
         with pytest.raises(SystemExit, match=f"SPEEDER_CUDA: expected auto, 0 or 1, got '{value}'"):
-            build.find_cuda({**path, "SPEEDER_CUDA": value})
+            build.find_cuda("13.0", {**path, "SPEEDER_CUDA": value})
+
+
+def test_a_torch_without_cuda_gets_no_cuda_kernels_unless_asked_for(build, toolkit):
+    """They take minutes to compile, and nothing would load them."""
+    path = {"PATH": f"{toolkit}/bin:/usr/bin:/bin"}
+    for auto in ({}, {"SPEEDER_CUDA": "auto"}):
+        cuda = build.find_cuda(None, {**path, **auto})
+        assert cuda.nvcc == ""
+        assert cuda.missing == "this PyTorch has no CUDA; SPEEDER_CUDA=1 builds them all the same"
+    assert build.find_cuda(None, {**path, "SPEEDER_CUDA": "1"}).version == "12.4"
 
 
 @pytest.mark.parametrize("hidden", [{"PATH": "/nonexistent"}, {"PATH": "/bin", "CUDA_HOME": "/nonexistent"}])
@@ -59,10 +72,10 @@ def test_without_nvcc(build, hidden):
     """auto builds for the CPU and says why; 1 is an error."""
     where = "$CUDA_HOME/bin" if "CUDA_HOME" in hidden else "PATH"
     for auto in ({}, {"SPEEDER_CUDA": ""}, {"SPEEDER_CUDA": "auto"}):
-        cuda = build.find_cuda({**hidden, **auto})
-        assert (cuda.nvcc, cuda.missing) == ("", f"nvcc was not in {where}")
+        cuda = build.find_cuda("12.4", {**hidden, **auto})
+        assert cuda.nvcc == "" and cuda.missing.startswith(f"nvcc was not in {where}; install")
     with pytest.raises(SystemExit, match=re.escape(f"but nvcc is not in {where}")):
-        build.find_cuda({**hidden, "SPEEDER_CUDA": "1"})
+        build.find_cuda("12.4", {**hidden, "SPEEDER_CUDA": "1"})
 
 
 @pytest.mark.parametrize("wanted", ["auto", "1"])
@@ -71,7 +84,7 @@ def test_with_nvcc(build, toolkit, wanted):
         {"PATH": f"{toolkit}/bin:/usr/bin:/bin"},
         {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(toolkit)},
     ):
-        cuda = build.find_cuda({**environ, "SPEEDER_CUDA": wanted})
+        cuda = build.find_cuda("12.4", {**environ, "SPEEDER_CUDA": wanted})
         assert (cuda.version, cuda.archs, cuda.missing) == ("12.4", (80, 90), "")
         assert cuda.home == toolkit.resolve()
 
@@ -79,33 +92,109 @@ def test_with_nvcc(build, toolkit, wanted):
 def test_architectures_to_build_for(build, toolkit):
     path = {"PATH": f"{toolkit}/bin:/usr/bin:/bin"}
     for asked, archs in (("", (80, 90)), ("90", (90,)), ("90, 80", (80, 90))):
-        assert build.find_cuda({**path, "SPEEDER_CUDA_ARCHS": asked}).archs == archs
+        assert build.find_cuda("12.4", {**path, "SPEEDER_CUDA_ARCHS": asked}).archs == archs
     for asked in ("100", "9.0", "80,sm_90", "80 90", ","):  # this nvcc does not know sm_100
         message = re.escape(f"SPEEDER_CUDA_ARCHS: expected some of 80, 90 with commas, got {asked!r}")
         with pytest.raises(SystemExit, match=message):
-            build.find_cuda({**path, "SPEEDER_CUDA_ARCHS": asked})
+            build.find_cuda("12.4", {**path, "SPEEDER_CUDA_ARCHS": asked})
 
 
-def test_the_command_fails_in_one_line(tmp_path):
-    """The whole way through setuptools: SPEEDER_CUDA=1 with nvcc hidden stops the build before it starts."""
-    environ = {**os.environ, "PATH": "/nonexistent", "SPEEDER_CUDA": "1"}
-    environ.pop("CUDA_HOME", None)
-    command = [
-        sys.executable,
-        "setup.py",
-        "-q",
-        "build_ext",
-        "--build-lib",
-        tmp_path,
-        "--build-temp",
-        tmp_path,
-    ]
-    result = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+def test_the_cxx_compiler(build):
+    """There may be none, unless one is asked for."""
+    gxx, nothing = {"PATH": "/usr/bin:/bin"}, {"PATH": "/nonexistent"}
+    for wanted in ({}, {"SPEEDER_CPU": "auto"}, {"SPEEDER_CPU": "1"}):
+        assert build.find_cxx({**gxx, **wanted}) == ("g++", "")
+    assert build.find_cxx({**gxx, "CXX": "/usr/bin/g++"}) == ("/usr/bin/g++", "")
+    cxx, missing = build.find_cxx(nothing)
+    assert cxx == "" and missing.startswith("g++ was not in PATH; install g++ 11 or newer")
+    with pytest.raises(SystemExit, match=r"SPEEDER_CPU=1 asks for the CPU kernels, but g\+\+ is not in PATH"):
+        build.find_cxx({**nothing, "SPEEDER_CPU": "1"})
+    with pytest.raises(
+        SystemExit, match=r"CXX: expected a C\+\+ compiler, got 'nocxx', which is not in PATH"
+    ):
+        build.find_cxx({**gxx, "CXX": "nocxx"})
+    with pytest.raises(SystemExit, match="SPEEDER_CPU: expected auto or 1, got '0'"):
+        build.find_cxx({**gxx, "SPEEDER_CPU": "0"})
+
+
+def build_elsewhere(folder: Path, **environ: str) -> subprocess.CompletedProcess:
+    """The whole way through setuptools, with what it makes in `folder`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SPEEDER_", "C"))}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    return subprocess.run(command, cwd=ROOT, env={**kept, **environ}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"SPEEDER_CUDA": "1"}, "SPEEDER_CUDA=1 asks for the CUDA kernels, but nvcc is not in PATH"),
+        ({"SPEEDER_CPU": "1"}, "SPEEDER_CPU=1 asks for the CPU kernels, but g++ is not in PATH"),
+    ],
+)
+def test_the_command_fails_in_one_line(tmp_path, environ, message):
+    """What is asked for and is not there stops the build before it starts."""
+    result = build_elsewhere(tmp_path, PATH="/nonexistent", **environ)
     assert result.returncode != 0
-    assert result.stderr.splitlines()[-1] == (
-        "SPEEDER_CUDA=1 asks for the CUDA kernels, but nvcc is not in PATH"
-    )
+    assert result.stderr.splitlines()[-1] == message
     assert not list(tmp_path.iterdir())
+
+
+WITHOUT = """
+import sys, warnings
+# An editable install finds modules by a hook of its own, which would find the compiled ones again.
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
+import torch, speeder, speeder_kernels as sk
+assert sk.__file__.startswith(sys.argv[1]) and speeder.__file__.startswith(sys.argv[1]), sk.__file__
+from speeder.io.machine import describe as machine
+from speeder_kernels.__main__ import describe
+from tests.model.worlds import tiny_backbone, tiny_catalogue
+
+x = torch.randn(2, 4, requires_grad=True)
+lengths, ids, rows = torch.tensor([0, 2]), torch.tensor([0, 1]), torch.tensor([0, -1])
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    out = sk.spae_attention(x[:, None], x[:, None], x[:, None], lengths, lengths, 2, 2, ids, ids)[:, 0]
+    out = sk.pack_tokens(ids, out, out, rows, ids, out)
+    out, _ = sk.compress_items(out[None], x[None, :, 0], torch.ones(1, 2, dtype=torch.bool), x[0])
+    out = torch.cat((out, out))
+    sk.item_cross_entropy(out, x, ids, scale=1.0).sum().backward()
+    scores, items = sk.topk_items(out, x, 1)
+assert x.grad.isfinite().all() and x.grad.any() and items.shape == (2, 1)
+print("warned", len(told), told[0].message)
+
+model = speeder.SpeederForCausalLM.from_backbone(tiny_backbone(), tiny_catalogue())
+ids = torch.tensor([[1, 66, 67, 68]])
+model(input_ids=ids, labels=ids).loss.backward()
+print("model", sum(p.grad is not None for p in model.parameters()) > 10)
+print("planned", sk.plan_packing([5, 3, 4, 2], 7), "on", machine(1)["instruction set"])
+print(describe())
+"""
+
+
+def test_without_a_compiler_everything_works_through_the_reference(tmp_path):
+    """The install goes through and says what it left out; kernels, model and report do what they do elsewhere."""
+    result = build_elsewhere(tmp_path, PATH="/nonexistent")
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("speeder: ")]
+    assert "compiled kernels are left out: g++ was not in PATH; install g++ 11 or newer" in line
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["_build_info.py"]
+    unpacked = tmp_path / "lib"
+    skipped = shutil.ignore_patterns("*.so", "_build_info.py", "__pycache__")
+    for package in ("speeder", "speeder_kernels"):
+        shutil.copytree(ROOT / package, unpacked / package, ignore=skipped, dirs_exist_ok=True)
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(unpacked), str(ROOT)))}
+    command = [sys.executable, "-P", "-c", WITHOUT, str(unpacked)]
+    result = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    out = result.stdout
+    assert (
+        "warned 1 speeder_kernels has no compiled CPU kernels, and runs on its slower reference: _ops" in out
+    )
+    assert "model True" in out and "planned [[0, 3], [2, 1]] on none" in out
+    missing = "g++ was not in PATH; install g++ 11 or newer, and then this package again"
+    assert f"CPU kernels        no: {missing}" in out and "CUDA kernels       no: " in out
+    assert "  cpu              no: _ops.so was not built (g++ was not in PATH; install g++ 11 or newer" in out
 
 
 def test_gencode(build):
@@ -140,13 +229,38 @@ def test_ninja_runs_what_is_written(build, tmp_path):
     assert program.stat().st_mtime_ns == stamp
 
 
-def test_build_info_is_written_once(build, tmp_path):
-    path = tmp_path / "build_info.h"
-    build.write_build_info(path, "g++", "2.10.0", build.Cuda(missing='no "nvcc"'))
-    assert '#define SPEEDER_CUDA_MISSING "no \\"nvcc\\""' in path.read_text()
-    stamp = path.stat().st_mtime_ns
-    build.write_build_info(path, "g++", "2.10.0", build.Cuda(missing='no "nvcc"'))
-    assert path.stat().st_mtime_ns == stamp
+def test_build_info(build, tmp_path):
+    both = ("g++", "", build.Cuda(nvcc="/cuda/bin/nvcc", version="13.0", archs=(80, 90)))
+    for cxx, missing, cuda in (both, ("", 'no "g++"', build.Cuda(missing="no 'nvcc'"))):
+        build.write_build_info(tmp_path, cxx, missing, "2.10.0", cuda)
+        written: dict = {}
+        exec((tmp_path / "speeder_kernels" / "_build_info.py").read_text(), written)
+        info = written["BUILD_INFO"]
+        assert info.pop("compiler").startswith("g++ (") == bool(cxx)
+        archs = "sm_80 sm_90" if cxx else ""
+        rest = ("2.10.0", missing, cuda.version, cuda.missing, archs)
+        assert info == dict(
+            zip(("torch", "cpu_missing", "cuda", "cuda_missing", "cuda_archs"), rest, strict=True)
+        )
+
+
+def test_a_launcher_comes_before_every_compiler(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDER_COMPILER_LAUNCHER", "nosuchlauncher --fast")
+    with pytest.raises(
+        SystemExit, match="SPEEDER_COMPILER_LAUNCHER: expected a program, got 'nosuchlauncher'"
+    ):
+        build.Ninja(tmp_path, "g++", build.Cuda())
+    monkeypatch.setenv("SPEEDER_COMPILER_LAUNCHER", "env A=1")
+    lines = build.Ninja(tmp_path, "g++", build.Cuda()).lines
+    compiling = [line for line in lines if " -c $in " in line]
+    assert [line.split()[2:5] for line in compiling] == [["env", "A=1", "$cxx"], ["env", "A=1", "$nvcc"]]
+
+
+def test_a_clones_path_does_not_reach_the_compilers(build, tmp_path):
+    """So that a launcher that keeps objects finds those of another clone."""
+    ninja = build.Ninja(build.ROOT / "build" / "here", "g++", build.Cuda())
+    ninja.compile("cpu/common/isa.cpp", ["-Icsrc"])
+    assert str(ROOT) not in "\n".join(ninja.lines)
 
 
 def test_kernel_files_know_no_torch():
@@ -180,78 +294,6 @@ def test_the_library_tells_its_cuda(build):
         pytest.skip("_ops_cuda.so was not built: no nvcc at build time, or SPEEDER_CUDA=0")
     runtime, driver = dispatch._cuda_versions()
     assert runtime >= 12000 and driver >= 0
-    cuda = build.find_cuda()
-    if not cuda.missing:
+    if shutil.which("nvcc"):
+        cuda = build.find_cuda("12.4", {**os.environ, "SPEEDER_CUDA": "1"})
         assert f"{runtime // 1000}.{runtime % 1000 // 10}" == cuda.version
-
-
-@pytest.fixture(scope="module")
-def compiled(build) -> dict[tuple[str, str], list[dict]]:
-    """The kernels of each source and architecture that the installed nvcc knows; compiled once, several at a time."""
-    cuda = build.find_cuda()
-    if cuda.missing:
-        pytest.skip(f"no CUDA compiler: {cuda.missing}")
-    known = [arch for arch in cuda_resources.ARCHS if int(arch.rstrip("a")) in cuda.archs]
-    table: dict[tuple[str, str], list[dict]] = {}
-    for row in cuda_resources.compile_all(cuda.nvcc, archs=known):
-        table.setdefault((row["op"], row["arch"]), []).append(row)
-    return table
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("arch", cuda_resources.ARCHS)
-@pytest.mark.parametrize("source", cuda_resources.SOURCES, ids=cuda_resources.source_name)
-def test_cuda_compiles_without_spills(build, compiled, source, arch):
-    """ptxas reports no spill in any kernel, and no stack: what a thread indexes stays in registers.
-
-    But for the small kernels where they are never launched: GPUs whose blocks have 99 KiB run sm_80's code
-    (sm_86, sm_89), or compile the PTX (sm_120).
-    """
-    cuda = build.find_cuda()
-    if int(arch.rstrip("a")) not in cuda.archs:
-        pytest.skip(f"CUDA {cuda.version} does not know sm_{arch}")
-    name = cuda_resources.source_name(source)
-    rows = compiled[name, arch]
-    launched = [row for row in rows if arch == "80" or "::SpaeSmall" not in row["kernel"]]
-    assert launched
-    assert not [row for row in launched if row["stack"] or row["spill_stores"] or row["spill_loads"]]
-    problems = gpu_resources.worse("cuda", rows, f"{name} {arch} ", release=cuda.version)
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-def test_cuda_launches_take_no_more_than_agreed():
-    """Shared memory of the CUDA kernels, and how many warps can be resident; within what an A100 has."""
-    agreed = json.loads(gpu_resources.FILE.read_text())
-    launches = cuda_launches.launches()
-    assert max(launch["shared"] for launch in launches) <= 163 * 1024
-    rows = gpu_resources.occupied(launches, agreed["cuda"]["rows"])
-    problems = gpu_resources.worse("launches", rows, release=agreed["launches"]["compiler"])
-    assert not problems, "\n".join(problems)
-
-
-def test_agreed_cuda_kernels_have_a_source():
-    """No rows are left of a file that is gone."""
-    keys = json.loads(gpu_resources.FILE.read_text())["cuda"]["rows"]
-    assert {key.split()[0] for key in keys} == set(map(cuda_resources.source_name, cuda_resources.SOURCES))
-    assert {key.split()[1] for key in keys} == set(cuda_resources.ARCHS)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("op", ["pack_tokens", "compress_items"])
-def test_cuda_moves_16_bytes_at_once(build, tmp_path, op):
-    """Where rows allow it (all kernels but those of width 1), elements come and go in the widest access."""
-    cuda = build.find_cuda()
-    if cuda.missing:
-        pytest.skip(f"no CUDA compiler: {cuda.missing}")
-    source, ptx = ROOT / "csrc" / "cuda" / op / f"{op}.cu", tmp_path / "out.ptx"
-    flags = ["-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_80"]
-    subprocess.run([cuda.nvcc, *flags, "-ptx", str(source), "-o", str(ptx)], check=True)
-    kernels = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
-    wide = [text for text in kernels if re.match(r"\w*Li[48]E", text)]
-    assert len(wide) == 6  # three dtypes, two kernels
-    for text in wide:
-        accesses = re.findall(r"(?:ld|st)\.global\.(?:nc\.)?(?:v\d\.)?[bfus]\d+", text)
-        assert {"ld.global.nc.v4.u32", "st.global.v4.u32"} <= set(accesses)
-        assert not [access for access in accesses if access.endswith("16")], accesses
