@@ -1,13 +1,11 @@
-"""`speeder ablate`: its arguments, and what it does."""
+"""`speeder ablate`: arguments and work."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-SUMMARY = (
-    "Train and evaluate a study's variants of a recipe; stopped at any moment, the same command goes on."
-)
+SUMMARY = "Train variants of a recipe and compare them; stop at any moment, the same command goes on."
 EXAMPLE = "speeder ablate ablations-ml-100k --data data/ml-100k --out runs/ablations --only SPAE"
 
 
@@ -17,19 +15,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="prepared data")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the study")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[1, 2, 3], metavar="N", help="of the runs (default: 1 2 3)"
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[1, 2, 3],
+        metavar="N",
+        help="seeds of the runs (default: 1 2 3)",
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="the base and these variants or groups alone"
+        "--only", nargs="+", default=[], metavar="NAME", help="run only the base and these variants or groups"
     )
-    parser.add_argument("--keep-models", action="store_true", help="keep finished runs' weights")
+    parser.add_argument("--keep-models", action="store_true", help="keep the weights of finished runs")
 
 
 def run(options: argparse.Namespace) -> None:
     """Train and evaluate the study's variants, and print the report.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.data.prepared import PreparedData
     from speeder.studies.ablation.run import ablate

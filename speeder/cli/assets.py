@@ -1,4 +1,4 @@
-"""`speeder assets`: its arguments, and what it does."""
+"""`speeder assets`: arguments and work."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ EXAMPLE = "speeder assets minilm"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder assets`."""
-    parser.add_argument("names", nargs="*", metavar="NAME", help="which ones (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="assets to fetch (default: all)")
     parser.add_argument(
-        "--list", action="store_true", help="list them and whether they are there; fetch nothing"
+        "--list", action="store_true", help="list the assets and which are fetched; fetch nothing"
     )
 
 
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     """Fetch assets, or list them.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.io.assets import ASSETS, fetch, is_ready
 

@@ -1,4 +1,4 @@
-"""`speeder bench`: its arguments, and what it does."""
+"""`speeder bench`: arguments and work."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-SUMMARY = "Measure Speeder's speed beside language models that read items as text; called again, it goes on."
+SUMMARY = "Measure Speeder's speed beside language models that read items as text; the same command resumes."
 EXAMPLE = "speeder bench --data data/beauty --out runs/bench"
 
 
@@ -25,15 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of results (default: runs/bench)",
     )
-    parser.add_argument("--backbone", default="smollm2-135m", metavar="MODEL", help="default: %(default)s")
     parser.add_argument(
-        "--layers", type=int, default=4, metavar="N", help="of the backbone's first (default: 4)"
+        "--backbone",
+        default="smollm2-135m",
+        metavar="MODEL",
+        help="an asset, a folder or a Hub id (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--layers", type=int, default=4, metavar="N", help="keep the backbone's first N layers (default: 4)"
     )
     parser.add_argument(
         "--systems",
         nargs="+",
         metavar="NAME",
-        help="speeder and some of text-prompt, title-generation, yes-no (default: all)",
+        help="systems to measure: speeder, and some of text-prompt, title-generation, yes-no (default: all)",
     )
     parser.add_argument(
         "--histories",
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[10, 50, 200],
         metavar="N",
-        help="items (default: 10 50 200)",
+        help="history lengths to measure, in items (default: 10 50 200)",
     )
     parser.add_argument(
         "--descriptions",
@@ -49,19 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[20, 100, 200],
         metavar="N",
-        help="tokens of an item's text (default: 20 100 200)",
+        help="item text lengths to measure, in tokens (default: 20 100 200)",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: one a core")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core)")
     parser.add_argument(
-        "--budget", type=float, default=750, metavar="SECONDS", help="for the whole, about (default: 750)"
-    )  # fmt: skip
+        "--budget", type=float, default=750, metavar="SECONDS", help="approximate total time (default: 750)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
     """Measure, and print the report.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.studies.bench.run import REPORT, Plan, bench, default_data
     from speeder.studies.bench.systems import SYSTEMS

@@ -1,4 +1,4 @@
-"""`speeder compare`: its arguments, and what it does."""
+"""`speeder compare`: arguments and work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from speeder.cli.shared import protocol_arguments
 from speeder.errors import SpeederError
 
 SUMMARY = (
-    "Test whether evaluated runs differ: paired bootstrap and permutation test over users, corrected by Holm."
+    "Test whether evaluated runs differ: paired bootstrap and permutation tests over users, Holm-corrected."
 )
 EXAMPLE = "speeder compare runs/first runs/second --out runs/comparison"
 
@@ -17,12 +17,15 @@ EXAMPLE = "speeder compare runs/first runs/second --out runs/comparison"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder compare`."""
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, or files of their evaluations/"
+        "runs", type=Path, nargs="+", metavar="RUN", help="run folders, or files in their evaluations/"
     )
     protocol_arguments(parser)
-    parser.add_argument("--metric", help="which one (default: NDCG@10, or VHR@1 with --protocol vhr)")
+    parser.add_argument("--metric", help="metric to compare (default: NDCG@10, or VHR@1 with --protocol vhr)")
     parser.add_argument(
-        "--seen", choices=["masked", "allowed"], default="masked", help="items of the history"
+        "--seen",
+        choices=["masked", "allowed"],
+        default="masked",
+        help="whether items of the history are masked or allowed in the ranking (default: masked)",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write comparison.md, .tex and .json there")
 
@@ -31,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     """Test whether evaluated runs differ, and print the report.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines import Popularity, SASRec
     from speeder.evaluation.compare import compare, comparison_report, load_baselines, load_runs

@@ -1,4 +1,4 @@
-"""`speeder describe`: its arguments, and what it does."""
+"""`speeder describe`: arguments and work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from speeder.errors import SpeederError
 
-SUMMARY = "Print what prepared data hold: sizes, history lengths, modalities, costs in tokens."
+SUMMARY = "Print facts about prepared data: sizes, history lengths, modalities, tokens per item."
 EXAMPLE = "speeder describe data/beauty --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -18,16 +18,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         default="smollm2-135m",
         metavar="MODEL",
-        help="counts what a text costs: an asset, a folder or a Hub id (default: %(default)s)",
+        help="tokenizer that counts the tokens of texts: an asset, a folder or a Hub id (default: %(default)s)",
     )
-    parser.add_argument("--tokens-per-item", type=int, default=1, metavar="K", help="of Speeder (default: 1)")
+    parser.add_argument(
+        "--tokens-per-item", type=int, default=1, metavar="K", help="Speeder's tokens per item (default: 1)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print what prepared data hold.
+    """Print facts about prepared data.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.data.describe import describe
     from speeder.data.prepared import PreparedData

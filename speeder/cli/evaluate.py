@@ -1,4 +1,4 @@
-"""`speeder evaluate`: its arguments, and what it does."""
+"""`speeder evaluate`: arguments and work."""
 
 from __future__ import annotations
 
@@ -8,33 +8,31 @@ from pathlib import Path
 from speeder.cli.shared import protocol_arguments, ray_arguments, runner_for
 from speeder.errors import SpeederError
 
-SUMMARY = "Rank the catalogue, or candidates, for every test user, beside popularity and SASRec."
+SUMMARY = "Rank the catalogue (or candidates) for every test user, beside popularity and SASRec."
 EXAMPLE = "speeder evaluate runs/first --protocol vhr"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder evaluate`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of a finished training")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="where the run's data lie now, if they were moved"
-    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the run's data, if they were moved")
     protocol_arguments(parser)
     parser.add_argument(
         "--answers",
         choices=["ranking", "titles"],
         default="ranking",
-        help="titles: with --protocol vhr, Speeder also answers by writing a title, in a row of its own"
-        " (for recipes whose stages have `titles`; default: ranking)",
+        help="titles: with --protocol vhr, also evaluate the titles that Speeder writes, in a separate row"
+        " (needs a recipe with `titles`; default: ranking)",
     )
-    parser.add_argument("--no-baselines", action="store_true", help="leave popularity and SASRec out")
+    parser.add_argument("--no-baselines", action="store_true", help="leave out popularity and SASRec")
     ray_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Rank for every user, keep the results in the run, and print them.
+    """Rank for every user, save the results in the run, and print them.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
     from speeder.baselines.sasrec.model import SASRec
@@ -57,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
     data = run_data(run, options.data)
     model = load_model(model_folder)
     if added := without_added(model, data.catalogue):
-        print(f"Note: {added} items that were added after training are left out")
+        print(f"Note: {added} items were added after training and are left out")
     cold, folder, ask_for = options.protocol == "cold-items", data_folder_of(run, options.data), ask_here
     if runner is not None:
         from speeder.studies.evaluate_in_parts import RunAsked

@@ -1,4 +1,4 @@
-"""`speeder index`: item tokens as shards on disk, a faiss index over them, and how much of the exact top k it finds."""
+"""`speeder index`: item tokens as shards on disk, a faiss index over them, and its recall."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from speeder.model.item_store import ItemStore
     from speeder.model.modeling import SpeederForCausalLM
 
-SUMMARY = "Write a recommender's item tokens as shards, build an index over them, and measure what it finds."
+SUMMARY = "Write a recommender's item tokens to disk, build a search index over them, and measure its recall."
 EXAMPLE = "speeder index runs/first --kind hnsw"
 SHARDS = "shards"
 
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kind",
         choices=[SHARDS, "exact", "hnsw", "ivf-pq"],
         default="hnsw",
-        help="shards: the item tokens alone, which every index needs and which are searched exactly; the others are"
-        " faiss's (default: hnsw)",
+        help="shards: only the item tokens, which are searched exactly and which every index needs; the others are"
+        " faiss indexes over them (default: hnsw)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the index (default: RUN/index/KIND)"
@@ -37,24 +37,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shards", type=Path, metavar="DIR", help="folder of the shards (default: RUN/index/shards)"
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the shards (default: the model's)"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="dtype of the shards (default: the model's)",
     )
-    parser.add_argument("-k", type=int, default=10, help="of the recall that is measured (default: 10)")
+    parser.add_argument("-k", type=int, default=10, help="measure recall@k (default: 10)")
     parser.add_argument(
         "--queries", type=int, default=256, metavar="N", help="histories to measure with (default: 256)"
     )
-    parser.add_argument("--m", type=int, default=32, help="hnsw: neighbours in the graph (default: 32)")
-    parser.add_argument("--ef-construction", type=int, default=40, help="hnsw: default 40")
+    parser.add_argument("--m", type=int, default=32, help="hnsw: neighbours per item (default: 32)")
     parser.add_argument(
-        "--ef-search", type=int, metavar="N", help="hnsw: candidates of a search (default: 128)"
+        "--ef-construction", type=int, default=40, help="hnsw: candidates while building (default: 40)"
     )
-    parser.add_argument("--nprobe", type=int, metavar="N", help="ivf-pq: lists of a search (default: 32)")
     parser.add_argument(
-        "--refine", type=int, metavar="N", help="candidates for each item, scored exactly (default: 8)"
+        "--ef-search", type=int, metavar="N", help="hnsw: candidates per search (default: 128)"
+    )
+    parser.add_argument("--nprobe", type=int, metavar="N", help="ivf-pq: lists per search (default: 32)")
+    parser.add_argument(
+        "--refine", type=int, metavar="N", help="candidates scored exactly per requested item (default: 8)"
     )
     parser.add_argument("--nlist", type=int, help="ivf-pq: lists (default: about 2 sqrt(items))")
     parser.add_argument(
-        "--pq-bytes", type=int, help="ivf-pq: bytes of a code (default: about hidden size / 4)"
+        "--pq-bytes", type=int, help="ivf-pq: bytes per item (default: about hidden size / 4)"
     )
 
 
@@ -62,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
     """Write shards and an index, and print sizes, times and recall.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
     from speeder.data.runs import find_model
@@ -73,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
         if value < 1:
             raise SpeederError(f"{name}: expected at least 1, got {value}")
     if options.kind != SHARDS:
-        load_faiss()  # whether it is there, before anything is computed
+        load_faiss()  # fails before anything is computed
     folder = find_model(options.run)
     model = load_model(folder)
     if not hasattr(model, "use_item_store"):
@@ -111,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> torch.Tensor:
-    """`(n, H)` queries of up to `count` users of the run's data; of single items where these are gone."""
+    """`(n, H)` queries of up to `count` test users of the run's data; of single items if the data are gone."""
     import torch
 
     from speeder.data.runs import run_data
@@ -128,8 +132,8 @@ def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> torch
 
 
 def compared(stores: dict[str, ItemStore], queries: torch.Tensor, k: int) -> list[str]:
-    """Lines of each store: time of a query, alone and in batches of 64; of an index also its recall@k, from hasty to
-    thorough."""
+    """Lines of each store: time per query, alone and in batches of 64; of an index also its recall@k, from fast to
+    thorough settings."""
     from speeder.retrieval.ann import EFFORTS, ItemIndex, recall_at_k
 
     lines = []
@@ -147,7 +151,7 @@ def compared(stores: dict[str, ItemStore], queries: torch.Tensor, k: int) -> lis
 
 
 def _milliseconds(store: ItemStore, queries: torch.Tensor, k: int, size: int) -> float:
-    """Of a query, by so many at once; the first search, which reads pages for the others, is not counted."""
+    """Time per query in batches of `size`; the first search, which reads pages from disk, is not counted."""
     batches = queries.split(size)
     store.topk(batches[0], k)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The `speeder` command. What each of its commands does is in `speeder/cli/`, a file each."""
+"""The `speeder` command. Each of its commands is a file of `speeder/cli/`."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Returns:
-        0, or 1 after one readable line for what a user can get wrong, or 130 after Ctrl-C.
+        the exit status: 0; 1 after a mistake, which is printed in one line; 130 after Ctrl-C.
     """
     options = build_parser().parse_args(arguments)
-    # bars for reading and writing weights would only break up those of training and ranking
+    # progress bars of reading and writing weights would interrupt those of training and ranking
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # of several processes of one training, the first shows how far it is
+    # of several training processes, only the first shows progress
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:

@@ -1,4 +1,4 @@
-"""`speeder prepare`: its arguments, and what it does."""
+"""`speeder prepare`: arguments and work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from speeder.cli.shared import ray_arguments, runner_for
 from speeder.errors import SpeederError
 
 SUMMARY = (
-    "Make a catalogue with features and a split from raw files, or from an asset (ml-100k without PATH)."
+    "Turn raw files into prepared data: a catalogue with features, and interactions. ml-100k needs no PATH."
 )
 EXAMPLE = (
     "speeder prepare amazon-2018 raw/ --out data/beauty --k-core 5"
@@ -27,11 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the raw format: %(choices)s",
     )  # fmt: skip
     parser.add_argument(
-        "path", type=Path, nargs="?", metavar="PATH", help="file of interactions, or the folder of all files"
+        "path",
+        type=Path,
+        nargs="?",
+        metavar="PATH",
+        help="folder of the raw files, or the file of interactions",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--items", type=Path, metavar="FILE", help="file of items, if PATH is no folder with it"
+        "--items", type=Path, metavar="FILE", help="file of items, if it is not in the folder PATH"
     )
     parser.add_argument(
         "--images",
@@ -44,20 +48,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--k-core",
         type=int,
         metavar="K",
-        help="drop users and items with fewer interactions, again and again; 1 keeps all"
+        help="drop users and items with fewer interactions, repeatedly until none is left; 1 keeps all"
         " (default: 5 for amazon-*, else 1)",
     )
-    parser.add_argument("--min-rating", type=float, metavar="STARS", help="drop interactions rated lower")
+    parser.add_argument(
+        "--min-rating", type=float, metavar="STARS", help="drop interactions with a lower rating"
+    )
     parser.add_argument(
         "--repeats",
         action="store_true",
-        help="let a user take an item several times (default: the earliest counts)",
+        help="keep repeated interactions of a user with an item (default: only the earliest)",
     )
     parser.add_argument(
         "--time-unit",
         choices=["s", "ms", "us", "ns"],
         default="s",
-        help="of the times of plain data (default: s)",
+        help="unit of the times of plain data (default: s)",
     )
     parser.add_argument(
         "--without",
@@ -70,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-encoder",
         metavar="MODEL",
-        help="an asset, a folder or a Hub id, or backbone:MODEL for the mean of a language model's own word"
+        help="an asset, a folder or a Hub id, or backbone:MODEL for the mean of a language model's input"
         " embeddings (default: minilm)",
     )
     parser.add_argument(
@@ -82,10 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Make prepared data, and say what is in them.
+    """Make prepared data, and print a summary.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.prepare.pipeline import prepare, prepare_ml100k
     from speeder.recipes.schema import MODALITIES
@@ -121,7 +127,8 @@ def run(options: argparse.Namespace) -> None:
         raise SpeederError(f"prepare: expected the PATH of the raw files of {options.name}")
     elif options.items or filters != {"core": None, "min_rating": None, "repeats": False, "time_unit": "s"}:
         raise SpeederError(
-            "prepare: ml-100k is taken whole without PATH; filters need its raw files (u.data, u.item)"
+            "prepare: ml-100k without PATH takes no --items and no filters: give PATH, the folder of its raw files"
+            " (u.data, u.item)"
         )
     else:
         data = prepare_ml100k(options.out, posters=options.images, **settings)

@@ -1,4 +1,4 @@
-"""`speeder recommend`: its arguments, and what it does."""
+"""`speeder recommend`: arguments and work."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a saved recommender's folder")
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--history", nargs="+", metavar="ID", help="item ids, oldest first")
-    who.add_argument("--user", metavar="ID", help="a user of the run's data, with all interactions")
+    who.add_argument("--user", metavar="ID", help="a user of the run's data; the history is all interactions")
     who.add_argument(
         "--histories",
         type=Path,
         metavar="PARQUET",
-        help="a file, or a folder of them, of users' histories: columns user and items (lists of ids, oldest first)",
+        help="file of users' histories, or a folder of such files: columns user and items (ids, oldest first)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="PARQUET",
-        help="with --histories: the file to write (user, items, scores)",
+        help="with --histories: file to write (columns user, items, scores)",
     )
     ray_arguments(parser)
     parser.add_argument(
         "--index",
         type=Path,
         metavar="DIR",
-        help="find items by an index, or by token shards, that `speeder index` wrote",
+        help="search an index or token shards that `speeder index` wrote",
     )
-    parser.add_argument("-k", type=int, default=10, help="how many items (default: 10)")
-    parser.add_argument("--include-seen", action="store_true", help="recommend items of the history too")
+    parser.add_argument("-k", type=int, default=10, help="number of items (default: 10)")
+    parser.add_argument("--include-seen", action="store_true", help="also recommend items of the history")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print recommendations for one history, or write those for a file of histories.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
     from speeder.data.runs import find_model, run_data
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
         raise SpeederError("recommend: expected --histories and --out together")
     runner = runner_for(options)
     if runner is not None and options.histories is None:
-        raise SpeederError("--ray: expected --histories, whose users are parted among workers")
+        raise SpeederError("--ray: expected --histories, whose users are shared among workers")
     if options.index is not None and options.histories is not None:
         raise SpeederError("--index: expected --history or --user, got --histories")
     model_folder = find_model(options.run)

@@ -1,33 +1,31 @@
-"""The command `speeder report`."""
+"""`speeder report`: arguments and work."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-SUMMARY = "Write what a run holds as one HTML file: curves, tables, slices, gates, and users with pictures."
+SUMMARY = "Write a run's report as one HTML file: curves, tables, slices, gate weights, example users."
 EXAMPLE = "speeder report runs/first\n  speeder report runs/demo --out demo.html --pictures docs/pictures"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """The arguments of `speeder report`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a demo's")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the page to write (default: report.html in RUN)"
+        "--out", type=Path, metavar="FILE", help="page to write (default: report.html in RUN)"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="the run's data, if they were moved")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="also write every chart there, as PNG and SVG"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="where the run's data lie now, if they were moved"
-    )
-    parser.add_argument(
-        "--pictures", type=Path, metavar="FOLDER", help="write every chart there too, as PNG and SVG"
-    )
-    parser.add_argument(
-        "--users", type=int, default=4, metavar="N", help="test users that are shown (default: 4)"
+        "--users", type=int, default=4, metavar="N", help="number of test users to show (default: 4)"
     )
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do the command's work."""
+    """Write the report, and print its path."""
     from speeder.studies.report.build import write_report
 
     path = write_report(

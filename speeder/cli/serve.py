@@ -1,4 +1,4 @@
-"""The command `speeder serve`: its arguments, and what it does."""
+"""`speeder serve`: arguments and work."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 from speeder.errors import SpeederError
 from speeder.serving.http.limits import Limits
 
-SUMMARY = "Serve a recommender: an HTTP API, and a page in the browser to try it."
+SUMMARY = "Serve a recommender: an HTTP API, and a web page to try it."
 EXAMPLE = "speeder serve runs/first --port 8000"
 NEEDS = ("fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicorn", "uvloop")
 
 _HELP = {
-    "max_history": "items of a posted history",
-    "max_k": "items recommended at once",
-    "max_explained": "items explained at once",
-    "max_query": "characters of a search",
-    "max_results": "hits of a search",
-    "max_body_bytes": "bytes of a request's body",
-    "max_batch": "histories that run together",
+    "max_history": "items per posted history",
+    "max_k": "items recommended per request",
+    "max_explained": "items explained per request",
+    "max_query": "characters per search query",
+    "max_results": "hits per search",
+    "max_body_bytes": "bytes per request body",
+    "max_batch": "histories per batch",
     "batch_wait_ms": "milliseconds that an idle model waits for a second request",
-    "max_queue": "requests that wait; further ones get 503",
-    "max_explain_queue": "explanations that wait",
-    "deadline_s": "seconds until a request is given up",
+    "max_queue": "waiting requests; further ones get 503",
+    "max_explain_queue": "waiting explanations; further ones get 503",
+    "deadline_s": "seconds after which a request gets 504",
     "max_connections": "open connections",
-    "drain_s": "seconds that SIGTERM leaves to load balancers: /readyz says 503, requests are still taken",
-    "stuck_s": "seconds of one batch after which /healthz says 503",
+    "drain_s": "seconds after SIGTERM in which requests are still accepted, while /readyz answers 503",
+    "stuck_s": "seconds of one batch after which /healthz answers 503",
 }
 
 
@@ -38,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder serve`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder, or a saved recommender's folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: %(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="that the model may use (default: torch's)")
-    parser.add_argument("--name", help="what the page calls the model (default: RUN's name)")
     parser.add_argument(
-        "--no-pictures", action="store_true", help="show none of the pictures that the catalogue names"
+        "--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)"
     )
-    bounds = parser.add_argument_group("bounds")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of the model (default: torch's)")
+    parser.add_argument("--name", help="the model's name on the page (default: RUN's name)")
+    parser.add_argument("--no-pictures", action="store_true", help="do not show the catalogue's pictures")
+    bounds = parser.add_argument_group("limits")
     for field in fields(Limits):
         kind = float if isinstance(field.default, float) else int
         option = "--" + field.name.replace("_", "-")
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Load the recommender and serve it until told to stop.
+    """Load the recommender and serve it until stopped.
 
     Raises:
         SpeederError: the extra is not installed, an option is out of range, or the folder holds no such recommender.
@@ -81,6 +81,6 @@ def run(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     name = options.name or options.run.resolve().name
     app = create_app(model, limits, name=name, threads=options.threads, pictures=not options.no_pictures)
-    say = partial(print, flush=True)  # who reads it through a pipe waits for the address
+    say = partial(print, flush=True)  # a reader on a pipe waits for the address
     say(f"{folder}: {len(model.catalogue)} items, modalities {', '.join(model.config.gate_names)}")
     serve(app, options.host, options.port, say)

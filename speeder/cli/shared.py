@@ -12,37 +12,41 @@ if TYPE_CHECKING:
 
 
 def ray_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the work is done: the same words for every command that can hand it to Ray."""
+    """The options of every command that can run on Ray."""
     parser.add_argument(
         "--ray",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="work by Ray Data: on the cluster of ADDRESS (auto, host:port) or RAY_ADDRESS, else on this machine",
+        help="run on Ray: on the cluster at ADDRESS (auto, host:port) or RAY_ADDRESS, else on this machine",
     )
     parser.add_argument(
-        "--ray-workers", type=int, metavar="N", help="at most so many, each with a model (default: one a CPU)"
+        "--ray-workers", type=int, metavar="N", help="most workers, each with a model (default: one per CPU)"
     )
 
 
 def protocol_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which evaluation is meant: the same words for making one and for comparing them."""
+    """The options that select an evaluation, for `evaluate` and `compare`."""
     parser.add_argument(
         "--protocol",
         choices=["full", "vhr", "sampled", "cold-items"],
         default="full",
-        help="all items; target + 19 negatives (VHR@1); target + N negatives with AUC; items held out from training"
-        " (default: full)",
+        help="what is ranked: full: all items; vhr: the target and 19 negatives (VHR@1); sampled: the target and N"
+        " negatives, with AUC; cold-items: items held out from training (default: full)",
     )
-    parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument("--negatives", type=int, metavar="N", help="with --protocol sampled (default: 20)")
     parser.add_argument(
-        "--candidates-seed", type=int, default=0, metavar="S", help="of the negatives (default: 0)"
+        "--split", choices=["test", "validation"], default="test", help="which targets (default: test)"
+    )
+    parser.add_argument(
+        "--negatives", type=int, metavar="N", help="negatives per user with --protocol sampled (default: 20)"
+    )
+    parser.add_argument(
+        "--candidates-seed", type=int, default=0, metavar="S", help="seed of the negatives (default: 0)"
     )
 
 
 def runner_for(options: argparse.Namespace) -> OnRay | None:
-    """Ray where it is asked for."""
+    """The runner for `--ray`; None without it."""
     if options.ray is None:
         if options.ray_workers is not None:
             raise SpeederError("--ray-workers: expected --ray")

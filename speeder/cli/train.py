@@ -1,4 +1,4 @@
-"""`speeder train`: its arguments, and what it does."""
+"""`speeder train`: arguments and work."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from speeder.errors import SpeederError
 
-SUMMARY = "Train a recommender by a recipe of MPO stages; stop it at any moment, go on with --resume."
+SUMMARY = "Train a recommender by a recipe; stop at any moment, and go on with --resume."
 EXAMPLE = "speeder train --data data/ml-100k --recipe ml-100k --out runs/first"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder train`."""
-    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (with --resume: as before)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (--resume knows them)")
     parser.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
     """Train by a recipe, or go on with a run.
 
     Raises:
-        SpeederError: with one readable line, for what a user can get wrong.
+        SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.data.prepared import PreparedData
     from speeder.data.runs import run_data
@@ -58,6 +58,6 @@ def run(options: argparse.Namespace) -> None:
     model = train_by(recipe, data, options.out, resume=options.resume, data_folder=folder)
     if together.is_main_process:
         write_training_plots(options.out, options.out, model)
-        print(f"{options.out / 'model'}: the recommender; evaluate it with: speeder evaluate {options.out}")
-        print(f"Look at the run as a page with: speeder report {options.out}")
+        print(f"{options.out / 'model'}: the recommender. Evaluate it: speeder evaluate {options.out}")
+        print(f"Write a report: speeder report {options.out}")
     together.destroy_process_group()

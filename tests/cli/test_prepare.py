@@ -40,7 +40,7 @@ def test_every_reader_is_offered(capsys: pytest.CaptureFixture) -> None:
     ("arguments", "message"),
     [
         (["plain"], "expected the PATH of the raw files of plain"),
-        (["ml-100k", "--k-core", "5"], "ml-100k is taken whole without PATH"),
+        (["ml-100k", "--k-core", "5"], "ml-100k without PATH takes no --items and no filters"),
         (["plain", "none.csv"], "none.csv is missing"),
         (["plain", "x.csv", "--k-core", "0"], "k-core: expected at least 1, got 0"),
         (["plain", "x.csv", "--k-core", "9", "--without", "text"], "no interaction is left of 1 lines"),
