@@ -20,7 +20,7 @@ $(VENV)/.torch:
 # torch comes first, so that nothing below pulls in another build of it. The kernels are compiled while pip fetches the
 # other packages; pip's own build waits for that one and takes what it has compiled, or says what went wrong
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q "setuptools>=77" wheel ninja
+	$(BIN)/pip install -q "setuptools>=77" wheel ninja "pybind11>=2.13"
 	$(BIN)/python setup.py -q build_ext --inplace > $(VENV)/build.log 2>&1 & \
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"; status=$$?; wait; exit $$status
 	$(BIN)/python -m speeder_kernels

@@ -1,7 +1,7 @@
 """Builds the compiled libraries of speeder_kernels with ninja: `pip install --no-build-isolation .`
 
-Two libraries on torch's stable ABI, placed beside the Python files: `_ops.so` (CPU kernels) and `_ops_cuda.so` (CUDA
-kernels). torch's own BuildExtension refuses CUDA sources with a CPU-only torch, and ours needs neither a GPU nor
+Three libraries, placed beside the Python files: `_ops.so` (CPU kernels) and `_ops_cuda.so` (CUDA kernels) on torch's
+stable ABI, and `_native`, a pybind11 module. torch's own BuildExtension refuses CUDA sources with a CPU-only torch, and ours needs neither a GPU nor
 torch's CUDA libraries to build, hence this build of our own. Without a C++ compiler there are none, and the package
 works through its reference; `_build_info.py`, written beside them, says what was built and what was left out and why.
 
@@ -50,7 +50,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS["avx512_amx"] = [*ISAS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 
 # Those that register CPU kernels with torch, and CUDA kernels. Every csrc/cuda/*/*.cu is compiled beside them.
-BINDINGS = ("bindings/cpu_attention", "bindings/cpu_items", "bindings/python_functions")
+BINDINGS = ("bindings/cpu_attention", "bindings/cpu_items")
 CUDA_BINDINGS = ("bindings/cuda_attention", "bindings/cuda_items")
 # Those that share an op's work out among threads, compiled once.
 SHARED_SOURCES = (
@@ -62,6 +62,8 @@ SHARED_SOURCES = (
     "cpu/plan_packing/plan_packing",
     "cpu/topk_items/topk_items",
 )
+# Those that the pybind11 module needs too.
+NATIVE_SOURCES = ("cpu/common/isa", "cpu/plan_packing/plan_packing")
 # The sources compiled once for each, those that take longest first, and whether a product and a sum may become one
 # instruction: where it is off, every instruction set gives the same bits.
 ISA_SOURCES = {
@@ -294,11 +296,13 @@ class BuildExt(build_ext):
         else:
             archs = ", ".join(f"sm_{arch}" for arch in self.cuda.archs)
             print(f"speeder: building with CUDA {self.cuda.version} for {archs}", file=sys.stderr)
-        built = {"_ops": self.cxx, "_ops_cuda": self.cuda.nvcc}
+        built = {"_ops": self.cxx, "_native": self.cxx, "_ops_cuda": self.cuda.nvcc}
         self.extensions = [e for e in self.extensions if built[e.name.split(".")[-1]]]
 
     def get_ext_filename(self, fullname: str) -> str:
-        """The libraries are no Python modules, so their names carry no Python version."""
+        """The op libraries are no Python modules, so their names carry no Python version."""
+        if fullname.split(".")[-1] == "_native":
+            return super().get_ext_filename(fullname)
         return str(Path(*fullname.split("."))) + ".so"
 
     def run(self) -> None:
@@ -311,6 +315,7 @@ class BuildExt(build_ext):
             old.unlink()  # of version 0.1.0, which Python would take for _host.py
 
     def build_extensions(self) -> None:
+        import pybind11
         import torch
         from torch.utils.cpp_extension import include_paths
 
@@ -342,8 +347,14 @@ class BuildExt(build_ext):
                 variant = [*host, f"-ffp-contract={contract}", f"-DSPEEDER_ISA={name}", *flags]
                 cpu.append(ninja.compile(f"{source}.cpp", variant, f".{name}"))
         cpu += [ninja.compile(f"{name}.cpp", binding) for name in BINDINGS]
-        cpu += [ninja.compile(f"{name}.cpp", host) for name in SHARED_SOURCES]
-        ninja.add("link", self.output("_ops"), cpu, [*extra, *torch_libraries])
+        shared = {name: ninja.compile(f"{name}.cpp", host) for name in SHARED_SOURCES}
+        ninja.add("link", self.output("_ops"), [*cpu, *shared.values()], [*extra, *torch_libraries])
+
+        includes = dict.fromkeys([pybind11.get_include(), *self.include_dirs])
+        pybind = ["-O1", *common, *(f"-isystem{_relative(Path(path))}" for path in includes)]
+        module = [shared[name] for name in NATIVE_SOURCES]
+        module.append(ninja.compile("bindings/native_module.cpp", pybind))
+        ninja.add("link", self.output("_native"), module, extra)
         ninja.run()
 
     def output(self, name: str) -> Path:
@@ -353,7 +364,7 @@ class BuildExt(build_ext):
 
 
 if __name__ == "__main__":
-    libraries = ("speeder_kernels._ops", "speeder_kernels._ops_cuda")
+    libraries = ("speeder_kernels._ops", "speeder_kernels._native", "speeder_kernels._ops_cuda")
     setup(
         # Without sources: BuildExt knows them. setuptools wants the names, for the wheel's platform and its
         # files.
