@@ -368,7 +368,9 @@ def test_text_baselines_continue_too(tmp_path):
 
 def test_wrong_arguments_are_named():
     model = fixed_model("instruction", 2)
-    with pytest.raises(ValueError, match="max_tokens: expected at least 17, the tokens of one history, got 16"):
+    with pytest.raises(
+        ValueError, match="max_tokens: expected at least 17, the tokens of one history, got 16"
+    ):
         UserSessions(model, 16)
     for arguments, message in (
         (dict(max_tokens=0), "max_tokens: expected an integer >= 1, got 0"),
