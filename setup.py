@@ -2,8 +2,9 @@
 
 Three libraries, placed beside the Python files: `_ops.so` (CPU kernels) and `_ops_cuda.so` (CUDA kernels) on torch's
 stable ABI, and `_native`, a pybind11 module. torch's own BuildExtension refuses CUDA sources with a CPU-only torch, and
-ours needs neither a GPU nor torch's CUDA libraries to build, hence this build of our own. Without a C++ compiler there are none, and the package
-works through its reference; `_build_info.py`, written beside them, says what was built and what was left out and why.
+ours needs neither a GPU nor torch's CUDA libraries to build, hence this build of our own. Without a C++ compiler there
+are none, and the package works through its reference; `_build_info.py`, written beside them, says what was built, and
+what was left out and why.
 
 Environment:
   SPEEDER_CPU = auto (default: leave the CPU kernels out where there is no C++ compiler) or 1 (there must be one)

@@ -72,7 +72,7 @@ class Attention:
         return f"{self.B} x {self.S} tokens, {self.Hq}/{self.Hkv} heads of {self.D}"
 
     def launches(self) -> Iterator[Callable[[], object]]:
-        from speeder_kernels.triton.spae_attention import spae_attention, spae_attention_backward
+        from speeder_kernels.triton.attention.ops import spae_attention, spae_attention_backward
 
         tokens = self.B * self.S
         q, lse = meta(tokens, self.Hq, self.D, dtype=DTYPE), meta(tokens, self.Hq)
@@ -116,7 +116,10 @@ class CrossEntropy:
         return f"{self.N} positions, {self.I:,} items, H {self.H}"
 
     def launches(self) -> Iterator[Callable[[], object]]:
-        from speeder_kernels.triton.item_cross_entropy import item_cross_entropy, item_cross_entropy_backward
+        from speeder_kernels.triton.items.item_cross_entropy import (
+            item_cross_entropy,
+            item_cross_entropy_backward,
+        )
 
         h, table = meta(self.N, self.H, dtype=DTYPE), meta(self.I, self.H, dtype=DTYPE)
         targets, rows = meta(self.N, dtype=torch.int64), meta(self.N)
@@ -144,7 +147,7 @@ class TopK:
     k: int
 
     def launches(self) -> Iterator[Callable[[], object]]:
-        from speeder_kernels.triton.topk_items import topk_items
+        from speeder_kernels.triton.items.topk_items import topk_items
 
         h, table = meta(self.N, self.H, dtype=DTYPE), meta(self.I, self.H, dtype=DTYPE)
         yield functools.partial(topk_items, h, table, self.k, None, None)

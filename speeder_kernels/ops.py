@@ -4,8 +4,8 @@ Each public op is `speeder::NAME`, with `speeder::NAME_backward` where there is 
 is the backend's name, or None to pick one. It is settled inside the op, where the compiler does not look: so a
 compiled graph finds and loads backends as any other call does. Compiled kernels are ops of their own,
 `speeder::NAME_kernel`, registered under the CPU and CUDA dispatch keys by the compiled libraries, once `dispatch`
-has loaded them: the key picks the library. Triton's are functions of the same arguments,
-`speeder_kernels.triton.OP.NAME`.
+has loaded them: the key picks the library. Triton's are functions of the same arguments, in the modules that
+`speeder_kernels.triton.MODULES` names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from speeder_kernels import reference, reference_attention, validate
 from speeder_kernels.dispatch import choose
+from speeder_kernels.triton import MODULES
 
 _LIBRARY = torch.library.Library("speeder", "DEF")
 _OPS = torch.ops.speeder
@@ -54,7 +55,7 @@ def _fake(name: str) -> Callable:
 def _kernel(op: str, backend: str, part: str = "") -> Callable:
     """What runs `op`, or another `part` of it (its backward, say), on `backend`."""
     if backend == "triton":  # imported at the first call: most users never need it
-        return getattr(importlib.import_module(f"speeder_kernels.triton.{op}"), part or op)
+        return getattr(importlib.import_module(f"speeder_kernels.triton.{MODULES[op]}"), part or op)
     return getattr(_OPS, f"{part or op}_kernel")
 
 

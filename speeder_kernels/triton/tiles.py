@@ -3,7 +3,7 @@ launched.
 
 Every launch goes through `launch`. What differs by architecture is a row of `TILES`; the small kernels around
 attention (describe, combine, absolute, reduce) have the same blocks and warps everywhere, constants in
-`spae_attention.py`. The compile checks (`tests/kernels/triton_aot.py`) walk through the same launchers with every row.
+`attention/ops.py`. The compile checks (`tests/kernels/triton_aot.py`) walk through the same launchers with every row.
 """
 
 from __future__ import annotations

@@ -343,12 +343,12 @@ def test_imports_neither_speeder_nor_transformers():
 def test_works_without_compiled_code(tmp_path):
     """A copy of the Python files alone: the reference serves, and the report says what is missing."""
     copy = tmp_path / "speeder_kernels"
-    copy.mkdir()
     for source in PACKAGE.rglob("*.py"):
         if source.name == "_build_info.py":
             continue
-        (copy / source.relative_to(PACKAGE)).parent.mkdir(exist_ok=True)
-        (copy / source.relative_to(PACKAGE)).write_text(source.read_text())
+        target = copy / source.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
     code = (
         "import torch, speeder_kernels as sk; assert sk.__file__.startswith(TMP), sk.__file__\n"
         "z = torch.zeros(2, dtype=torch.long)\n"

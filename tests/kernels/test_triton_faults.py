@@ -40,7 +40,7 @@ def check_topk():
     excluded = (h @ table.T).topk(20).indices.tolist()  # the best, so that each one missed shows
     with pytest.MonkeyPatch.context() as patch:
         # one chunk with more groups than k
-        patch.setattr(sys.modules["speeder_kernels.triton.topk_items"], "CHUNK_ITEMS", 512)
+        patch.setattr(sys.modules["speeder_kernels.triton.items.topk_items"], "CHUNK_ITEMS", 512)
         for k in (1, 2, 5):
             topk.check_against_sorting(triton(sk.topk_items), h, table, excluded, k)
 

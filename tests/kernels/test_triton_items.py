@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import speeder_kernels as sk
 from speeder_kernels.triton import tiles
-from speeder_kernels.triton.score_tile import pad_columns
+from speeder_kernels.triton.items.score_tile import pad_columns
 from tests.kernels import naive
 from tests.kernels import test_compress_items as compress
 from tests.kernels import test_item_cross_entropy as cross_entropy
@@ -360,7 +360,7 @@ def test_opcheck():
 @pytest.mark.parametrize("op", ["item_cross_entropy", "topk_items"])
 def test_no_matrix_of_all_scores_is_held(op, monkeypatch):
     """Neither pass allocates as much as an (N, I) matrix, beyond a scratch memory of bounded size."""
-    module = importlib.import_module(f"speeder_kernels.triton.{op}")
+    module = importlib.import_module(f"speeder_kernels.triton.items.{op}")
     monkeypatch.setattr(module, "CHUNK_BYTES", 1)
     monkeypatch.setattr(module, "CHUNK_ITEMS", 128)
     rows, items = 100, 1200

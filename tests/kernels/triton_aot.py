@@ -75,7 +75,7 @@ def width(hidden: int) -> str:
 
 
 def pack_tokens(dtype: torch.dtype) -> Iterator[Case]:
-    from speeder_kernels.triton.pack_tokens import pack_tokens, sum_rows
+    from speeder_kernels.triton.items.pack_tokens import pack_tokens, sum_rows
 
     for hidden in WIDTHS:
         text, items, prompts = (meta(n, hidden, dtype=dtype) for n in (49152, 600, 50))
@@ -87,7 +87,7 @@ def pack_tokens(dtype: torch.dtype) -> Iterator[Case]:
 
 def compress_items(dtype: torch.dtype) -> Iterator[Case]:
     """All gradients at once: where fewer are wanted, parts of the same kernel are left out."""
-    from speeder_kernels.triton.compress_items import compress_items, compress_items_backward
+    from speeder_kernels.triton.items.compress_items import compress_items, compress_items_backward
 
     for hidden in (*WIDTHS, 8192):
         modalities = 1 if hidden == 1 else 3
@@ -101,7 +101,10 @@ def compress_items(dtype: torch.dtype) -> Iterator[Case]:
 
 def item_cross_entropy(dtype: torch.dtype) -> Iterator[Case]:
     """One width: all are padded to a multiple of 16."""
-    from speeder_kernels.triton.item_cross_entropy import item_cross_entropy, item_cross_entropy_backward
+    from speeder_kernels.triton.items.item_cross_entropy import (
+        item_cross_entropy,
+        item_cross_entropy_backward,
+    )
 
     h, table = meta(8192, 576, dtype=dtype), meta(12101, 576, dtype=dtype)
     targets, rows = meta(8192, dtype=I64), meta(8192)
@@ -113,7 +116,7 @@ def item_cross_entropy(dtype: torch.dtype) -> Iterator[Case]:
 
 def topk_items(dtype: torch.dtype) -> Iterator[Case]:
     """One width: all are padded to a multiple of 16."""
-    from speeder_kernels.triton.topk_items import topk_items
+    from speeder_kernels.triton.items.topk_items import topk_items
 
     h, table = meta(1024, 576, dtype=dtype), meta(12101, 576, dtype=dtype)
     excluded = (meta(1025, dtype=I64), meta(50000, dtype=I64))
@@ -124,7 +127,7 @@ def topk_items(dtype: torch.dtype) -> Iterator[Case]:
 def spae_attention(dtype: torch.dtype) -> Iterator[Case]:
     """A head size for each padded one; at one of them float16, which compiles like bfloat16, and three variants: no
     bias, frozen tables, no mask."""
-    from speeder_kernels.triton.spae_attention import spae_attention, spae_attention_backward
+    from speeder_kernels.triton.attention.ops import spae_attention, spae_attention_backward
 
     cu, rank, lse = meta(65, dtype=torch.int32), meta(8192, dtype=torch.int32), meta(8192, 32)
     sizes = (64,) if dtype == F16 else (16, 32, 64, 128, 256)
@@ -286,8 +289,9 @@ def jit_kernels() -> set[str]:
     """Every kernel in speeder_kernels.triton, by name: the functions that are decorated and called *_kernel."""
     package = Path(__file__).resolve().parents[2] / "speeder_kernels" / "triton"
     names = set()
-    for path in package.glob("[!_]*.py"):
-        module = importlib.import_module(f"speeder_kernels.triton.{path.stem}")
+    for path in package.rglob("[!_]*.py"):
+        parts = path.relative_to(package).with_suffix("").parts
+        module = importlib.import_module(".".join(("speeder_kernels", "triton", *parts)))
         names |= {name for name in vars(module) if name.endswith("_kernel")}
     return names
 

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from speeder_kernels import dispatch, ops
-from speeder_kernels.triton import item_cross_entropy, tiles, topk_items
+from speeder_kernels.triton import tiles
+from speeder_kernels.triton.items import item_cross_entropy, topk_items
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -151,8 +152,8 @@ def missing_barriers_fail() -> Iterator[None]:
 
 @contextlib.contextmanager
 def planted(name: str, folder: Path, *changes: tuple[str, str]) -> Iterator[None]:
-    """The ops run `speeder_kernels.triton.NAME` with its source changed: each text, found once, by another."""
-    full = f"speeder_kernels.triton.{name}"
+    """The ops run `speeder_kernels.triton.items.NAME` with its source changed: each text, found once, by another."""
+    full = f"speeder_kernels.triton.items.{name}"
     source = Path(importlib.import_module(full).__file__).read_text()
     for old, new in changes:
         assert source.count(old) == 1, f"{name}: found {source.count(old)} times: {old}"

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speeder_kernels.triton import tiles
-from speeder_kernels.triton.score_tile import pad_columns, score_tile
+from speeder_kernels.triton.items.score_tile import pad_columns, score_tile
 from speeder_kernels.triton.sum_parts import sum_parts
 from speeder_kernels.triton.tiles import cdiv, launch, tile
 

@@ -10,11 +10,11 @@ import triton
 from torch import Tensor
 
 from speeder_kernels.dispatch import LARGEST_HEAD
-from speeder_kernels.triton.spae_attention_backward import keys_kernel, queries_kernel, row_terms_kernel
-from speeder_kernels.triton.spae_attention_bias import LOG2E, describe_kernel
-from speeder_kernels.triton.spae_attention_decode import combine_kernel, decode_kernel
-from speeder_kernels.triton.spae_attention_forward import forward_kernel
-from speeder_kernels.triton.spae_attention_tables import PAD, absolute_kernel, reduce_kernel, relative_kernel
+from speeder_kernels.triton.attention.backward import keys_kernel, queries_kernel, row_terms_kernel
+from speeder_kernels.triton.attention.bias import LOG2E, describe_kernel
+from speeder_kernels.triton.attention.decode import combine_kernel, decode_kernel
+from speeder_kernels.triton.attention.forward import forward_kernel
+from speeder_kernels.triton.attention.tables import PAD, absolute_kernel, reduce_kernel, relative_kernel
 from speeder_kernels.triton.tiles import Tile, cdiv, launch, processors, tile
 
 OP = "spae_attention"
@@ -41,7 +41,7 @@ def _tile(x: Tensor, name: str) -> tuple[Tile, Tile]:
 
 
 def _tiles(tokens: int, cu_seqlens: Tensor, block: int) -> int:
-    """As `spae_attention_bias.py` numbers them: of the sequences, and of the tail behind them."""
+    """As `bias.py` numbers them: of the sequences, and of the tail behind them."""
     return tokens // block + cu_seqlens.shape[0]
 
 
@@ -201,7 +201,7 @@ def spae_attention_backward(
         *_heads_strides(grad), tokens_q, heads, **blocks, **options, fuse=True,
     )  # fmt: skip
 
-    # The tables' gradients need a delta that is not of the rounded output: see spae_attention_backward.py.
+    # The tables' gradients need a delta that is not of the rounded output: see backward.py.
     correct = (need_relative or need_absolute) and q.dtype != torch.float32
     if need_q or need_relative or correct:
         blocks, options = _tile(q, "queries")

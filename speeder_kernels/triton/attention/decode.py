@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speeder_kernels.triton.spae_attention_bias import LN2, LOG2E, load_rows, sequence_span
-from speeder_kernels.triton.spae_attention_forward import softmax_step
+from speeder_kernels.triton.attention.bias import LN2, LOG2E, load_rows, sequence_span
+from speeder_kernels.triton.attention.forward import softmax_step
 
 
 @triton.jit(do_not_specialize=["key_heads", "group", "splits", "blocks_q", "buckets", "positions"])

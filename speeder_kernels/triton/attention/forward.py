@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speeder_kernels.triton.spae_attention_bias import (
+from speeder_kernels.triton.attention.bias import (
     LN2,
     add_absolute,
     biased_scores,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speeder_kernels.triton.spae_attention_bias import (
+from speeder_kernels.triton.attention.bias import (
     ANY_RANKS,
     NO_ITEM,
     add_absolute,

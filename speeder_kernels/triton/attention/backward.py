@@ -2,7 +2,7 @@
 
 `row_terms_kernel` prepares two numbers a query. `keys_kernel`: a program owns BLOCK_K keys of one key head and walks
 over the queries of all its query heads. `queries_kernel`: a program owns BLOCK_Q queries of one head and walks over
-their keys. The gradients of the bias tables are in `spae_attention_tables.py`.
+their keys. The gradients of the bias tables are in `tables.py`.
 
     p = exp2(score - lse),  dp = grad . v,  ds = p * (dp - delta),  delta = grad . out = sum of p dp over the keys
     grad_v = p^T grad,  grad_k = scale ds^T q,  grad_q = scale ds k;  the tables' gradients are sums of ds.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speeder_kernels.triton.spae_attention_bias import (
+from speeder_kernels.triton.attention.bias import (
     LOG2E,
     add_absolute,
     biased_scores,

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speeder_kernels import reference
-from speeder_kernels.triton.score_tile import pad_columns, score_tile
+from speeder_kernels.triton.items.score_tile import pad_columns, score_tile
 from speeder_kernels.triton.tiles import cdiv, launch, tile
 
 CHUNK_BYTES = 64 << 20  # of codes
