@@ -9,6 +9,7 @@ attention (describe, combine, absolute, reduce) have the same blocks and warps e
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -246,7 +247,7 @@ def launch(
     num_stages: int = 1,
     **constants: Any,
 ) -> None:
-    """Run `kernel` over `grid` on the device of its first argument.
+    """Run `kernel` over `grid` on the device of its first tensor, which may stand in a tuple.
 
     Warps and stages are never left to Triton's defaults, which differ between releases and GPUs: one stage, where the
     table of tiles does not say more, for loops without a product have nothing to gain from buffers in shared memory.
@@ -255,10 +256,18 @@ def launch(
     which has changed between releases: where a result must equal the other backends' to the last bit it is off,
     everywhere else on, for one rounding less and the full rate of the multiply-add units.
     """
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(next(_tensors(arguments))):
         kernel[grid](
             *arguments, enable_fp_fusion=fuse, num_warps=num_warps, num_stages=num_stages, **constants
         )
+
+
+def _tensors(arguments: tuple) -> Iterator[torch.Tensor]:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 def cdiv(a: int, b: int) -> int:

@@ -4,11 +4,8 @@ PyTorch; programs in any order; planted faults. In the interpreter, or on a GPU 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -19,6 +16,7 @@ from triton.runtime.errors import InterpreterError
 
 from speeder_kernels import spae_attention
 from speeder_kernels.triton import tiles
+from speeder_kernels.triton.attention import arguments
 from speeder_kernels.triton.attention import ops as launcher
 from tests.kernels import naive
 from tests.kernels.places import at
@@ -30,11 +28,18 @@ from tests.kernels.triton_tools import (
     exact_bfloat16,
     interpreted_only,
     missing_barriers_fail,
+    planted,
     programs_in_any_order,
 )
 
-# The modules in the order in which they import each other.
-MODULES = ("bias", "forward", "decode", "backward", "tables", "ops")
+# The modules of speeder_kernels.triton in the order in which they import each other.
+MODULES = [
+    f"attention.{name}"
+    for name in (
+        "tuples", "sequences", "ranks", "bias", "forward", "decode", "backward_rows", "backward_queries",
+        "backward_keys", "partial_tables", "backward_relative", "backward_absolute", "arguments", "ops",
+    )
+]  # fmt: skip
 attend = at(spae_attention, "triton", DEVICE)
 
 
@@ -64,24 +69,6 @@ def small_attention_tiles(processors: int = 2, separate: int = 0) -> Iterator[No
             MOST_ROWS=6,  # so that short sequences are not all decoded
         ),
     ):
-        yield
-
-
-@contextlib.contextmanager
-def planted(folder: Path, module: str = "", *changes: tuple[str, str]) -> Iterator[None]:
-    """The op runs copies of its modules, one of them with its source changed: each text, found once, by another."""
-    with mock.patch.dict(sys.modules):
-        for name in MODULES:
-            full = f"speeder_kernels.triton.attention.{name}"
-            source = Path(importlib.import_module(full).__file__).read_text()
-            for old, new in changes if name == module else ():
-                assert source.count(old) == 1, f"{name}: found {source.count(old)} times: {old}"
-                source = source.replace(old, new)
-            path = folder / f"{name}.py"
-            path.write_text(source)
-            spec = importlib.util.spec_from_file_location(full, path)
-            sys.modules[full] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[full])
         yield
 
 
@@ -222,13 +209,13 @@ def test_log_sum_exp(queries):
     torch.testing.assert_close(lse, expected)
 
 
-def test_a_head_that_is_too_wide_is_refused():
+def test_a_head_that_is_too_large_is_refused():
     """By the launcher too, whoever calls it."""
     q = torch.zeros(1, 1, 320, device=DEVICE)
     with pytest.raises(
         ValueError, match=r"q: expected a head dimension of at most 256 .* triton backend, got 320"
     ):
-        launcher._tile(q, "forward")
+        arguments.tile_shape(q, "forward")
 
 
 def test_rows_that_see_no_key_are_zero_and_take_no_gradient():
@@ -458,7 +445,7 @@ CHECKS = {
 @pytest.mark.parametrize("case", CHECKS)
 def test_without_a_fault_the_checks_pass(case, tmp_path):
     """Also from copies of the sources, so that it is the fault that fails below."""
-    with planted(tmp_path):
+    with planted(tmp_path, MODULES):
         CHECKS[case]()
 
 
@@ -468,8 +455,8 @@ WRONG = [
         "bias",
         "history",
         "the last bucket's clamp",
-        "0), buckets - 1)\n    return tl.load(relative",
-        "0), buckets - 2)\n    return tl.load(relative",
+        "0), tables.buckets - 1)\n    return tl.load(tables.relative",
+        "0), tables.buckets - 2)\n    return tl.load(tables.relative",
     ),
     (
         "bias",
@@ -482,8 +469,8 @@ WRONG = [
         "bias",
         "mixed",
         "text has a bias",
-        "tl.where(rank_q >= 0, rank_q - low_q, -4 * WINDOW)",
-        "rank_q - low_q",
+        "tl.where(rank_q >= 0, rank_q - q.low, -4 * WINDOW)",
+        "rank_q - q.low",
     ),
     (
         "bias",
@@ -503,22 +490,22 @@ WRONG = [
         "forward",
         "answered",
         "a query does not see itself",
-        "(first_k + row_K)[None, :] <= (first_q",
-        "(first_k + row_K)[None, :] < (first_q",
+        "(first_k + row_K)[None, :] <= (queries.first",
+        "(first_k + row_K)[None, :] < (queries.first",
     ),
     (
         "forward",
         "all seen",
         "a key after the last",
-        "visible = (first_k + row_K < length_k)",
-        "visible = (first_k + row_K <= length_k)",
+        "visible = (first_k + row_K < keys.length)",
+        "visible = (first_k + row_K <= keys.length)",
     ),
     (
-        "forward",
+        "sequences",
         "answered",
         "a block that only some see taken for whole",
-        "whole = seen_by_all // BLOCK_K * BLOCK_K",
-        "whole = tl.cdiv(seen_by_all, BLOCK_K) * BLOCK_K",
+        "return seen_by_all // TILE.K * TILE.K, end",
+        "return tl.cdiv(seen_by_all, TILE.K) * TILE.K, end",
     ),
     (
         "forward",
@@ -542,63 +529,63 @@ WRONG = [
         "tl.sum(parts_SD, axis=0)",
     ),
     (
-        "backward",
+        "backward_keys",
         "answered",
         "a key not seen by its own query",
-        "(first_k - shift + row_K)[None, :] <= (first_q",
-        "(first_k - shift + row_K)[None, :] < (first_q",
+        "(keys.first - shift + row_K)[None, :] <= (first_q",
+        "(keys.first - shift + row_K)[None, :] < (first_q",
     ),
     (
-        "backward",
+        "backward_keys",
         "answered",
         "masked queries taken for whole",
-        "whole = tl.cdiv(tl.maximum(first_k + BLOCK_K - 1 - shift, 0), BLOCK_Q) * BLOCK_Q",
-        "whole = tl.maximum(first_k + BLOCK_K - 1 - shift, 0) // BLOCK_Q * BLOCK_Q",
+        "whole = tl.cdiv(tl.maximum(first_k + TILE.K - 1 - shift, 0), TILE.Q) * TILE.Q",
+        "whole = tl.maximum(first_k + TILE.K - 1 - shift, 0) // TILE.Q * TILE.Q",
     ),
     (
-        "backward",
+        "backward_queries",
         "bfloat16",
         "the rounding of the output stays in delta",
-        "tl.store(delta + at, delta_Q + sum_Q, mask=inside)",
-        "tl.store(delta + at, delta_Q, mask=inside)",
+        "tl.store(terms.delta + at, delta_Q + sum_Q, mask=inside)",
+        "tl.store(terms.delta + at, delta_Q, mask=inside)",
     ),
     (
-        "backward",
+        "backward_queries",
         "float16",
         "the rounding of the output stays in the far sums",
         "far_Q -= sum_Q * far_weight_Q",
         "far_Q -= 0.0",
     ),
     (
-        "tables",
+        "partial_tables",
         "bfloat16",
         "bfloat16 for all of a factor",
         "low = (x - high.to(tl.float32)).to(tl.bfloat16)",
         "low = (0.0 * x).to(tl.bfloat16)",
     ),
     (
-        "tables",
+        "partial_tables",
         "history",
         "a diagonal on the wrong side",
-        "tl.where(key_QK < BLOCK_K, turned_QK, 0.0)",
-        "tl.where(key_QK <= BLOCK_K, turned_QK, 0.0)",
+        "tl.where(key_QK < TILE.K, turned_QK, 0.0)",
+        "tl.where(key_QK <= TILE.K, turned_QK, 0.0)",
     ),
     (
-        "tables",
+        "backward_relative",
         "history",
         "the far sums forgotten",
-        "far_Q += tl.load(far + at, mask=inside, other=0.0)",
+        "far_Q += tl.load(far.sums + at, mask=inside, other=0.0)",
         "far_Q += 0.0",
     ),
     (
-        "tables",
+        "backward_absolute",
         "answered",
         "keys of one position not added up",
         "tl.where(same_KK, sums_K[None, :], 0.0)",
         "tl.where(place_K[:, None] == place_K[None, :], sums_K[None, :], 0.0)",
     ),
     (
-        "tables",
+        "partial_tables",
         "all seen",
         "the padding forgotten",
         "total += tl.where(bucket == 0, tl.sum(before, axis=0), 0.0)",
@@ -612,33 +599,43 @@ WRONG = [
     ("part", "case", "fault", "old", "new"), WRONG, ids=[fault for _, _, fault, *_ in WRONG]
 )
 def test_a_wrong_kernel_is_noticed(part, case, fault, old, new, tmp_path):
-    with planted(tmp_path, part, (old, new)), pytest.raises(AssertionError):
+    with planted(tmp_path, MODULES, (f"attention.{part}", old, new)), pytest.raises(AssertionError):
         CHECKS[case]()
 
 
-# Case, sound text, and the same without its barrier: what is stored before is read by other threads behind it.
+# Module, case, sound text, and the same without its barrier: what is stored before is read by other threads behind it.
+TABLES, ABSOLUTE, RELATIVE = (
+    "attention.partial_tables",
+    "attention.backward_absolute",
+    "attention.backward_relative",
+)
 BARRIERS = {
-    "cleared row": ("answered", "mask=column < width)\n    tl.debug_barrier()\n", "mask=column < width)\n"),
-    "bucket": ("far", "    tl.debug_barrier()  # the next to read it may be another thread\n", ""),
-    "diagonals": ("answered", "far_K)\n    tl.debug_barrier()\n", "far_K)\n"),
-    "positions": ("answered", "mask=mask_K)\n        tl.debug_barrier()\n", "mask=mask_K)\n"),
+    "cleared row": (
+        TABLES,
+        "answered",
+        "mask=column < width)\n    tl.debug_barrier()\n",
+        "mask=column < width)\n",
+    ),
+    "bucket": (TABLES, "far", "    tl.debug_barrier()  # the next to read it may be another thread\n", ""),
+    "diagonals": (TABLES, "answered", "far_K)\n    tl.debug_barrier()\n", "far_K)\n"),
+    "positions": (ABSOLUTE, "answered", "mask=mask_K)\n        tl.debug_barrier()\n", "mask=mask_K)\n"),
 }
 
 
 @interpreted_only
 @pytest.mark.parametrize("case", ["answered", "far"])
 def test_no_barrier_is_missing(case, tmp_path):
-    with missing_barriers_fail(), planted(tmp_path):
+    with missing_barriers_fail(), planted(tmp_path, MODULES):
         CHECKS[case]()
 
 
 @interpreted_only
 @pytest.mark.parametrize("place", BARRIERS)
 def test_a_missing_barrier_is_noticed(place, tmp_path):
-    case, old, new = BARRIERS[place]
+    module, case, old, new = BARRIERS[place]
     with (
         missing_barriers_fail(),
-        planted(tmp_path, "tables", (old, new)),
+        planted(tmp_path, MODULES, (module, old, new)),
         # So that a program has several blocks of keys.
         mock.patch.object(sys.modules[launcher.__name__], "PROGRAMS_PER_PROCESSOR", 1),
         pytest.raises(InterpreterError, match="a barrier is missing"),
@@ -649,25 +646,30 @@ def test_a_missing_barrier_is_noticed(place, tmp_path):
 ATOMICS = {
     "relative": (
         (
+            RELATIVE,
             "    row = partials + tl.program_id(0).to(tl.int64) * width\n    clear_row(row, width)\n",
-            "    row = partials + wide_head * width\n",
+            "    row = partials + head.to(tl.int64) * width\n",
         ),
-        ("    tl.store(near, tl.load(near) + near_K)\n", "    tl.atomic_add(near, near_K)\n"),
+        (TABLES, "    tl.store(near, tl.load(near) + near_K)\n", "    tl.atomic_add(near, near_K)\n"),
         (
-            "    tl.store(near + BLOCK_K, tl.load(near + BLOCK_K) + far_K)\n",
-            "    tl.atomic_add(near + BLOCK_K, far_K)\n",
+            TABLES,
+            "    tl.store(near + TILE.K, tl.load(near + TILE.K) + far_K)\n",
+            "    tl.atomic_add(near + TILE.K, far_K)\n",
         ),
         (
+            TABLES,
             "    tl.store(row + bucket, tl.load(row + bucket) + value)\n",
             "    tl.atomic_add(row + bucket, value)\n",
         ),
     ),
     "absolute": (
         (
+            ABSOLUTE,
             "    row = partials + tl.program_id(0).to(tl.int64) * positions\n    clear_row(row, positions)\n",
             "    row = partials + head.to(tl.int64) * positions\n",
         ),
         (
+            ABSOLUTE,
             "tl.store(row + position_K, tl.load(row + position_K, mask=mask_K, other=0.0) + total_K, mask",
             "tl.atomic_add(row + position_K, total_K, mask",
         ),
@@ -685,7 +687,7 @@ def test_an_atomic_sum_is_noticed(table, tmp_path):
     """
     right = next(runs_in_any_order(1))
     zeros = mock.patch.object(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    with planted(tmp_path, "tables", *ATOMICS[table]), zeros:
+    with planted(tmp_path, MODULES, *ATOMICS[table]), zeros:
         runs = runs_in_any_order(16)
         first = next(runs)
         for run in runs:

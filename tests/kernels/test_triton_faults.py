@@ -68,7 +68,7 @@ WRONG = [
 @pytest.mark.parametrize("op", CHECKS)
 def test_without_a_fault_the_checks_pass(op, tmp_path):
     """Also from a copy of the source, so that it is the fault that fails below."""
-    with small_tiles(processors=5), planted(op, tmp_path):
+    with small_tiles(processors=5), planted(tmp_path, [f"items.{op}"]):
         CHECKS[op]()
 
 
@@ -76,13 +76,18 @@ def test_without_a_fault_the_checks_pass(op, tmp_path):
     ("op", "fault", "old", "new"), WRONG, ids=[f"{op}: {fault}" for op, fault, *_ in WRONG]
 )
 def test_a_wrong_kernel_is_noticed(op, fault, old, new, tmp_path):
-    with small_tiles(processors=5), planted(op, tmp_path, (old, new)), pytest.raises(AssertionError):
+    with (
+        small_tiles(processors=5),
+        planted(tmp_path, [f"items.{op}"], (f"items.{op}", old, new)),
+        pytest.raises(AssertionError),
+    ):
         CHECKS[op]()
 
 
 ATOMICS = {
     "compress_items": [
-        ("tl.store(weight_parts + tl.program_id(0).to(tl.int64) * H + column,", "tl.atomic_add(weight_parts + column,"),
+        ("part = grads.weight_parts + tl.program_id(0).to(tl.int64) * x.H\n", "part = grads.weight_parts\n"),
+        ("tl.store(part + column, grad_weight,", "tl.atomic_add(part + column, grad_weight,"),
         ("norm_weight.new_empty(programs if weight", "norm_weight.new_zeros(programs if weight"),
     ],
     "item_cross_entropy": [
@@ -98,8 +103,9 @@ ATOMICS = {
 def test_an_atomic_sum_is_noticed(op, tmp_path):
     """Its result is right, within rounding, and differs with the order in which programs run."""
     right = gradients_of(op, seed=0)
+    changes = [(f"items.{op}", old, new) for old, new in ATOMICS[op]]
     results = []
-    with planted(op, tmp_path, *ATOMICS[op]):
+    with planted(tmp_path, [f"items.{op}"], *changes):
         for order in range(3):
             with programs_in_any_order(order):
                 results.append(gradients_of(op, seed=0))

@@ -241,7 +241,9 @@ def compile_calls(
 def measure(compiled, options: dict) -> dict:
     """What a compiled kernel takes. Registers and stack stand in the machine code's own headers."""
     metadata = compiled.metadata
-    constants = {name: value for name, value in options.items() if name.isupper()}
+    constants = {name: value for name, value in options.items() if name.isupper() and name != "FAR_TILE"}
+    if "TILE" in constants:  # attention's named tuple: its members stand for themselves
+        constants |= {name: member.value for name, member in constants.pop("TILE")._asdict().items()}
     row = {"constants": constants, "num_warps": metadata.num_warps, "num_stages": metadata.num_stages}
     assembly = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
     row["barriers"] = len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"]))

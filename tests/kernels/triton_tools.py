@@ -8,10 +8,11 @@ Where there is no GPU, Triton's interpreter runs the kernels, one program after 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -151,20 +152,26 @@ def missing_barriers_fail() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def planted(name: str, folder: Path, *changes: tuple[str, str]) -> Iterator[None]:
-    """The ops run `speeder_kernels.triton.items.NAME` with its source changed: each text, found once, by another."""
-    full = f"speeder_kernels.triton.items.{name}"
-    source = Path(importlib.import_module(full).__file__).read_text()
-    for old, new in changes:
-        assert source.count(old) == 1, f"{name}: found {source.count(old)} times: {old}"
-        source = source.replace(old, new)
-    path = folder / f"{name}.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(full, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for constant in ("CHUNK_BYTES", "CHUNK_ITEMS"):
-        if hasattr(module, constant):
-            setattr(module, constant, getattr(sys.modules[full], constant))
-    with mock.patch.dict(sys.modules, {full: module}):
+def planted(folder: Path, modules: Sequence[str], *changes: tuple[str, str, str]) -> Iterator[None]:
+    """The ops run copies of `modules` of speeder_kernels.triton, given in the order in which they import each other.
+
+    A change is a module, a text that stands in it once, and what stands there instead.
+    """
+    assert {module for module, _, _ in changes} <= set(modules)
+    with mock.patch.dict(sys.modules):
+        for name in modules:
+            full = f"speeder_kernels.triton.{name}"
+            original = importlib.import_module(full)
+            source = Path(original.__file__).read_text()
+            for _, old, new in (change for change in changes if change[0] == name):
+                assert source.count(old) == 1, f"{name}: found {source.count(old)} times: {old}"
+                source = source.replace(old, new)
+            path = folder / f"{name}.py"
+            path.write_text(source)
+            spec = importlib.util.spec_from_file_location(full, path)
+            module = sys.modules[full] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            for constant in ("CHUNK_BYTES", "CHUNK_ITEMS"):  # as `small_tiles` has set them
+                if hasattr(original, constant):
+                    setattr(module, constant, getattr(original, constant))
         yield

@@ -1,6 +1,6 @@
-"""spae_attention for few queries against many keys, as when one token is decoded against a long cache.
+"""Attention of few queries to many keys, as when one token is decoded against a long cache.
 
-The queries of all heads that share a key head stand in one tile of BLOCK_Q rows, so that keys and values are read once;
+The queries of all heads that share a key head stand in one tile of Q rows, so that keys and values are read once;
 more rows than that take several tiles, each of which reads them. The keys of a sequence are split among programs, and
 `combine_kernel` puts their results together in the order of the keys.
 
@@ -12,43 +12,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speeder_kernels.triton.attention.bias import LN2, LOG2E, load_rows, sequence_span
+from speeder_kernels.triton.attention.bias import LN2, LOG2E
 from speeder_kernels.triton.attention.forward import softmax_step
+from speeder_kernels.triton.attention.sequences import load_rows, rows_of, sequence_span
+from speeder_kernels.triton.attention.tuples import (
+    Inputs,
+    Ranks,
+    Tables,
+    TileShape,
+)
 
 
 @triton.jit(do_not_specialize=["key_heads", "group", "splits", "blocks_q", "buckets", "positions"])
 def decode_kernel(
-    out,
-    lse,
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rank_q,
-    rank_k,
-    relative,
-    absolute,
-    q_stride,
-    q_head_stride,
-    k_stride,
-    k_head_stride,
-    v_stride,
-    v_head_stride,
-    key_heads,
-    group,
-    splits,
-    blocks_q,
-    buckets,
-    positions,
-    scale,
-    CAUSAL: tl.constexpr,
-    SPLIT: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    out, lse, x: Inputs, ranks: Ranks, tables: Tables,
+    key_heads, group, splits, blocks_q, buckets, positions, scale,
+    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, TILE: TileShape,
+):  # fmt: skip
     """A program takes a block of rows of one sequence and key head, and one of the `splits` parts of the keys.
 
     out (Tq, Hq, D) and lse (Tq, Hq). With SPLIT (Tq, Hq, splits, D) and (Tq, Hq, splits), in float32 and base 2.
@@ -58,45 +38,44 @@ def decode_kernel(
     split, program = program % splits, program // splits
     block, program = program % blocks_q, program // blocks_q
     key_head, sequence = program % key_heads, program // key_heads
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequence + 1)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequence + 1)
-    row_Q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    start_q, length_q = sequence_span(ranks.cu_seqlens_q, sequence, sequence + 1)
+    start_k, length_k = sequence_span(ranks.cu_seqlens_k, sequence, sequence + 1)
+    row_Q = block * TILE.Q + tl.arange(0, TILE.Q)
     query_Q = row_Q // group
     head_Q = key_head * group + row_Q % group
     inside = query_Q < length_q
-    row_K, row_D = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    row_K, row_D = tl.arange(0, TILE.K), tl.arange(0, TILE.BLOCK_D)
     token_Q = (start_q + query_Q).to(tl.int64)
-    pointers = q + token_Q[:, None] * q_stride + head_Q.to(tl.int64)[:, None] * q_head_stride + row_D[None, :]
-    q_QD = tl.load(pointers, mask=inside[:, None] & (row_D < D)[None, :], other=0.0)
-    k += start_k.to(tl.int64) * k_stride + key_head.to(tl.int64) * k_head_stride
-    v += start_k.to(tl.int64) * v_stride + key_head.to(tl.int64) * v_head_stride
-    if relative is not None or absolute is not None:
-        rank_q_Q = tl.load(rank_q + token_Q, mask=inside, other=-1)
-    acc_QD = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    top_Q = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    total_Q = tl.zeros((BLOCK_Q,), tl.float32)
+    row_pointers = x.q.data + token_Q[:, None] * x.q.stride + head_Q.to(tl.int64)[:, None] * x.q.head_stride
+    q_QD = tl.load(row_pointers + row_D[None, :], mask=inside[:, None] & (row_D < TILE.D)[None, :], other=0.0)
+    k, v = rows_of(x.k, start_k, key_head), rows_of(x.v, start_k, key_head)
+    if tables.relative is not None or tables.absolute is not None:
+        rank_q_Q = tl.load(ranks.rank_q + token_Q, mask=inside, other=-1)
+    acc_QD = tl.zeros((TILE.Q, TILE.BLOCK_D), tl.float32)
+    top_Q = tl.full((TILE.Q,), float("-inf"), tl.float32)
+    total_Q = tl.zeros((TILE.Q,), tl.float32)
     shift = length_k - length_q
-    part = tl.cdiv(tl.cdiv(length_k, BLOCK_K), splits) * BLOCK_K
-    for first_k in range(split * part, tl.minimum(split * part + part, length_k), BLOCK_K):
-        k_KD = load_rows(k, first_k, k_stride, length_k, BLOCK_K, D, BLOCK_D, False)
+    part = tl.cdiv(tl.cdiv(length_k, TILE.K), splits) * TILE.K
+    for first_k in range(split * part, tl.minimum(split * part + part, length_k), TILE.K):
+        k_KD = load_rows(k, first_k, length_k, TILE.K, TILE, False)
         scores_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee") * scale
         key_K = first_k + row_K
         visible = inside[:, None] & (key_K < length_k)[None, :]
         if CAUSAL:
             visible = visible & (key_K[None, :] <= query_Q[:, None] + shift)
-        if relative is not None or absolute is not None:
-            rank_k_K = tl.load(rank_k + start_k + key_K, mask=key_K < length_k, other=-1)
+        if tables.relative is not None or tables.absolute is not None:
+            rank_k_K = tl.load(ranks.rank_k + start_k + key_K, mask=key_K < length_k, other=-1)
             is_pair = visible & (rank_q_Q >= 0)[:, None] & (rank_k_K >= 0)[None, :]
-        if relative is not None:
+        if tables.relative is not None:
             bucket = tl.minimum(tl.maximum(rank_q_Q[:, None] - rank_k_K[None, :], 0), buckets - 1)
-            bias_QK = tl.load(relative + head_Q[:, None] * buckets + bucket, mask=is_pair, other=0.0)
-            scores_QK += bias_QK * LOG2E
-        if absolute is not None:
-            rows = absolute + head_Q[:, None] * positions
-            bias_QK = tl.load(rows + tl.minimum(rank_k_K, positions - 1)[None, :], mask=is_pair, other=0.0)
-            scores_QK += bias_QK * LOG2E
+            rows = tables.relative + head_Q[:, None] * buckets
+            scores_QK += tl.load(rows + bucket, mask=is_pair, other=0.0) * LOG2E
+        if tables.absolute is not None:
+            position = tl.minimum(rank_k_K, positions - 1)[None, :]
+            rows = tables.absolute + head_Q[:, None] * positions
+            scores_QK += tl.load(rows + position, mask=is_pair, other=0.0) * LOG2E
         scores_QK = tl.where(visible, scores_QK, float("-inf"))
-        v_KD = load_rows(v, first_k, v_stride, length_k, BLOCK_K, D, BLOCK_D, False)
+        v_KD = load_rows(v, first_k, length_k, TILE.K, TILE, False)
         acc_QD, top_Q, total_Q = softmax_step(acc_QD, top_Q, total_Q, scores_QK, v_KD)
     is_blind_Q = total_Q == 0.0
     out_QD = acc_QD / tl.where(is_blind_Q, 1.0, total_Q)[:, None]
@@ -107,8 +86,8 @@ def decode_kernel(
     else:
         lse_Q = tl.where(is_blind_Q, float("inf"), lse_Q * LN2)
     tl.store(lse + at_Q, lse_Q, mask=inside)
-    pointers = out + at_Q[:, None] * D + row_D[None, :]
-    tl.store(pointers, out_QD.to(out.dtype.element_ty), mask=inside[:, None] & (row_D < D)[None, :])
+    pointers = out + at_Q[:, None] * TILE.D + row_D[None, :]
+    tl.store(pointers, out_QD.to(out.dtype.element_ty), mask=inside[:, None] & (row_D < TILE.D)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "heads", "sequences"])

@@ -1,4 +1,4 @@
-"""The forward kernel of spae_attention: a program owns BLOCK_Q queries of one head and walks over their keys.
+"""The forward kernel: a program owns a tile of queries of one head and walks over their keys.
 
 Shape letters: Q queries of a tile, K keys of a tile, D head size.
 """
@@ -8,18 +8,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from speeder_kernels.triton.attention.bias import (
-    LN2,
-    add_absolute,
-    biased_scores,
+from speeder_kernels.triton.attention.bias import LN2, add_absolute, biased_scores, load_absolute
+from speeder_kernels.triton.attention.ranks import tile_ranks
+from speeder_kernels.triton.attention.sequences import (
     find_sequence,
     first_tile,
-    load_absolute,
     load_rows,
+    rows_of,
+    seen_keys,
     sequence_span,
     store_rows,
-    tile_ranks,
     with_tail,
+)
+from speeder_kernels.triton.attention.tuples import (
+    HeadTables,
+    Inputs,
+    Keys,
+    QueryTile,
+    Ranks,
+    Tables,
+    TileRanks,
+    TileShape,
 )
 
 
@@ -37,175 +46,104 @@ def softmax_step(acc_QD, top_Q, total_Q, scores_QK, v_KD):
 
 @triton.jit
 def attend(
-    acc_QD,
-    top_Q,
-    total_Q,
-    any_wide,
-    q_QD,
-    k,
-    v,
-    k_stride,
-    v_stride,
-    rank_q_Q,
-    rank_k,
-    relative,
-    absolute,
-    summary_k,
-    kind_q,
-    low_q,
-    high_q,
-    first_q,
-    begin,
-    end,
-    length_k,
-    shift,
-    buckets,
-    positions,
-    scale,
-    CAUSAL: tl.constexpr,
-    MASKED: tl.constexpr,
-    WIDE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Attend to keys `begin` to `end`. Without MASKED, every query sees all of them.
+    sums, queries: QueryTile, keys: Keys, tables: HeadTables, begin, end, shift, scale,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, TILE: TileShape,
+):  # fmt: skip
+    """Attend to keys `begin` to `end`: `sums` are acc_QD, top_Q, total_Q and any_wide. Without MASKED, every query
+    sees all of these keys.
 
     Tiles that are wide are left out and noted in `any_wide`; with WIDE, they alone are taken.
     """
-    row_Q, row_K = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    acc_QD, top_Q, total_Q, any_wide = sums
+    row_Q, row_K = tl.arange(0, TILE.Q), tl.arange(0, TILE.K)
     step_QK = row_Q[:, None] - row_K[None, :]
     # What does not change in the loop is computed again rather than held: registers are short.
-    for first_k in tl.range(begin, end, BLOCK_K, disable_licm=True):
-        k_KD = load_rows(k, first_k, k_stride, length_k, BLOCK_K, D, BLOCK_D, not MASKED)
-        products_QK = tl.dot(q_QD, tl.trans(k_KD), input_precision="ieee")
-        if relative is not None or absolute is not None:
-            rank_k_K = tl.load(rank_k + first_k + row_K, mask=first_k + row_K < length_k, other=-1)
-        if relative is not None:
-            kind_k, low_k, high_k = tile_ranks(summary_k, first_k // BLOCK_K, BLOCK_K)
+    for first_k in tl.range(begin, end, TILE.K, disable_licm=True):
+        k_KD = load_rows(keys.k, first_k, keys.length, TILE.K, TILE, not MASKED)
+        products_QK = tl.dot(queries.q_QD, tl.trans(k_KD), input_precision="ieee")
+        if tables.relative is not None or tables.absolute is not None:
+            rank_k_K = tl.load(keys.rank + first_k + row_K, mask=first_k + row_K < keys.length, other=-1)
+        if tables.relative is not None:
+            ranks_k = tile_ranks(keys.summary, first_k // TILE.K, TILE.K)
             scores_QK, any_wide = biased_scores(
-                products_QK, any_wide, scale, relative, buckets, kind_q, low_q, high_q, kind_k, low_k, high_k,
-                step_QK, rank_q_Q, rank_k_K, WIDE, BLOCK_Q, BLOCK_K,
+                products_QK, any_wide, scale, tables, queries.ranks, ranks_k, step_QK, queries.rank_Q, rank_k_K,
+                WIDE, TILE,
             )  # fmt: skip
         else:
             scores_QK = products_QK * scale
-        if absolute is not None:
-            scores_QK = add_absolute(scores_QK, rank_q_Q, load_absolute(absolute, rank_k_K, positions))
+        if tables.absolute is not None:
+            bias_K = load_absolute(tables.absolute, rank_k_K, tables.positions)
+            scores_QK = add_absolute(scores_QK, queries.rank_Q, bias_K)
         if MASKED:
-            visible = (first_k + row_K < length_k)[None, :]
+            visible = (first_k + row_K < keys.length)[None, :]
             if CAUSAL:
-                visible = visible & ((first_k + row_K)[None, :] <= (first_q + shift + row_Q)[:, None])
+                visible = visible & ((first_k + row_K)[None, :] <= (queries.first + shift + row_Q)[:, None])
             scores_QK = tl.where(visible, scores_QK, float("-inf"))
-        v_KD = load_rows(v, first_k, v_stride, length_k, BLOCK_K, D, BLOCK_D, not MASKED)
+        v_KD = load_rows(keys.v, first_k, keys.length, TILE.K, TILE, not MASKED)
         acc_QD, top_Q, total_Q = softmax_step(acc_QD, top_Q, total_Q, scores_QK, v_KD)
     return acc_QD, top_Q, total_Q, any_wide
 
 
 @triton.jit(do_not_specialize=["tokens_q", "heads", "group", "sequences", "buckets", "positions"])
 def forward_kernel(
-    out,
-    lse,
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    rank_q,
-    rank_k,
-    relative,
-    absolute,
-    summary_q,
-    summary_k,
-    q_stride,
-    q_head_stride,
-    k_stride,
-    k_head_stride,
-    v_stride,
-    v_head_stride,
-    tokens_q,
-    heads,
-    group,
-    sequences,
-    buckets,
-    positions,
-    scale,
-    CAUSAL: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out (Tq, Hq, D) and lse (Tq, Hq), contiguous; `group` query heads share a key head.
-
-    `relative` comes with the summaries of `describe_kernel`; None, like `absolute`,
-    where there is no such bias.
-    """
+    out, lse, x: Inputs, ranks: Ranks, tables: Tables, tokens_q, heads, group, sequences, buckets, positions, scale,
+    CAUSAL: tl.constexpr, TILE: TileShape,
+):  # fmt: skip
+    """out (Tq, Hq, D) and lse (Tq, Hq), contiguous; `group` query heads share a key head."""
     head = tl.program_id(0) % heads
     tile = tl.program_id(0) // heads
-    sequence = find_sequence(cu_seqlens_q, tile, sequences, BLOCK_Q)
-    first = first_tile(cu_seqlens_q, sequence, BLOCK_Q)
-    start_q, length_q = sequence_span(cu_seqlens_q, sequence, sequences)
-    start_k, length_k = sequence_span(cu_seqlens_k, sequence, sequences)
+    sequence = find_sequence(ranks.cu_seqlens_q, tile, sequences, TILE.Q)
+    first = first_tile(ranks.cu_seqlens_q, sequence, TILE.Q)
+    start_q, length_q = sequence_span(ranks.cu_seqlens_q, sequence, sequences)
+    start_k, length_k = sequence_span(ranks.cu_seqlens_k, sequence, sequences)
     length_q = with_tail(start_q, length_q, sequence, sequences, tokens_q)
     # A sequence's last queries see the most keys: they begin first, so that no long program is left for the end.
-    number = tl.cdiv(length_q, BLOCK_Q) - 1 - (tile - first)
-    first_q = number * BLOCK_Q
+    number = tl.cdiv(length_q, TILE.Q) - 1 - (tile - first)
+    first_q = number * TILE.Q
     if number >= 0:
-        wide_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
-        q += start_q.to(tl.int64) * q_stride + wide_head * q_head_stride
-        k += start_k.to(tl.int64) * k_stride + key_head * k_head_stride
-        v += start_k.to(tl.int64) * v_stride + key_head * v_head_stride
-        q_QD = load_rows(q, first_q, q_stride, length_q, BLOCK_Q, D, BLOCK_D, False)
-        row_Q = first_q + tl.arange(0, BLOCK_Q)
+        query_head, key_head = head.to(tl.int64), (head // group).to(tl.int64)
+        q = rows_of(x.q, start_q, query_head)
+        k = rows_of(x.k, start_k, key_head)
+        v = rows_of(x.v, start_k, key_head)
+        q_QD = load_rows(q, first_q, length_q, TILE.Q, TILE, False)
+        row_Q = first_q + tl.arange(0, TILE.Q)
         rank_q_Q = row_Q
-        kind_q, low_q, high_q = 0, 0, 0
+        ranks_q = TileRanks(kind=0, low=0, high=0)
+        relative, absolute, summary_k = tables.relative, tables.absolute, ranks.summary_k
         if relative is not None or absolute is not None:
-            rank_q_Q = tl.load(rank_q + start_q + row_Q, mask=row_Q < length_q, other=-1)
+            rank_q_Q = tl.load(ranks.rank_q + start_q + row_Q, mask=row_Q < length_q, other=-1)
         if relative is not None:
             relative += head * buckets
-            kind_q, low_q, high_q = tile_ranks(summary_q, first + number, BLOCK_Q)
-            summary_k += 2 * first_tile(cu_seqlens_k, sequence, BLOCK_K)
+            ranks_q = tile_ranks(ranks.summary_q, first + number, TILE.Q)
+            summary_k += 2 * first_tile(ranks.cu_seqlens_k, sequence, TILE.K)
         if absolute is not None:
             absolute += head * positions
-        rank_k += start_k
-        acc_QD = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-        top_Q = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-        total_Q = tl.zeros((BLOCK_Q,), tl.float32)
-        shift = length_k - length_q
-        if CAUSAL:
-            # The first query sees keys up to first_q + shift, and the last one the most.
-            seen_by_all = tl.minimum(tl.maximum(first_q + shift + 1, 0), length_k)
-            end = tl.minimum(tl.maximum(tl.minimum(first_q + BLOCK_Q, length_q) + shift, 0), length_k)
-        else:
-            seen_by_all = length_k
-            end = length_k
-        whole = seen_by_all // BLOCK_K * BLOCK_K
+        queries = QueryTile(q_QD=q_QD, rank_Q=rank_q_Q, ranks=ranks_q, first=first_q)
+        keys = Keys(k=k, v=v, rank=ranks.rank_k + start_k, summary=summary_k, length=length_k)
+        biases = HeadTables(relative=relative, buckets=buckets, absolute=absolute, positions=positions)
+        acc_QD = tl.zeros((TILE.Q, TILE.BLOCK_D), tl.float32)
+        top_Q = tl.full((TILE.Q,), float("-inf"), tl.float32)
+        total_Q = tl.zeros((TILE.Q,), tl.float32)
         any_wide = False
+        shift = length_k - length_q
+        whole, end = seen_keys(first_q, length_q, length_k, CAUSAL, TILE)
         acc_QD, top_Q, total_Q, any_wide = attend(
-            acc_QD, top_Q, total_Q, any_wide, q_QD, k, v, k_stride, v_stride, rank_q_Q, rank_k, relative,
-            absolute,
-            summary_k, kind_q, low_q, high_q, first_q, 0, whole, length_k, shift, buckets, positions, scale,
-            CAUSAL, False, False, D, BLOCK_D, BLOCK_Q, BLOCK_K,
+            (acc_QD, top_Q, total_Q, any_wide), queries, keys, biases, 0, whole, shift, scale,
+            CAUSAL, False, False, TILE,
         )  # fmt: skip
         acc_QD, top_Q, total_Q, any_wide = attend(
-            acc_QD, top_Q, total_Q, any_wide, q_QD, k, v, k_stride, v_stride, rank_q_Q, rank_k, relative,
-            absolute,
-            summary_k, kind_q, low_q, high_q, first_q, whole, end, length_k, shift, buckets, positions, scale,
-            CAUSAL, True, False, D, BLOCK_D, BLOCK_Q, BLOCK_K,
+            (acc_QD, top_Q, total_Q, any_wide), queries, keys, biases, whole, end, shift, scale,
+            CAUSAL, True, False, TILE,
         )  # fmt: skip
         if relative is not None:  # noqa: SIM102 - the one is decided when compiling
             if any_wide:
                 acc_QD, top_Q, total_Q, any_wide = attend(
-                    acc_QD, top_Q, total_Q, any_wide, q_QD, k, v, k_stride, v_stride, rank_q_Q, rank_k,
-                    relative, absolute,
-                    summary_k, kind_q, low_q, high_q, first_q, 0, end, length_k, shift, buckets,
-                    positions, scale,
-                    CAUSAL, True, True, D, BLOCK_D, BLOCK_Q, BLOCK_K,
+                    (acc_QD, top_Q, total_Q, any_wide), queries, keys, biases, 0, end, shift, scale,
+                    CAUSAL, True, True, TILE,
                 )  # fmt: skip
         is_blind_Q = total_Q == 0.0
         out_QD = acc_QD / tl.where(is_blind_Q, 1.0, total_Q)[:, None]
-        out += (start_q.to(tl.int64) * heads + head) * D
-        store_rows(out, first_q, heads * D, length_q, out_QD, BLOCK_Q, D, BLOCK_D)
+        out += (start_q.to(tl.int64) * heads + head) * TILE.D
+        store_rows(out, first_q, heads * TILE.D, length_q, out_QD, TILE.Q, TILE)
         lse_Q = tl.where(is_blind_Q, float("inf"), (top_Q + tl.math.log2(total_Q)) * LN2)
         tl.store(lse + (start_q + row_Q).to(tl.int64) * heads + head, lse_Q, mask=row_Q < length_q)

@@ -6,6 +6,8 @@ Shape letters: U items, M modalities, H hidden size. A program holds whole rows 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,13 +18,31 @@ from speeder_kernels.triton.sum_parts import sum_parts
 from speeder_kernels.triton.tiles import cdiv, launch, tile
 
 
+class Experts(NamedTuple):
+    """What an item is mixed from; in a kernel, a tensor is a pointer."""
+
+    outputs: Tensor  # (U, M, H)
+    gate_logits: Tensor  # (U, M), float32
+    present: Tensor  # (U, M), uint8
+    M: int
+    H: int
+
+
+class Gradients(NamedTuple):
+    """What `compress_items_backward_kernel` writes; None for what nobody needs."""
+
+    experts: Tensor | None  # (U, M, H)
+    logits: Tensor | None  # (U, M)
+    weight_parts: Tensor | None  # (programs, H)
+
+
 @triton.jit
-def _gates(gate_logits, present, item, in_batch, M, BLOCK_M: tl.constexpr):
+def _gates(x: Experts, item, in_batch, BLOCK_M: tl.constexpr):
     """Softmax over present modalities, `(BLOCK_U, BLOCK_M)`; 0 for the absent, whose logits are not read."""
     modality = tl.arange(0, BLOCK_M)
-    place = item[:, None] * M + modality[None, :]
-    here = tl.load(present + place, mask=in_batch[:, None] & (modality < M)[None, :], other=0) != 0
-    logits = tl.load(gate_logits + place, mask=here, other=float("-inf"))
+    place = item[:, None] * x.M + modality[None, :]
+    here = tl.load(x.present + place, mask=in_batch[:, None] & (modality < x.M)[None, :], other=0) != 0
+    logits = tl.load(x.gate_logits + place, mask=here, other=float("-inf"))
     largest = tl.where(in_batch, tl.max(logits, axis=1), 0.0)
     powers = tl.where(here, tl.exp(logits - largest[:, None]), 0.0)
     total = tl.where(in_batch, tl.sum(powers, axis=1), 1.0)
@@ -36,73 +56,68 @@ def _of_modality(table, m, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def _expert_rows(expert_outputs, present, item, in_batch, m, M, H, column):
+def _expert_rows(x: Experts, item, in_batch, m, column):
     """Modality m's rows `(BLOCK_U, BLOCK_H)` in float32; zeros, not read, for items that lack it."""
-    place = item * M + m
-    here = tl.load(present + place, mask=in_batch, other=0) != 0
-    inside = here[:, None] & (column < H)[None, :]
-    rows = tl.load(expert_outputs + place[:, None] * H + column[None, :], mask=inside, other=0.0)
+    place = item * x.M + m
+    here = tl.load(x.present + place, mask=in_batch, other=0) != 0
+    inside = here[:, None] & (column < x.H)[None, :]
+    rows = tl.load(x.outputs + place[:, None] * x.H + column[None, :], mask=inside, other=0.0)
     return rows.to(tl.float32)
 
 
 @triton.jit
-def _mixed_and_inverse_rms(
-    expert_outputs, present, gates, item, in_batch, M, H, column, eps, BLOCK_M: tl.constexpr
-):
+def _mixed_and_inverse_rms(x: Experts, gates, item, in_batch, column, eps, BLOCK_M: tl.constexpr):
     """The weighted sum of an item's experts `(BLOCK_U, BLOCK_H)`, and one over its root mean square."""
     mixed = tl.zeros((item.shape[0], column.shape[0]), tl.float32)
-    for m in range(M):
-        rows = _expert_rows(expert_outputs, present, item, in_batch, m, M, H, column)
+    for m in range(x.M):
+        rows = _expert_rows(x, item, in_batch, m, column)
         mixed += _of_modality(gates, m, BLOCK_M)[:, None] * rows
-    mean_square = tl.div_rn(tl.sum(mixed * mixed, axis=1), H * 1.0)
+    mean_square = tl.div_rn(tl.sum(mixed * mixed, axis=1), x.H * 1.0)
     return mixed, tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
 
 
 @triton.jit(do_not_specialize=["U"])
 def compress_items_kernel(
-    tokens, gates_out, expert_outputs, gate_logits, present, norm_weight, eps, U, M, H,
+    tokens, gates_out, x: Experts, norm_weight, eps, U,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A program makes the tokens and gates of BLOCK_U items."""
     item = tl.program_id(0).to(tl.int64) * BLOCK_U + tl.arange(0, BLOCK_U)
     in_batch = item < U
     column, modality = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_M)
-    gates = _gates(gate_logits, present, item, in_batch, M, BLOCK_M)
-    mixed, inverse_rms = _mixed_and_inverse_rms(
-        expert_outputs, present, gates, item, in_batch, M, H, column, eps, BLOCK_M
-    )
-    weight = tl.load(norm_weight + column, mask=column < H, other=0.0)
+    gates = _gates(x, item, in_batch, BLOCK_M)
+    mixed, inverse_rms = _mixed_and_inverse_rms(x, gates, item, in_batch, column, eps, BLOCK_M)
+    weight = tl.load(norm_weight + column, mask=column < x.H, other=0.0)
     out = mixed * inverse_rms[:, None] * weight[None, :]
-    inside = in_batch[:, None] & (column < H)[None, :]
-    tl.store(tokens + item[:, None] * H + column[None, :], out.to(tokens.dtype.element_ty), mask=inside)
-    inside = in_batch[:, None] & (modality < M)[None, :]
-    tl.store(gates_out + item[:, None] * M + modality[None, :], gates, mask=inside)
+    inside = in_batch[:, None] & (column < x.H)[None, :]
+    tl.store(tokens + item[:, None] * x.H + column[None, :], out.to(tokens.dtype.element_ty), mask=inside)
+    inside = in_batch[:, None] & (modality < x.M)[None, :]
+    tl.store(gates_out + item[:, None] * x.M + modality[None, :], gates, mask=inside)
 
 
 @triton.jit(do_not_specialize=["U", "ITEMS"])
 def compress_items_backward_kernel(
-    grad_experts, grad_logits, weight_parts, grad_tokens, grad_gates,
-    expert_outputs, gate_logits, present, norm_weight, eps, U, M, H, ITEMS,
-    EXPERTS: tl.constexpr, LOGITS: tl.constexpr, WEIGHT: tl.constexpr,
+    grad_tokens, grad_gates, grads: Gradients, x: Experts, norm_weight, eps, U, ITEMS,
     BLOCK_U: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """A program owns ITEMS items and one part of the weight's gradient. EXPERTS, LOGITS and WEIGHT: what is wanted."""
+    """A program owns ITEMS items and one part of the weight's gradient."""
+    EXPERTS: tl.constexpr = grads.experts is not None
+    LOGITS: tl.constexpr = grads.logits is not None
+    WEIGHT: tl.constexpr = grads.weight_parts is not None
     column, modality = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_M)
-    in_row = (column < H)[None, :]
-    weight = tl.load(norm_weight + column, mask=column < H, other=0.0)
+    in_row = (column < x.H)[None, :]
+    weight = tl.load(norm_weight + column, mask=column < x.H, other=0.0)
     grad_weight = tl.zeros((BLOCK_H,), tl.float32)
     start = tl.program_id(0).to(tl.int64) * ITEMS
     stop = tl.minimum(start + ITEMS, U)
     for first in range(start, stop, BLOCK_U):
         item = first + tl.arange(0, BLOCK_U)
         in_batch = item < stop
-        gates = _gates(gate_logits, present, item, in_batch, M, BLOCK_M)
-        mixed, inverse_rms = _mixed_and_inverse_rms(
-            expert_outputs, present, gates, item, in_batch, M, H, column, eps, BLOCK_M
-        )
+        gates = _gates(x, item, in_batch, BLOCK_M)
+        mixed, inverse_rms = _mixed_and_inverse_rms(x, gates, item, in_batch, column, eps, BLOCK_M)
         normed = mixed * inverse_rms[:, None]
         inside = in_batch[:, None] & in_row
-        grad = tl.load(grad_tokens + item[:, None] * H + column[None, :], mask=inside, other=0.0).to(
+        grad = tl.load(grad_tokens + item[:, None] * x.H + column[None, :], mask=inside, other=0.0).to(
             tl.float32
         )
         if WEIGHT:
@@ -110,27 +125,28 @@ def compress_items_backward_kernel(
         if EXPERTS or LOGITS:
             grad_normed = grad * weight[None, :]
             # RMSNorm: the part of the gradient along the normalised vector is removed.
-            along = tl.div_rn(tl.sum(grad_normed * normed, axis=1), H * 1.0)
+            along = tl.div_rn(tl.sum(grad_normed * normed, axis=1), x.H * 1.0)
             grad_mixed = inverse_rms[:, None] * (grad_normed - normed * along[:, None])
             dots = tl.zeros((BLOCK_U, BLOCK_M), tl.float32)
-            for m in range(M):
+            for m in range(x.M):
                 if EXPERTS:
                     # An absent modality's gate is 0, and so is its gradient, unless the item's own is not finite.
                     part = _of_modality(gates, m, BLOCK_M)[:, None] * grad_mixed
-                    place = (item * M + m)[:, None] * H + column[None, :]
-                    tl.store(grad_experts + place, part.to(grad_experts.dtype.element_ty), mask=inside)
+                    place = (item * x.M + m)[:, None] * x.H + column[None, :]
+                    tl.store(grads.experts + place, part.to(grads.experts.dtype.element_ty), mask=inside)
                 if LOGITS:
-                    rows = _expert_rows(expert_outputs, present, item, in_batch, m, M, H, column)
+                    rows = _expert_rows(x, item, in_batch, m, column)
                     dot = tl.sum(rows * grad_mixed, axis=1)
                     dots = tl.where(modality[None, :] == m, dot[:, None], dots)
             if LOGITS:
-                place = item[:, None] * M + modality[None, :]
-                inside = in_batch[:, None] & (modality < M)[None, :]
+                place = item[:, None] * x.M + modality[None, :]
+                inside = in_batch[:, None] & (modality < x.M)[None, :]
                 dots += tl.load(grad_gates + place, mask=inside, other=0.0)
                 centred = dots - tl.sum(gates * dots, axis=1)[:, None]
-                tl.store(grad_logits + place, gates * centred, mask=inside)
+                tl.store(grads.logits + place, gates * centred, mask=inside)
     if WEIGHT:
-        tl.store(weight_parts + tl.program_id(0).to(tl.int64) * H + column, grad_weight, mask=column < H)
+        part = grads.weight_parts + tl.program_id(0).to(tl.int64) * x.H
+        tl.store(part + column, grad_weight, mask=column < x.H)
 
 
 def _blocks(name: str, experts: Tensor) -> dict[str, int]:
@@ -139,7 +155,7 @@ def _blocks(name: str, experts: Tensor) -> dict[str, int]:
     _, modalities, hidden = experts.shape
     columns = triton.next_power_of_2(max(hidden, 16))
     items = max(1, min(row["elements"] // columns, 16))
-    # Rows wider than the block get more warps, so that a thread's share stays the same.
+    # Rows longer than the block get more warps, so that a thread's share stays the same.
     warps = min(8, row["num_warps"] * max(1, columns // row["elements"]))
     blocks = dict(BLOCK_U=items, BLOCK_M=triton.next_power_of_2(modalities), BLOCK_H=columns)
     return dict(**blocks, num_warps=warps)
@@ -154,8 +170,8 @@ def compress_items(
     gates = torch.empty_like(gate_logits)
     blocks = _blocks("compress_items", expert_outputs)
     grid = (cdiv(items, blocks["BLOCK_U"]),)
-    tensors = (tokens, gates, expert_outputs, gate_logits, present.view(torch.uint8), norm_weight)
-    launch(compress_items_kernel, grid, *tensors, eps, items, modalities, hidden, **blocks, fuse=True)
+    x = Experts(expert_outputs, gate_logits, present.view(torch.uint8), modalities, hidden)
+    launch(compress_items_kernel, grid, tokens, gates, x, norm_weight, eps, items, **blocks, fuse=True)
     return tokens, gates
 
 
@@ -183,11 +199,12 @@ def compress_items_backward(
     grad_weight = norm_weight.new_empty(hidden if weight else 0)
     parts = norm_weight.new_empty(programs if weight else 0, hidden)
     if needs:
+        wanted = ((grad_experts, experts), (grad_logits, logits), (parts, weight))
+        grads = Gradients(*(grad if need else None for grad, need in wanted))
+        x = Experts(expert_outputs, gate_logits, present.view(torch.uint8), modalities, hidden)
         launch(
             compress_items_backward_kernel, (programs,),
-            grad_experts, grad_logits, parts, grad_tokens, grad_gates,
-            expert_outputs, gate_logits, present.view(torch.uint8), norm_weight, eps,
-            items, modalities, hidden, share, EXPERTS=experts, LOGITS=logits, WEIGHT=weight, **blocks, fuse=True,
+            grad_tokens, grad_gates, grads, x, norm_weight, eps, items, share, **blocks, fuse=True,
         )  # fmt: skip
     if weight:
         sum_parts(parts, grad_weight)

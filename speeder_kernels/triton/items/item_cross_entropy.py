@@ -11,6 +11,8 @@ Shape letters: N rows, I items, H hidden size, C items of a chunk, S splits.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,23 +27,35 @@ CHUNK_BYTES = 64 << 20  # much of it stays in the L2 cache of an H100 (50 MB) be
 CHUNK_ITEMS = 1024  # at least: below, a product has too few terms to be worth its launch
 
 
+class Logits(NamedTuple):
+    """What logits are made of; in a kernel, a tensor is a pointer."""
+
+    hidden: Tensor  # (N, H)
+    item_table: Tensor  # (I, H)
+    log_q: Tensor | None  # (I,): what is taken off an item's logit
+    scale: float
+
+
 @triton.jit
 def _logit_tile(
-    hidden, item_table, log_q, first_row, first_item, N, ITEMS, H, scale, CORRECTED: tl.constexpr,
+    x: Logits, first_row, first_item, N, ITEMS, H,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Logits of one tile `(BLOCK_N, BLOCK_I)`; -inf behind the last item, so that it has no weight."""
-    rows, items = hidden + tl.cast(first_row, tl.int64) * H, item_table + tl.cast(first_item, tl.int64) * H
-    logits = score_tile(rows, N - first_row, items, ITEMS - first_item, H, BLOCK_N, BLOCK_I, BLOCK_H) * scale
+    rows = x.hidden + tl.cast(first_row, tl.int64) * H
+    items = x.item_table + tl.cast(first_item, tl.int64) * H
+    logits = (
+        score_tile(rows, N - first_row, items, ITEMS - first_item, H, BLOCK_N, BLOCK_I, BLOCK_H) * x.scale
+    )
     item = first_item + tl.arange(0, BLOCK_I)
-    if CORRECTED:
-        logits -= tl.load(log_q + item, mask=item < ITEMS, other=0.0)[None, :]
+    if x.log_q is not None:
+        logits -= tl.load(x.log_q + item, mask=item < ITEMS, other=0.0)[None, :]
     return tl.where((item < ITEMS)[None, :], logits, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "ITEMS", "TILES"])
 def item_cross_entropy_kernel(
-    largest_parts, total_parts, hidden, item_table, log_q, scale, N, ITEMS, H, TILES, CORRECTED: tl.constexpr,
+    largest_parts, total_parts, x: Logits, N, ITEMS, H, TILES,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A program reads TILES tiles of items for BLOCK_N rows: the largest logit, and the sum of exp(logit - largest)."""
@@ -50,21 +64,7 @@ def item_cross_entropy_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     start = split * TILES * BLOCK_I
     for first_item in range(start, tl.minimum(start + TILES * BLOCK_I, ITEMS), BLOCK_I):
-        logits = _logit_tile(
-            hidden,
-            item_table,
-            log_q,
-            first_row,
-            first_item,
-            N,
-            ITEMS,
-            H,
-            scale,
-            CORRECTED,
-            BLOCK_N,
-            BLOCK_I,
-            BLOCK_H,
-        )
+        logits = _logit_tile(x, first_row, first_item, N, ITEMS, H, BLOCK_N, BLOCK_I, BLOCK_H)
         before = largest
         largest = tl.maximum(largest, tl.max(logits, axis=1))
         base = tl.where(
@@ -79,8 +79,8 @@ def item_cross_entropy_kernel(
 
 @triton.jit(do_not_specialize=["N", "ITEMS", "S"])
 def combine_loss_kernel(
-    loss, lse, largest_parts, total_parts, hidden, item_table, targets, log_q, scale, N, ITEMS, H, S,
-    CORRECTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    loss, lse, largest_parts, total_parts, x: Logits, targets, N, ITEMS, H, S,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """The splits' sums, first to last, and the target's own logit: loss and log-sum-exp of BLOCK_N rows.
 
@@ -104,12 +104,12 @@ def combine_loss_kernel(
     for first in range(0, H, BLOCK_H):
         column = first + tl.arange(0, BLOCK_H)
         inside = is_item[:, None] & (column < H)[None, :]
-        h = tl.load(hidden + row[:, None] * H + column[None, :], mask=inside, other=0.0)
-        x = tl.load(item_table + target[:, None] * H + column[None, :], mask=inside, other=0.0)
-        products += h.to(tl.float32) * x.to(tl.float32)
-    logit = tl.sum(products, axis=1) * scale
-    if CORRECTED:
-        logit -= tl.load(log_q + target, mask=is_item, other=0.0)
+        h = tl.load(x.hidden + row[:, None] * H + column[None, :], mask=inside, other=0.0)
+        item = tl.load(x.item_table + target[:, None] * H + column[None, :], mask=inside, other=0.0)
+        products += h.to(tl.float32) * item.to(tl.float32)
+    logit = tl.sum(products, axis=1) * x.scale
+    if x.log_q is not None:
+        logit -= tl.load(x.log_q + target, mask=is_item, other=0.0)
     log_sum = base + tl.log(tl.where(in_batch, total, 1.0))
     tl.store(lse + row, log_sum, mask=in_batch)
     tl.store(loss + row, tl.where(is_item, log_sum - logit, float("nan")), mask=in_batch)
@@ -117,7 +117,7 @@ def combine_loss_kernel(
 
 @triton.jit(do_not_specialize=["N", "ITEMS", "START"])
 def logit_gradient_kernel(
-    grad_logits, grad, hidden, item_table, targets, lse, log_q, scale, N, ITEMS, H, START, C, CORRECTED: tl.constexpr,
+    grad_logits, grad, targets, lse, x: Logits, N, ITEMS, H, START, C,
     BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """One tile of the chunk's `(N, C)`: (probability - 1 where the item is the target) * grad * scale."""
@@ -125,26 +125,12 @@ def logit_gradient_kernel(
     first_row = tl.program_id(0) // tiles_of_row * BLOCK_N
     first_column = tl.program_id(0) % tiles_of_row * BLOCK_I
     first_item = START + first_column
-    logits = _logit_tile(
-        hidden,
-        item_table,
-        log_q,
-        first_row,
-        first_item,
-        N,
-        ITEMS,
-        H,
-        scale,
-        CORRECTED,
-        BLOCK_N,
-        BLOCK_I,
-        BLOCK_H,
-    )
+    logits = _logit_tile(x, first_row, first_item, N, ITEMS, H, BLOCK_N, BLOCK_I, BLOCK_H)
     row = first_row + tl.arange(0, BLOCK_N)
     in_batch = row < N
     log_sum = tl.load(lse + row, mask=in_batch, other=0.0)
     target = tl.load(targets + row, mask=in_batch, other=-1)
-    upstream = tl.load(grad + row, mask=in_batch, other=0.0) * scale
+    upstream = tl.load(grad + row, mask=in_batch, other=0.0) * x.scale
     item = first_item + tl.arange(0, BLOCK_I)
     share = tl.exp(logits - log_sum[:, None]) - tl.where(item[None, :] == target[:, None], 1.0, 0.0)
     out = share * upstream[:, None]
@@ -223,16 +209,15 @@ def item_cross_entropy(
     row_blocks = cdiv(n, row["BLOCK_N"])
     splits, share = _splits(device, row_blocks, cdiv(i, row["BLOCK_I"]))
     largest, total = hidden.new_empty(2, splits, n, dtype=torch.float32)
-    correction = dict(CORRECTED=log_q is not None)
-    q = item_table if log_q is None else log_q  # a pointer that is not read
-    tensors = (largest, total, hidden, item_table, q)
+    x = Logits(hidden, item_table, log_q, scale)
     grid = (row_blocks, splits)
-    launch(item_cross_entropy_kernel, grid, *tensors, scale, n, i, h, share, **correction, **row, fuse=True)
+    launch(item_cross_entropy_kernel, grid, largest, total, x, n, i, h, share, **row, fuse=True)
     loss, lse = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
     row = tile(device, "combine_loss")
-    tensors = (loss, lse, largest, total, hidden, item_table, targets, q)
     grid = (cdiv(n, row["BLOCK_N"]),)
-    launch(combine_loss_kernel, grid, *tensors, scale, n, i, h, splits, **correction, **row, fuse=True)
+    launch(
+        combine_loss_kernel, grid, loss, lse, largest, total, x, targets, n, i, h, splits, **row, fuse=True
+    )
     return loss, lse
 
 
@@ -263,13 +248,12 @@ def item_cross_entropy_backward(
     splits, share = _splits(device, blocks[0] * blocks[1], chunk // hidden_row["BLOCK_K"])
     parts = hidden.new_empty(splits if needs & 1 else 0, n, h, dtype=torch.float32)
 
-    q = item_table if log_q is None else log_q  # a pointer that is not read
+    x = Logits(hidden, item_table, log_q, scale)
     for start in range(0, i if needs else 0, chunk):
         grid = (cdiv(n, logit_row["BLOCK_N"]) * (chunk // logit_row["BLOCK_I"]),)
-        tensors = (grad_logits, grad, hidden, item_table, targets, lse, q)
         launch(
-            logit_gradient_kernel, grid, *tensors, scale, n, i, h, start, chunk,
-            CORRECTED=log_q is not None, **logit_row, fuse=True,
+            logit_gradient_kernel, grid,
+            grad_logits, grad, targets, lse, x, n, i, h, start, chunk, **logit_row, fuse=True,
         )  # fmt: skip
         if needs & 1:
             tensors, grid = (parts, grad_logits, item_table), (*blocks, splits)

@@ -1,4 +1,4 @@
-"""The tile product that the two catalogue-wide ops are made of: rows of hidden states against rows of items."""
+"""The tile product of the two ops over all items: rows of hidden states against rows of items."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def score_tile(
     rows, rows_left, items, items_left, H, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr
 ):
-    """Dot products `(BLOCK_N, BLOCK_I)` in float32 of the rows from `rows` on with those from `items` on, H wide.
+    """Dot products `(BLOCK_N, BLOCK_I)` in float32 of the rows from `rows` on with those from `items` on, of H columns.
 
     `*_left` rows exist; what lies behind them is not read and counts as zeros. The pointers come advanced to the
     tile, so that offsets within it fit 32 bits.

@@ -14,6 +14,8 @@ Shape letters: N rows, I items, H hidden size, C items of a chunk, G groups of a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,13 @@ NAN = tl.constexpr(2**31 - 1)  # above every number, so that it is found
 LOW32 = tl.constexpr(2**32 - 1)  # x ^ LOW32 is LOW32 - x: the higher, the lower the item
 
 
+class Exclusions(NamedTuple):
+    """The items that each row may not be given, a row's items rising; in a kernel, a tensor is a pointer."""
+
+    items: Tensor
+    indptr: Tensor  # (N + 1,): where a row's items begin
+
+
 @triton.jit
 def _codes(scores):
     """The order of the scores as int32; -0.0 equals 0.0."""
@@ -41,33 +50,35 @@ def _codes(scores):
 
 
 @triton.jit
-def _exclude(codes, excluded, indptr, row, in_batch, first_item, BLOCK_I: tl.constexpr):
-    """Marks what rows may not be given in a tile of codes. `excluded` rises within a row: a binary search finds the
-    first that is not before the tile."""
-    low = tl.load(indptr + row, mask=in_batch, other=0)
-    end = tl.load(indptr + row + 1, mask=in_batch, other=0)
+def _exclude(codes, excluded: Exclusions, row, in_batch, first_item, BLOCK_I: tl.constexpr):
+    """Marks what rows may not be given in a tile of codes. A binary search finds the first that is not before it."""
+    low = tl.load(excluded.indptr + row, mask=in_batch, other=0)
+    end = tl.load(excluded.indptr + row + 1, mask=in_batch, other=0)
     high = end
     while tl.max(high - low, axis=0) > 0:
         searching = low < high
         middle = (low + high) // 2
-        before = tl.load(excluded + middle, mask=searching, other=0) < first_item
+        before = tl.load(excluded.items + middle, mask=searching, other=0) < first_item
         low = tl.where(searching & before, middle + 1, low)
         high = tl.where(searching & (before == 0), middle, high)
     column = tl.arange(0, BLOCK_I)
-    place = tl.load(excluded + low, mask=low < end, other=first_item + BLOCK_I) - first_item
+    place = tl.load(excluded.items + low, mask=low < end, other=first_item + BLOCK_I) - first_item
     while tl.min(place, axis=0) < BLOCK_I:
         codes = tl.where(column[None, :] == place[:, None], EXCLUDED, codes)
         low += tl.where(place < BLOCK_I, 1, 0)
-        place = tl.load(excluded + low, mask=low < end, other=first_item + BLOCK_I) - first_item
+        place = tl.load(excluded.items + low, mask=low < end, other=first_item + BLOCK_I) - first_item
     return codes
 
 
 @triton.jit(do_not_specialize=["N", "ITEMS", "START"])
 def item_codes_kernel(
-    codes_out, groups_out, hidden, item_table, excluded, indptr, N, ITEMS, H, START, C, EXCLUSIONS: tl.constexpr,
+    codes_out, groups_out, hidden, item_table, excluded: Exclusions, N, ITEMS, H, START, C,
     SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the chunk's codes `(N, C)`, and the keys of its groups of SIZE items, of `(N, C / SIZE)`."""
+    """One tile of the chunk's codes `(N, C)`, and the keys of its groups of SIZE items, of `(N, C / SIZE)`.
+
+    `excluded` is None where no row has exclusions.
+    """
     tiles_of_row = C // BLOCK_I
     first_row = tl.program_id(0) // tiles_of_row * BLOCK_N
     first_column = tl.program_id(0) % tiles_of_row * BLOCK_I
@@ -78,8 +89,8 @@ def item_codes_kernel(
     codes = tl.where((column < ITEMS - first_item)[None, :], codes, EXCLUDED)
     row = tl.cast(first_row, tl.int64) + tl.arange(0, BLOCK_N)
     in_batch = row < N
-    if EXCLUSIONS:
-        codes = _exclude(codes, excluded, indptr, row, in_batch, first_item, BLOCK_I)
+    if excluded is not None:
+        codes = _exclude(codes, excluded, row, in_batch, first_item, BLOCK_I)
     tl.store(codes_out + row[:, None] * C + (first_column + column)[None, :], codes, mask=in_batch[:, None])
     best = tl.max(tl.reshape(codes, (BLOCK_N, BLOCK_I // SIZE, SIZE)), axis=2)
     group = first_column // SIZE + tl.arange(0, BLOCK_I // SIZE)
@@ -115,14 +126,12 @@ def topk_items(
     chunk = step * min(cdiv(i, step), max(CHUNK_BYTES // (4 * n), CHUNK_ITEMS) // step)
     codes = torch.empty(n, chunk, dtype=torch.int32, device=device)
     group_keys = torch.empty(n, chunk // GROUP, dtype=torch.int64, device=device)
-    indptr, excluded = _sorted_exclusions(exclude_indptr, exclude_items, i)
-    exclusions = dict(EXCLUSIONS=indptr is not None, SIZE=GROUP)
-    lists = (codes, codes) if indptr is None else (excluded, indptr)  # pointers that are not read
+    excluded = _sorted_exclusions(exclude_indptr, exclude_items, i)
     best = group_keys.new_empty(n, 0)
     for start in range(0, i, chunk):
         grid = (cdiv(n, row["BLOCK_N"]) * (chunk // step),)
-        tensors = (codes, group_keys, hidden, item_table, *lists)
-        launch(item_codes_kernel, grid, *tensors, n, i, h, start, chunk, **exclusions, **row, fuse=True)
+        tensors = (codes, group_keys, hidden, item_table, excluded)
+        launch(item_codes_kernel, grid, *tensors, n, i, h, start, chunk, SIZE=GROUP, **row, fuse=True)
         count = min(k, chunk // GROUP)
         keys = _candidate_keys(codes, group_keys.topk(count, dim=1, sorted=False).indices, start)
         best = torch.cat((best, keys), dim=1)
@@ -130,19 +139,17 @@ def topk_items(
     return reference._decode(best)
 
 
-def _sorted_exclusions(
-    indptr: Tensor | None, items: Tensor | None, catalogue: int
-) -> tuple[Tensor | None, Tensor | None]:
+def _sorted_exclusions(indptr: Tensor | None, items: Tensor | None, catalogue: int) -> Exclusions | None:
     """The lists with each row's items rising, or None for lists that are empty.
 
     What is no item excludes nothing, and no row's list reaches behind the last: nobody has read the numbers.
     """
     if indptr is None or items.shape[0] == 0:
-        return None, None
+        return None
     indptr = indptr.clamp(0, items.shape[0])
     rows = torch.searchsorted(indptr, torch.arange(items.shape[0], device=items.device), right=True)
     items = torch.where((items >= 0) & (items < catalogue), items, catalogue)
-    return indptr, (rows * (catalogue + 1) + items).sort().values % (catalogue + 1)
+    return Exclusions((rows * (catalogue + 1) + items).sort().values % (catalogue + 1), indptr)
 
 
 def _candidate_keys(codes: Tensor, groups: Tensor, start: int) -> Tensor:
