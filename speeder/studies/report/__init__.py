@@ -1,1 +1,1 @@
-"""`speeder report`: what a run folder holds, as one page that needs nothing else; see `build.py`."""
+"""`speeder report`: a run folder as one page that loads no other file; see `build.py`."""

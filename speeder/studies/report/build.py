@@ -1,4 +1,4 @@
-"""`speeder report`'s work: a run folder is read, drawn, and written as one page."""
+"""Builds the report: reads a run folder, draws its charts, and writes one page."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ def write_report(
     users: int = 4,
     model: Any = None,
 ) -> Path:
-    """Write a run's report as one HTML file that needs no other, atomically.
+    """Write a run's report as one HTML file that loads no other, atomically.
 
     Args:
         folder: a run's, or a demo's.
         out: the file; by default `report.html` in the folder.
-        data_folder: where the run's data lie now; by default where the run says.
-        pictures: a folder that gets every chart as PNG and SVG too.
-        users: how many test users are shown with what they are recommended.
-        model: the run's, where the caller has it; by default it is loaded.
+        data_folder: the run's data; by default the folder that the run names.
+        pictures: a folder for every chart as PNG and SVG.
+        users: number of test users to show.
+        model: the run's model, if it is loaded already.
 
     Returns:
         the file.
 
     Raises:
-        SpeederError: it is no run folder, a file of it is broken, or its data have changed.
+        SpeederError: it is no run folder, a file is broken, or its data have changed.
     """
     folder = Path(folder)
     out = Path(out) if out is not None else folder / REPORT
@@ -73,16 +73,16 @@ def _show_users(page: Page, count: int) -> None:
     if contents.model is None or contents.data is None or count < 1:
         return
     if not getattr(contents.model, "ranks_catalogue", True):
-        page.notes.append(f"{contents.model_label} ranks no whole catalogue, so that it recommends nothing.")
+        page.notes.append(f"Recommendations: {contents.model_label} cannot rank a whole catalogue.")
         return
     weights = page.gates.weights if page.gates else None
     page.users = show_users(contents.model, contents.data, page.thumbnails, count, gates=weights)
     if not any(contents.data.catalogue.images):
-        page.notes.append("The catalogue knows no pictures: items are shown by title.")
+        page.notes.append("Pictures: the catalogue has none.")
 
 
 def _add_cold_items(page: Page) -> None:
-    """Give the charts of the gate a group of the items that were held out, where the run was measured on them."""
+    """Add held-out items as a group to the gate's charts, if the run was evaluated on them."""
     contents, data = page.contents, page.contents.data
     if COLD_ITEMS not in {each.protocol for rows in contents.evaluations.values() for each in rows.values()}:
         return
@@ -92,5 +92,5 @@ def _add_cold_items(page: Page) -> None:
         return
     cold = ColdItems.beside(contents.data_folder, data)
     contents.model.add_items(cold.catalogue)
-    page.gates = read_gates(contents.model, data.split, data.catalogue, added="held out, never seen")
+    page.gates = read_gates(contents.model, data.split, data.catalogue, added="held out")
     page.items = gate_charts(page.gates)

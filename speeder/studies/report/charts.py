@@ -1,6 +1,6 @@
 """Charts of the report: each drawn wide and narrow as SVG inside the page, and as files for other documents.
 
-In the page text stays text, and colours are the page's own, so that charts are readable in dark mode too.
+In the page, text stays text, and colours are the page's own, so charts are readable in dark mode too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from speeder.studies.plots import saved_figure
 
 NARROW = 4.3  # inches; at this width letters are of about the page's size on a phone
 
-# What `speeder.studies.plots` draws with -> the page's variables, which differ in dark mode
+# Colours of `speeder.studies.plots` -> the page's variables, which differ in dark mode
 _COLOURS = {
     "#000000": "--ink",
     "#262626": "--ink",
@@ -47,16 +47,16 @@ class Chart:
     """One drawing.
 
     Attributes:
-        name: of its files, and of its ids in the page.
-        title: what it shows, in a few words.
-        told: what it shows in sentences, for those who do not see it.
+        name: the name of its files, and the prefix of its ids in the page.
+        title: a few words.
+        description: sentences with its figures, for screen readers.
         draw: draws on a figure of any width.
-        size, narrow_height: inches, of the wide one, and the height of the narrow one.
+        size, narrow_height: inches: of the wide drawing, and the height of the narrow one.
     """
 
     name: str
     title: str
-    told: str
+    description: str
     draw: Callable[[Figure], None]
     size: tuple[float, float]
     narrow_height: float
@@ -69,7 +69,7 @@ class Chart:
             with saved_figure(path, width, height) as figure:
                 self.draw(figure)
             text = path.read_text(encoding="utf-8")
-        return _element(text, f"{self.name}-{'narrow' if narrow else 'wide'}-", self.told)
+        return _element(text, f"{self.name}-{'narrow' if narrow else 'wide'}-", self.description)
 
     def save(self, folder: Path) -> list[Path]:
         """Write the wide drawing as PNG and as SVG, atomically."""
@@ -85,14 +85,14 @@ def save_all(charts: Iterable[Chart], folder: Path) -> list[Path]:
     return [path for chart in charts for path in chart.save(folder)]
 
 
-def _element(svg: str, prefix: str, told: str) -> Markup:
-    """An SVG document as an element that shares a page with others: ids of its own, the page's colours, no style."""
+def _element(svg: str, prefix: str, description: str) -> Markup:
+    """An SVG document as an element of a page with others: unique ids, the page's colours, no style."""
     text = _METADATA.sub("", _HEAD.sub("", svg, count=1))
     text = _REFERENCE.sub(rf"\g<1>{prefix}", text)
     text = _PAINT.sub(_page_colour, text)
     text = re.sub(r'(<svg\b[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg\b[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    label = f'<svg role="img" aria-label="{escape(told)}" '
+    label = f'<svg role="img" aria-label="{escape(description)}" '
     return Markup(text.replace("<svg ", label, 1).strip())
 
 

@@ -1,4 +1,4 @@
-"""What a run folder holds, read for its report; what is not there is told, and what is broken is an error."""
+"""Reads a run folder for its report. What is missing becomes a note; what is broken is an error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from speeder.studies.evaluate_run import EVALUATIONS
 from speeder.training.run_folder import stage_records
 
 _DEMO_RUN = "speeder"  # a demo's folder holds its run under this name, and its evaluations itself
-_FIRST = ("popularity", "content neighbours", SASRec.label)  # rows that others are read beside
+_FIRST = ("popularity", "content neighbours", SASRec.label)  # the first rows of a table
 
 
 @dataclass
@@ -27,15 +27,15 @@ class RunContents:
     """A run folder as its report shows it.
 
     Attributes:
-        folder: as asked for.
-        run: where the run's own files lie: `folder`, or of a demo a folder in it.
-        recipe: as `recipe.json` has it.
-        split_hash, manifest_hash: what the run says of its data.
+        folder: the requested folder.
+        run: the folder of the run's own files: `folder`, or of a demo a folder in it.
+        recipe: the content of `recipe.json`.
+        split_hash, manifest_hash: the run's record of its data.
         planned: names of the recipe's stages.
-        stages: name -> `log.json` of each finished one, in order.
+        stages: name -> `log.json` of each finished stage, in order.
         evaluations: kind ("test", "test-vhr", ...) -> row's name -> evaluation, all of a kind over one task.
         model: the recommender of the last finished stage, or None.
-        data, data_folder: what the run was trained on, and where it lies; or None.
+        data, data_folder: the run's data and their folder, or None.
         notes: what is missing, in sentences.
     """
 
@@ -54,7 +54,7 @@ class RunContents:
 
     @property
     def model_label(self) -> str:
-        """What the run's model is called in tables."""
+        """The run's model in tables."""
         return label_of(self.recipe)
 
 
@@ -62,11 +62,11 @@ def read_run(folder: Path, data_folder: Path | None = None, model: Any = None) -
     """Read a run's folder, or a demo's.
 
     Args:
-        data_folder: where the data lie now; by default where the run says.
-        model: the run's, where the caller has it; by default it is loaded.
+        data_folder: the run's data; by default the folder that the run names.
+        model: the run's model, if it is loaded already.
 
     Raises:
-        SpeederError: it is no run folder; or a file of it is broken, or its data have changed (naming which).
+        SpeederError: it is no run folder; or a file is broken, or its data have changed (the message names it).
     """
     run = next((each for each in (folder, folder / _DEMO_RUN) if (each / "recipe.json").exists()), None)
     if run is None:
@@ -76,7 +76,7 @@ def read_run(folder: Path, data_folder: Path | None = None, model: Any = None) -
         contents.stages = stage_records(run)
     if len(contents.stages) < len(contents.planned):
         contents.notes.append(
-            f"The training has not ended: {len(contents.stages)} of {len(contents.planned)} stages are finished."
+            f"Training has not finished: {len(contents.stages)} of {len(contents.planned)} stages are finished."
         )
     contents.data = _data(contents, data_folder)
     contents.model = model if model is not None else _model(contents)
@@ -85,7 +85,7 @@ def read_run(folder: Path, data_folder: Path | None = None, model: Any = None) -
 
 
 def label_of(recipe: dict[str, Any]) -> str:
-    """What the model of a recipe is called in tables."""
+    """The model of a recipe in tables."""
     name = recipe.get("baseline")
     if name is None:
         return "Speeder"
@@ -108,8 +108,8 @@ def _begin(folder: Path, run: Path) -> RunContents:
 def _data(contents: RunContents, folder: Path | None) -> PreparedData | None:
     place = folder or read_json(contents.run / "recipe.json").get("data")
     if folder is None and (place is None or not Path(place).exists()):
-        where = f"are no longer in {place}" if place else "are at a place that the run does not know"
-        contents.notes.append(f"The run's data {where}: no items or users are shown (--data DIR says where).")
+        where = f"they are no longer in {place}" if place else "the run has no record of their folder"
+        contents.notes.append(f"Items and users: the run's data were not found, {where} (use --data DIR).")
         return None
     contents.data_folder = Path(folder or place)
     return run_data(contents.run, folder)
@@ -120,7 +120,7 @@ def _model(contents: RunContents) -> Any:
 
     name = read_json(contents.run / "state.json").get("model") if contents.stages else None
     if name is None or not (contents.run / name / "config.json").exists():
-        contents.notes.append("The run holds no model: neither gate weights nor recommendations are shown.")
+        contents.notes.append("Gate weights and recommendations: the run has no model.")
         return None
     return load_model(contents.run / name)
 
@@ -138,7 +138,7 @@ def _read_evaluations(contents: RunContents) -> None:
         rows = {names.get(file, Path(file).stem): each for file, each in kinds[kind].items()}
         contents.evaluations[kind] = _of_one_task(contents, kind, _in_order(contents, rows))
     if not paths:
-        contents.notes.append(f"Nothing was evaluated yet: speeder evaluate {contents.folder}")
+        contents.notes.append(f"Evaluations: there are none yet; run speeder evaluate {contents.folder}")
 
 
 def _whole(path: Path) -> Evaluation:
@@ -151,7 +151,7 @@ def _whole(path: Path) -> Evaluation:
 
 
 def _names(contents: RunContents, roots: list[Path]) -> dict[str, str]:
-    """File -> the row's name, as far as it is known: by the run's recipe, and by the tables of its results."""
+    """File -> the row's name, as far as the run's recipe and its tables of results tell it."""
     names = [_FIRST[0], SASRec.label, *(f"Speeder after {stage}" for stage in contents.planned)]
     for root in roots:
         for path in sorted(root.glob("results*.json")):
@@ -162,7 +162,7 @@ def _names(contents: RunContents, roots: list[Path]) -> dict[str, str]:
 
 
 def _in_order(contents: RunContents, rows: dict[str, Evaluation]) -> dict[str, Evaluation]:
-    """Baselines first, then the stages as they were trained, the run's model last."""
+    """Baselines first, then the stages in the order of training, the run's model last."""
     stages = [f"Speeder after {stage}" for stage in contents.planned]
     last = [contents.model_label, TitleWriter.label]
 
@@ -179,7 +179,7 @@ def _in_order(contents: RunContents, rows: dict[str, Evaluation]) -> dict[str, E
 
 
 def _of_one_task(contents: RunContents, kind: str, rows: dict[str, Evaluation]) -> dict[str, Evaluation]:
-    """Rows that may stand in one table: those of the last one's task, which is the run's own model's."""
+    """Rows that can be compared in one table: those of the same task as the last one, the run's own model."""
     *_, last = rows.values()
     kept = {}
     for name, each in rows.items():
@@ -187,9 +187,7 @@ def _of_one_task(contents: RunContents, kind: str, rows: dict[str, Evaluation]) 
             check_same_task({"the model": last, name: each})
             kept[name] = each
         except ValueError:
-            contents.notes.append(
-                f"{kind}: {name} was measured over other users, items or candidates, and is left out."
-            )
+            contents.notes.append(f"{kind}: {name} was measured on other users, items or candidates.")
     return kept
 
 

@@ -1,4 +1,4 @@
-"""Drawings of the report alone (others: `studies/plots.py`): slices of users, and gate weights by group of items."""
+"""Drawings of the report (others are in `studies/plots.py`): slices of users, and gate weights by group of items."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from matplotlib.figure import Figure
 from speeder.evaluation.evaluation import Evaluation
 from speeder.studies.plots import colours, is_narrow
 
-_LIGHT = ("#CC79A7", "#E69F00", "#56B4E9")  # of the palette
-ON_DEEP, ON_LIGHT = (
-    "#FEFEFE",
-    "#010101",
-)  # letters on its other colours and on these; the page has its own for both
+_LIGHT = ("#CC79A7", "#E69F00", "#56B4E9")  # light colours of the palette
+# letters on the palette's dark colours, and on its light ones; the page replaces both
+ON_DEEP, ON_LIGHT = "#FEFEFE", "#010101"
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_slices(figure: Figure, evaluations: Mapping[str, Evaluation]) -> None:
-    """The main metric in each slice of users with its 95 % interval, a panel a kind of slice, a colour a row.
+    """The main metric in each slice of users with its 95 % interval: one panel per kind of slice, one colour per row.
 
     Args:
         evaluations: name -> evaluation, all of one task.
@@ -59,10 +57,10 @@ def _draw_slice_kind(axes: Axes, kind: str, evaluations: Mapping[str, Evaluation
 
 
 def draw_gate_groups(figure: Figure, groups: Mapping[str, Mapping[str, float]]) -> None:
-    """A bar a group of items, parted by the mean gate weight of each modality.
+    """One stacked bar per group of items: the mean gate weight of each modality.
 
     Args:
-        groups: label -> modality -> mean weight; of each group they sum to 1.
+        groups: label -> modality -> mean weight; they sum to 1 in each group.
     """
     axes = figure.subplots()
     modalities = list(next(iter(groups.values())))
@@ -71,10 +69,10 @@ def draw_gate_groups(figure: Figure, groups: Mapping[str, Mapping[str, float]]) 
         widths = np.array([group[name] for group in groups.values()])
         axes.barh(rows, widths, left=left, color=colour, height=0.7, label=name)
         for row, (start, width) in enumerate(zip(left, widths, strict=True)):
-            if width >= (0.12 if is_narrow(figure) else 0.06):  # else the figure would not fit in
-                told = f"{100 * width:.0f} %"
+            if width >= (0.12 if is_narrow(figure) else 0.06):  # else the number would not fit in
+                percent = f"{100 * width:.0f} %"
                 ink = ON_LIGHT if colour in _LIGHT else ON_DEEP
-                axes.text(start + width / 2, row, told, ha="center", va="center", color=ink, weight="bold")
+                axes.text(start + width / 2, row, percent, ha="center", va="center", color=ink, weight="bold")
         left += widths
     narrow = is_narrow(figure)
     axes.set_yticks(rows, [textwrap.fill(label, 14) if narrow else label for label in groups])

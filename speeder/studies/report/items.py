@@ -1,4 +1,4 @@
-"""Which items the gate reads how: mean weights of the modalities by group of items, rare and frequent, new and old."""
+"""Gate weights by group of items: rare and frequent, new and old."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Gates:
     """Gate weights of a model's items.
 
     Attributes:
-        weights: modality -> `(I,)` float32, 0 where an item lacks it; of each item they sum to 1.
+        weights: modality -> `(I,)` float32, 0 where an item lacks it; they sum to 1 for each item.
         present: modality -> `(I,)` bool.
-        groups: label -> `(I,)` bool: all items, those that training never had, and the others by how often it did.
+        groups: label -> `(I,)` bool: all items, those that never occur in training, and the others by frequency.
     """
 
     weights: dict[str, np.ndarray]
@@ -35,11 +35,11 @@ class Gates:
         return {name: float(weights[member].mean()) for name, weights in self.weights.items()}
 
     def share(self, group: str, modality: str) -> float:
-        """Which part of a group's items has a modality."""
+        """The share of a group's items that have a modality."""
         return float(self.present[modality][self.groups[group]].mean())
 
     def of_present(self) -> dict[str, np.ndarray]:
-        """Modality -> weights of the items that have it, where any has."""
+        """Modality -> weights of the items that have it; without modalities that no item has."""
         found = {name: weights[self.present[name]] for name, weights in self.weights.items()}
         return {name: weights for name, weights in found.items() if len(weights)}
 
@@ -54,7 +54,7 @@ def read_gates(
 
     Args:
         split, catalogue: of the run's data; without them all items are one group.
-        added: what the model's items beyond that catalogue are called.
+        added: label of the model's items that are not in that catalogue.
     """
     weights = {name: column.numpy() for name, column in model.gates().items()}
     present = {name: mask.numpy() for name, mask in model.mrc.presence().items()}
@@ -66,12 +66,12 @@ def read_gates(
 
 
 def item_groups(counts: np.ndarray, num_known: int, added: str) -> dict[str, np.ndarray]:
-    """Groups of items by how often training had them, from the newest to the most frequent.
+    """Groups of items by their frequency in training, from new items to the most frequent.
 
     Args:
         counts: `(I,)` occurrences in training.
-        num_known: how many of the items, from the first on, were there when training was.
-        added: the label of the others.
+        num_known: number of items, from the first on, that existed at training time.
+        added: label of the others.
 
     Returns:
         label -> `(I,)` bool; disjoint, and every item is in one.

@@ -1,4 +1,4 @@
-"""The page itself: what was collected, put into the template; every text is escaped there."""
+"""Renders the page: the collected facts and charts in the template, which escapes every text."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Tile:
-    """One figure at the top."""
+    """One figure at the top of the page."""
 
     label: str
     value: str
-    told: str
+    detail: str
 
 
 @dataclass
 class Page:
-    """All that the page shows; `users` is empty where there are neither data nor a model that ranks."""
+    """The content of the page; `users` is empty without data, or without a model that ranks."""
 
     contents: RunContents
     training: list[Chart]
@@ -47,7 +47,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as HTML, which loads nothing."""
+    """The page as HTML; it loads nothing."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -100,22 +100,22 @@ def _tiles(page: Page) -> list[Tile]:
     if known:
         several = f"{len(contents.stages)} of {len(contents.planned)} stages"
         resumed = any(record.get("resumed_from") for record in contents.stages.values())
-        told = several + (", without what was done before a stop" if resumed else "")
-        tiles.append(Tile("Training", summary.duration(sum(known)), told))
+        detail = several + (", without the time before a stop" if resumed else "")
+        tiles.append(Tile("Training", summary.duration(sum(known)), detail))
     if contents.data is not None:
         data = contents.data
-        told = f"{len(data.interactions.user_ids):,} users, {len(data.catalogue):,} items"
-        tiles.append(Tile("Interactions", f"{len(data.interactions):,}", told))
+        detail = f"{len(data.interactions.user_ids):,} users, {len(data.catalogue):,} items"
+        tiles.append(Tile("Interactions", f"{len(data.interactions):,}", detail))
     return tiles
 
 
 def _short(backbone: str) -> str:
-    """A backbone's name: of a folder its last part."""
+    """A backbone's name; for a folder, the last part of its path."""
     return Path(backbone).name if Path(backbone).is_absolute() else backbone
 
 
 def _own(contents: RunContents, rows: dict) -> str | None:
-    """The row of the run's own model as it is now: a demo calls it by its last stage."""
+    """The row of the run's own model; in a demo it is named by its last stage."""
     names = (contents.model_label, f"Speeder after {contents.planned[-1]}")
     return next((name for name in names if name in rows), None)
 
@@ -124,10 +124,10 @@ def _picture_notes(thumbnails: Thumbnails) -> list[str]:
     notes = []
     if thumbnails.broken:
         path, reason = next(iter(thumbnails.broken.items()))
-        notes.append(f"{len(thumbnails.broken)} pictures could not be shown, the first: {path}: {reason}")
+        notes.append(f"{len(thumbnails.broken)} pictures are not readable, the first: {path}: {reason}")
     if thumbnails.left_out:
         limit = f"{thumbnails.budget / 1e6:g} MB"
-        notes.append(f"{thumbnails.left_out} pictures are left out, so that they stay within {limit}.")
+        notes.append(f"{thumbnails.left_out} pictures, because of the limit of {limit}.")
     return notes
 
 
@@ -136,12 +136,12 @@ def _interval(cell: Interval) -> str:
 
 
 def _marks(text: str) -> Markup:
-    """Escaped text, in which `this` is code."""
+    """Escaped text, with `code` marked up."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _number(value: float | None, digits: int = 4) -> str:
-    return "not known" if value is None else f"{value:.{digits}f}"
+    return "unknown" if value is None else f"{value:.{digits}f}"
 
 
 def _version() -> str:

@@ -18,13 +18,13 @@ from speeder.studies.report.drawings import draw_gate_groups, draw_slices
 from speeder.studies.report.items import Gates
 
 _PROTOCOLS = {
-    "full": ("Full ranking", "how far up the item that a user took next comes among all items"),
-    "vhr": ("VHR@1", "the target among 20 candidates"),
-    "sampled": ("Sampled ranking", "the target among a few drawn candidates"),
-    COLD_ITEMS: ("New items, among all", "targets that no model was trained on, among all items"),
+    "full": ("Full ranking", "The rank of each user's next item (the target) among all items."),
+    "vhr": ("VHR@1", "Whether the target is ranked first among 20 candidates."),
+    "sampled": ("Sampled ranking", "The rank of the target among sampled candidates."),
+    COLD_ITEMS: ("New items, among all", "The rank of targets that are not in training, among all items."),
     COLD_ONLY: (
         "New items, among themselves",
-        "targets that no model was trained on, among the new items alone",
+        "The rank of targets that are not in training, among the new items alone.",
     ),
 }
 
@@ -35,17 +35,17 @@ class EvaluationSection:
 
     Attributes:
         kind: its folder's name in `evaluations/`.
-        title, told: what it is, short and in a sentence.
-        metric: the main one.
-        tables: of means by how seen items are treated.
-        slice_tables: of the main metric by slice of users.
+        title, description: what is measured, in a few words and in a sentence.
+        metric: the main metric.
+        tables: means, with seen items masked and allowed.
+        slice_tables: the main metric by slice of users.
         charts: comparison, and slices.
         note: how it was measured, with `code` marks.
     """
 
     kind: str
     title: str
-    told: str
+    description: str
     metric: str
     tables: list[Table]
     slice_tables: list[Table]
@@ -57,7 +57,7 @@ def evaluation_section(kind: str, rows: Mapping[str, Evaluation]) -> EvaluationS
     """Tables and charts of evaluations of one task."""
     tables, note = comparison_tables(rows)
     first = next(iter(rows.values()))
-    title, told = _PROTOCOLS[first.protocol]
+    title, description = _PROTOCOLS[first.protocol]
     count = len(first.slices)
     suffix = "" if kind == "test" else f"-{kind}"
     best = {name: each.metrics["masked"][first.main_metric] for name, each in rows.items()}
@@ -76,7 +76,7 @@ def evaluation_section(kind: str, rows: Mapping[str, Evaluation]) -> EvaluationS
     slices = Chart(
         f"slices{suffix}",
         f"{first.main_metric} by {kinds}",
-        f"{first.main_metric} with its 95 % interval by {kinds}; the figures are in the tables beside.",
+        f"{first.main_metric} with its 95 % interval by {kinds}; the figures are in the tables below.",
         partial(draw_slices, evaluations=rows),
         (9.5 if count > 1 else 6.5, 4.2),
         0.6 + 0.22 * len(rows) + 2.7 * count,
@@ -84,7 +84,7 @@ def evaluation_section(kind: str, rows: Mapping[str, Evaluation]) -> EvaluationS
     return EvaluationSection(
         kind,
         title if first.split == "test" else f"{title}, {first.split} targets",
-        told,
+        description,
         first.main_metric,
         tables[:-count],
         tables[-count:],
@@ -97,7 +97,7 @@ def training_charts(contents: RunContents, modalities: Sequence[str] = ()) -> li
     """Loss and validation, and the gate's weights, over the steps of all stages.
 
     Args:
-        modalities: their order, which gives each its colour.
+        modalities: their order, which decides their colours.
     """
     if not contents.stages:
         return []
@@ -132,7 +132,7 @@ def training_charts(contents: RunContents, modalities: Sequence[str] = ()) -> li
 
 
 def gate_charts(gates: Gates | None) -> list[Chart]:
-    """The gate's weights by group of items, and how they are spread."""
+    """The gate's weights by group of items, and their distribution."""
     if gates is None:
         return []
     groups = {f"{label} ({int(member.sum()):,})": gates.mean(label) for label, member in gates.groups.items()}
@@ -142,7 +142,7 @@ def gate_charts(gates: Gates | None) -> list[Chart]:
         Chart(
             "gate_groups",
             "Gate weights by group of items",
-            "Mean gate weight of each modality by how often training had the items; the figures are in the table.",
+            "Mean gate weight of each modality by the items' frequency in training; the figures are in the table.",
             partial(draw_gate_groups, groups=groups),
             (8, 1.4 + 0.42 * len(groups)),
             1.5 + 0.55 * len(groups),
@@ -150,7 +150,7 @@ def gate_charts(gates: Gates | None) -> list[Chart]:
         Chart(
             "gate_distribution",
             "Gate weights over items",
-            f"How gate weights are spread over the items that have a modality. Medians: {medians}.",
+            f"Distribution of gate weights over the items that have a modality. Medians: {medians}.",
             partial(draw_gate_distribution, weights=weights),
             (1.2 + 1.6 * max(2, len(weights)), 3.6),
             3.6,
@@ -159,6 +159,6 @@ def gate_charts(gates: Gates | None) -> list[Chart]:
 
 
 def best_row(rows: Mapping[str, Evaluation], names: Sequence[str], metric: str) -> str | None:
-    """Which of these rows has the highest mean, seen items masked; None where there is none of them."""
+    """The row with the highest mean among these names, seen items masked; None if there is none of them."""
     there = [name for name in names if name in rows]
     return max(there, key=lambda name: rows[name].mean(metric), default=None)

@@ -1,4 +1,4 @@
-"""The report's first facts: what was trained on what, where, and for how long."""
+"""The report's facts: recipe, data, machine and times."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _RECIPE = (
     "seed",
 )
 _MACHINE = ("processor", "cores", "threads", "devices", "device", "instruction set", "torch")  # first
-_LONG = 12  # entries of a list of the manifest that are printed
+_LONG = 12  # printed entries of a list of the manifest
 
 
 @dataclass(frozen=True)
 class StageRow:
-    """One stage in the report's table; what is not known is None."""
+    """One stage in the report's table; unknown values are None."""
 
     name: str
     opens: str
@@ -44,7 +44,7 @@ class StageRow:
 
 
 def stage_rows(contents: RunContents) -> list[StageRow]:
-    """Every stage of the recipe, also those that have not run yet."""
+    """Every stage of the recipe, including those that have not run yet."""
     rows = []
     for stage in contents.recipe.get("stages", [{"name": name} for name in contents.planned]):
         name, opens = stage["name"], ", ".join(stage.get("open", []))
@@ -71,7 +71,7 @@ def stage_rows(contents: RunContents) -> list[StageRow]:
 
 
 def stage_seconds(record: Mapping[str, Any]) -> float | None:
-    """What a stage took; older logs have it in their last entry alone."""
+    """A stage's time in seconds; older logs have it only in their last entry."""
     noted = [entry["train_runtime"] for entry in record["log"] if "train_runtime" in entry]
     return record.get("seconds", noted[-1] if noted else None)
 
@@ -85,23 +85,23 @@ def recipe_facts(contents: RunContents) -> Facts:
 
 
 def recipe_yaml(contents: RunContents) -> str:
-    """The whole recipe, as a file of it would hold it."""
+    """The whole recipe as YAML."""
     return yaml.safe_dump(contents.recipe, sort_keys=False, allow_unicode=True)
 
 
 def data_facts(contents: RunContents) -> Facts:
-    """Sizes and hashes of what was trained on."""
+    """Sizes and hashes of the data."""
     facts = [("split", contents.split_hash), ("manifest", contents.manifest_hash)]
     data = contents.data
     if data is None:
         return facts
     lengths = np.bincount(data.interactions.user, minlength=len(data.interactions.user_ids))
     sizes = [
-        ("data set", str(data.manifest.get("dataset", "not named"))),
-        ("users", f"{len(lengths):,}, of whom {len(data.split.users('test')):,} are tested"),
+        ("data set", str(data.manifest.get("dataset", "unnamed"))),
+        ("users", f"{len(lengths):,}, {len(data.split.users('test')):,} of them test users"),
         ("items", f"{len(data.catalogue):,}"),
         ("interactions", f"{len(data.interactions):,}"),
-        ("history lengths", f"{lengths.min():,} to {lengths.max():,}, half up to {np.median(lengths):g}"),
+        ("history lengths", f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):g}"),
     ]
     sources = data.manifest.get("sources")
     sources = sources if isinstance(sources, dict) else {}
@@ -109,7 +109,7 @@ def data_facts(contents: RunContents) -> Facts:
 
 
 def modality_facts(contents: RunContents) -> list[tuple[str, str, str, str]]:
-    """Each modality of the data: name, width, items that have it, and what encoded it."""
+    """Each modality of the data: name, width, items that have it, and its encoder."""
     data = contents.data
     if data is None:
         return []
@@ -119,7 +119,7 @@ def modality_facts(contents: RunContents) -> list[tuple[str, str, str, str]]:
         encoder = encoders.get(name, {})
         count = int(data.catalogue.present[name].sum())
         rows.append(
-            (name, f"{width:,}", f"{count:,} of {len(data.catalogue):,}", encoder.get("name", "not told"))
+            (name, f"{width:,}", f"{count:,} of {len(data.catalogue):,}", encoder.get("name", "unknown"))
         )
     return rows
 
@@ -132,7 +132,7 @@ def manifest_yaml(contents: RunContents) -> str:
 
 
 def machine_facts(contents: RunContents) -> Facts:
-    """The machine of the last stage; where stages ran on several, which."""
+    """The machine of the last stage, and the stages that ran on others."""
     machines = {name: record.get("machine") for name, record in contents.stages.items()}
     known = {name: machine for name, machine in machines.items() if isinstance(machine, dict)}
     if not known:
@@ -145,9 +145,9 @@ def machine_facts(contents: RunContents) -> Facts:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them."""
+    """Seconds as readable text."""
     if seconds is None:
-        return "not known"
+        return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

@@ -1,4 +1,4 @@
-"""Small pictures inside the page, as long as it does not grow too large by them."""
+"""Small pictures inside the page, within a limit of bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 @dataclass
 class Thumbnails:
-    """Items' pictures as `data:` addresses, made small, and anew from pixels alone.
+    """Items' pictures as `data:` addresses: small, and encoded again from pixels.
 
     Attributes:
-        budget: bytes of all addresses together; pictures beyond it are left out.
-        broken: path -> why a file could not be shown.
-        left_out: how many pictures found no room.
+        budget: most bytes of all addresses together; further pictures are left out.
+        broken: path -> why a file cannot be shown.
+        left_out: number of pictures beyond the budget.
         used: bytes so far.
     """
 
@@ -30,7 +30,7 @@ class Thumbnails:
     _made: dict[str, str | None] = field(default_factory=dict)
 
     def address(self, path: str | None) -> str | None:
-        """The picture of a file; None where there is none, it is broken or there is no room for it."""
+        """The address of a file's picture; None without a path, or if it is broken or beyond the budget."""
         if path is None:
             return None
         if path not in self._made:

@@ -1,4 +1,4 @@
-"""What a few test users are recommended, beside what they took before and what they took next."""
+"""Example test users: their history, their recommendations, and their next item."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from speeder.studies.report.thumbnails import Thumbnails
 
 @dataclass(frozen=True)
 class ShownItem:
-    """One item as a user's card shows it.
+    """One item on a user's card.
 
     Attributes:
-        title: its title, or what it is called by its id.
+        title: its title, or its id.
         picture: a `data:` address, or None.
-        is_target: whether the user took it next.
-        gates: modality -> share of the item's token; empty where the model has no gates.
+        is_target: whether it is the user's next item.
+        gates: modality -> share of the item's token; None if the model has no gates.
     """
 
     title: str
@@ -39,11 +39,10 @@ class ShownUser:
     Attributes:
         name: the user's external id.
         length: items in the whole history.
-        history: the last ones, the newest first.
-        recommended: best first, none of the history.
-        target: what the user took next.
-        rank: of the target among `num_ranked` items that are not in the history; None where it is in it, so that it
-            is not recommended.
+        history: its newest items, newest first.
+        recommended: best first, without items of the history.
+        target: the user's next item.
+        rank: the target's rank among the `num_ranked` items that are not in the history; None if the history has it.
     """
 
     name: str
@@ -56,7 +55,7 @@ class ShownUser:
 
     @property
     def items(self) -> list[ShownItem]:
-        """All that the card shows."""
+        """All items on the card."""
         return [*self.history, *self.recommended, self.target]
 
     @property
@@ -68,7 +67,7 @@ class ShownUser:
 def choose_users(lengths: Sequence[int], count: int) -> list[int]:
     """Rows of users in the middle of `count` equal parts of all, from the shortest history to the longest.
 
-    The choice knows nothing of what they are recommended.
+    The choice does not depend on their recommendations.
     """
     order = np.argsort(np.asarray(lengths), kind="stable")
     count = min(count, len(order))
@@ -87,8 +86,8 @@ def show_users(
     """Cards of test users.
 
     Args:
-        model: what `score(histories)` of gives `(n, I)` scores; items beyond the data's were added later.
-        count, k, history: users, items recommended to each, and items of the history that are shown.
+        model: its `score(histories)` returns `(n, I)` scores; items beyond the data's were added later.
+        count, k, history: number of users, of recommended items, and of shown history items.
         gates: modality -> `(I,)` weights of the model's items.
     """
     histories, targets = data.split.histories("test"), data.split.targets("test")
@@ -128,5 +127,5 @@ def show_users(
 
 
 def _picture(own: ItemCatalogue, prepared: ItemCatalogue, item: int) -> str | None:
-    """Where an item's picture lies: a saved recommender may not know, and then its data do."""
+    """The path of an item's picture: the recommender's, or else the data's."""
     return own.images[item] or (prepared.images[item] if item < len(prepared) else None)

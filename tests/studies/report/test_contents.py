@@ -100,13 +100,13 @@ def test_what_is_missing_is_told(run):
     for words in (
         "1 of 3 stages are finished",
         "are no longer in " + str(run / "gone"),
-        "The run holds no model",
-        "Nothing was evaluated yet: speeder evaluate",
+        "Gate weights and recommendations: the run has no model.",
+        "there are none yet; run speeder evaluate",
         "not finished",
         "Training loss",
     ):
         assert words in text
-    for words in ("What users are recommended", "What the gate weighs", "By slice of users"):
+    for words in ("Example recommendations", "computes the weights", "By slice of users"):
         assert words not in text
 
 
@@ -127,7 +127,7 @@ def test_a_run_that_has_just_begun(run):
         shutil.rmtree(run / name)
     (run / "state.json").unlink()
     text = write_report(run).read_text(encoding="utf-8")
-    assert "0 of 3 stages are finished" in text and "does not say on which machine" in text
+    assert "0 of 3 stages are finished" in text and "no record of its machine" in text
 
 
 def test_rows_of_another_task_are_left_out_and_told(run):
@@ -137,7 +137,7 @@ def test_rows_of_another_task_are_left_out_and_told(run):
     contents = read_run(run)
     assert list(contents.evaluations["test"]) == ["popularity", "Speeder"]
     assert contents.notes == [
-        "test: older was measured over other users, items or candidates, and is left out."
+        "test: older was measured on other users, items or candidates."
     ]
 
 
@@ -161,8 +161,8 @@ def test_a_baseline_without_gates_has_a_page_too(finished, tmp_path):
     assert main(["train", *map(str, arguments)]) == 0
     assert main(["evaluate", str(tmp_path / "run"), "--no-baselines"]) == 0
     text = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "SASRec (cross-entropy)" in text and "What users are recommended" in text
-    assert "What the gate weighs" not in text and 'class="shares"' not in text
+    assert "SASRec (cross-entropy)" in text and "Example recommendations" in text
+    assert "computes the weights" not in text and 'class="shares"' not in text
     evaluation = Evaluation.load(tmp_path / "run" / "evaluations" / "test" / "model.json")
     assert f"{evaluation.mean('NDCG@10'):.4f}" in text and "hidden_size" in text
 
@@ -176,5 +176,5 @@ def test_a_model_that_ranks_no_catalogue_recommends_nothing(tmp_path):
     arguments = ["--data", tmp_path / "data", "--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "run"]
     assert main(["train", *map(str, arguments)]) == 0
     text = write_report(tmp_path / "run").read_text(encoding="utf-8")
-    assert "yes/no ranks no whole catalogue, so that it recommends nothing." in text
-    assert "What users are recommended" not in text and "Training loss" in text
+    assert "Recommendations: yes/no cannot rank a whole catalogue." in text
+    assert "Example recommendations" not in text and "Training loss" in text

@@ -136,7 +136,7 @@ def test_the_summary_names_recipe_data_machine_and_duration(run, page):
     assert data.split.hash() in page.text
     for words in ("batch_users", "precision", "synthetic", "planted attributes", "transformers", "processor"):
         assert words in page.text
-    assert "Not in this report" not in page.text and "3 of 3 stages" in page.text
+    assert "Missing from this report" not in page.text and "3 of 3 stages" in page.text
 
 
 def test_gates_are_shown_for_items_that_training_never_had(page):
@@ -154,8 +154,8 @@ def test_users_have_pictures_and_the_target_is_marked(run, page):
     }
     users = re.findall(r"User (user-\d+)", page.text)
     assert len(users) == 4
-    told = [int(place) for place in re.findall(r"at place (\d+)", page.text)]
-    assert told == [ranks[user] for user in users]
+    shown = [int(rank) for rank in re.findall(r"at rank (\d+)", page.text)]
+    assert shown == [ranks[user] for user in users]
     assert len(page.with_class("target")) == 4  # in the list, or beside it
     pictures = [each["src"] for each in page.all("img")]
     assert pictures and all(each["alt"] == "" for each in page.all("img"))  # the title stands below

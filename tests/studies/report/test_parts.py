@@ -103,7 +103,7 @@ def test_upright_and_without_what_the_camera_noted(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(None, "not known"), (0.52, "0.5 s"), (59.4, "59.4 s"), (61, "1 min 1 s"), (3725, "1 h 2 min")],
+    [(None, "unknown"), (0.52, "0.5 s"), (59.4, "59.4 s"), (61, "1 min 1 s"), (3725, "1 h 2 min")],
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
