@@ -1,1 +1,1 @@
-"""What a finished run is worth: evaluation, reports, ablations, speed, the demo."""
+"""Studies of finished runs: evaluation, reports, ablations, speed, the demo."""

@@ -1,4 +1,4 @@
-"""What the commands do with held-out items: make the set that they are held out from, and rank them for a run."""
+"""Cold start: hold items out from a prepared set, and rank them for a run."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def make_hold_out(
 ) -> tuple[PreparedData, ColdItems]:
     """Hold items out from a prepared set, and write `out/warm`, to train on, and `out/cold`.
 
-    Collaborative features are fitted anew, on what is left for training.
+    Collaborative features are fitted again, on the remaining training part.
 
     Raises:
-        SpeederError: see `hold_out`; or `out` holds anything else than an earlier hold-out.
+        SpeederError: see `hold_out`; or `out` holds anything but an earlier hold-out.
     """
     check_replaceable(out)
     data = PreparedData.load(data_folder)
@@ -51,12 +51,12 @@ def evaluate_cold_run(
     with_baselines: bool = True,
     ask_for: AskFor = ask_here,
 ) -> str:
-    """Rank the cold items for a run's model, and beside it popularity and the content neighbours.
+    """Rank the cold items by a run's model, by popularity and by content neighbours.
 
-    Keeps each user's ranks in `evaluations/test-cold-items` and `test-cold-only`, and writes the results of both.
+    Saves each user's ranks in `evaluations/test-cold-items` and `test-cold-only`, and writes the results of both.
 
     Args:
-        ask_for: who asks a model about users.
+        ask_for: gives the `UserMap` that runs a model over users.
 
     Returns:
         the Markdown tables.
@@ -82,11 +82,11 @@ def evaluate_cold_run(
 
 
 def baselines_for(cold: ColdItems, warm: PreparedData) -> dict[str, Scorer]:
-    """Popularity, which has met no cold item, and the content neighbours of the first modality that all read."""
+    """Popularity, with a count of 0 for every cold item, and content neighbours of the first common modality."""
     training = warm.split.training()
     catalogue = warm.catalogue.concat(cold.catalogue)
     rows: dict[str, Scorer] = {Popularity.label: Popularity(training, len(catalogue))}
     name = "text" if "text" in cold.catalogue.features else next(iter(cold.catalogue.features))
-    told = {"training_hash": training_hash(training)}
-    neighbours = ContentNeighbours(catalogue.features[name], catalogue.present[name], **told)
+    fitted_on = {"training_hash": training_hash(training)}
+    neighbours = ContentNeighbours(catalogue.features[name], catalogue.present[name], **fitted_on)
     return rows | {f"{ContentNeighbours.label} ({name})": neighbours}

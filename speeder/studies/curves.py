@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """What the logs of a run's stages tell, over the steps of all: as `speeder.studies.plots` draws it.
+    """The curves of a run's stages over the steps of all stages, for `speeder.studies.plots`.
 
     Attributes:
         stages: stage -> "loss", and "NDCG@10" where it was measured -> points.
@@ -21,7 +21,7 @@ class TrainingCurves:
     spans: dict[str, tuple[int, int]]
 
     def in_order(self, modalities: Sequence[str]) -> TrainingCurves:
-        """The same, with the gates of these modalities first, in this order: logs keep none."""
+        """The same curves, with the gates of these modalities first, in this order; logs have no order."""
         names = dict.fromkeys([name for name in modalities if name in self.gates] + list(self.gates))
         return replace(self, gates={name: self.gates[name] for name in names})
 

@@ -1,4 +1,4 @@
-"""Users ranked for in parts, by models that the workers load: the `UserMap` of `speeder evaluate --ray`."""
+"""Evaluation in parts, by models that workers load: the `UserMap` of `speeder evaluate --ray`."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ PART_USERS = 1024  # what a killed worker or driver costs at most
 
 @dataclass(frozen=True)
 class AskedInParts:
-    """The `UserMap` that parts users among a runner's workers, each of which loads the model once.
+    """The `UserMap` that shares users among a runner's workers, each of which loads the model once.
 
-    Batches are the same ones as in this process, so that ranks are the same too (but see docs/ray.md).
+    Batches are the same as in this process, so ranks are the same too (but see docs/ray.md).
 
     Attributes:
-        load: gives the model, in whatever process.
-        folder: for the parts; an interrupted call of the same model and users goes on with what is missing.
-        identity: JSON that tells the model from others.
+        load: loads the model, in any process.
+        folder: folder of the parts; after a stop, the same call computes only the missing ones.
+        identity: JSON that identifies the model.
         runner: such as an `OnRay`.
-        part_users: users of a part, about: whole batches.
+        part_users: approximate users per part, in whole batches.
     """
 
     load: Callable[[], object]
@@ -49,7 +49,7 @@ class AskedInParts:
     part_users: int = PART_USERS
 
     def __call__(self, rank: Rank, model: object, users: Users, batch_size: int, description: str) -> Columns:
-        """See `UserMap`; `model` stays here.
+        """See `UserMap`; `model` itself is not sent to workers.
 
         Raises:
             SpeederError: see `computed`.
@@ -70,15 +70,15 @@ class AskedInParts:
 
 @dataclass(frozen=True)
 class RunAsked:
-    """Who asks the models of a run about users: workers that load them from where they are saved.
+    """Gives the `UserMap` of each model of a run: workers load it from its folder.
 
     Attributes:
-        run: its folder.
-        model_folder: of the run's model.
-        data_folder: of the prepared data.
+        run: the run's folder.
+        model_folder: the folder of the run's model.
+        data_folder: the folder of the prepared data.
         runner: such as an `OnRay`.
         cold: whether cold items are ranked.
-        part_users: as `AskedInParts` has it.
+        part_users: as in `AskedInParts`.
     """
 
     run: Path
@@ -89,7 +89,7 @@ class RunAsked:
     part_users: int = PART_USERS
 
     def __call__(self, file: Path, model: object) -> UserMap:
-        """The map for a model whose evaluation goes to a file; unfinished parts lie beside it."""
+        """The map of a model whose evaluation is written to `file`; unfinished parts are kept beside it."""
         data, folder = self.data_folder.resolve(), self.model_folder.resolve()
         if self.cold and not hasattr(model, "add_items"):
             load = partial(load_cold_baseline, data, type(model).__name__)
@@ -114,7 +114,7 @@ class RunAsked:
 
 
 def users_table(users: Users) -> pa.Table:
-    """A row for each user: `history`, `target`, and `listed` where there are candidates."""
+    """One row per user: `history`, `target`, and `listed` if there are candidates."""
     lists = pa.list_(pa.int64())
     columns = {"history": pa.array(list(users.histories), lists), "target": pa.array(users.targets)}
     if users.listed is not None:
@@ -123,7 +123,7 @@ def users_table(users: Users) -> pa.Table:
 
 
 def table_users(table: pa.Table) -> Users:
-    """What `users_table` made a table of."""
+    """The users of a table of `users_table`."""
     listed = None
     if "listed" in table.column_names:
         listed = np.stack([row.values.to_numpy() for row in table["listed"]])
@@ -153,11 +153,11 @@ def _asked(load: Callable[[], object], rank: Rank, batch_size: int) -> Work:
     return ask
 
 
-# What workers load. Each takes folders alone, which every machine of a cluster sees.
+# Functions that workers call to load a model. Arguments are folders, which every machine of a cluster sees.
 
 
 def load_model(model_folder: Path, data_folder: Path, titles: bool = False) -> object:
-    """A run's model over the data's own items, or what writes titles by it."""
+    """A run's model over the data's own items, or its title writer."""
     model = load_recommender(model_folder)
     without_added(model, PreparedData.load(data_folder).catalogue)
     return TitleWriter.of_run(model_folder.parent, model) if titles else model
@@ -181,7 +181,7 @@ def load_cold(model_folder: Path, data_folder: Path) -> object:
 
 
 def load_cold_baseline(data_folder: Path, kind: str) -> object:
-    """A baseline, of the class of that name, that ranks the held-out items too."""
+    """A baseline, by the name of its class, that ranks the held-out items too."""
     data = PreparedData.load(data_folder)
     rows = baselines_for(ColdItems.beside(data_folder, data), data).values()
     return next(model for model in rows if type(model).__name__ == kind)

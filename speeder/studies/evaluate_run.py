@@ -1,4 +1,4 @@
-"""What a run folder says about itself: tables, plots, recommendations by title, gate weights."""
+"""Evaluates a run and writes its results: tables, plots, example recommendations, gate weights."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ VHR_NEGATIVES, SAMPLED_NEGATIVES = 19, 20  # as LLaRA and MLLM-MSR draw them
 
 
 AskFor = Callable[[Path, Scorer], UserMap]
-"""The file of an evaluation and the model that it is of -> who asks the model about users."""
+"""The file of an evaluation and its model -> the `UserMap` that runs the model over users."""
 
 
 def ask_here(file: Path, model: Scorer) -> UserMap:
-    """This process asks every model."""
+    """Run every model in this process."""
     return in_this_process
 
 
 @dataclass(frozen=True)
 class Measure:
-    """How models are measured: which targets, which protocol, and over which candidates.
+    """How models are evaluated: targets, protocol and candidates.
 
-    `candidates` is None where the whole catalogue is ranked. `ask_for` tells who asks a model about users. Making one
-    checks the data (`LeakError`): the split against the interactions, and what the features were fitted on.
+    `candidates` is None if the whole catalogue is ranked. `ask_for` gives the `UserMap` of a model. The constructor
+    checks the data for leaks (`LeakError`): the split against the interactions, and what the features were fitted on.
     """
 
     data: PreparedData
@@ -66,7 +66,7 @@ class Measure:
 
     @property
     def task(self) -> dict:
-        """What an evaluation of this kind says of itself; see `Evaluation.task`."""
+        """The task of evaluations by this measure; see `Evaluation.task`."""
         drawn = self.candidates
         return {
             "protocol": self.protocol,
@@ -79,31 +79,31 @@ class Measure:
 
     @property
     def folder(self) -> str:
-        """What evaluations and tables of this kind are called; see `measure_folder`."""
+        """The name of this kind of evaluation in files and folders; see `measure_folder`."""
         count = self.candidates.negatives.shape[1] if self.candidates else None
         return measure_folder(
             self.split, self.protocol, count, self.candidates.seed if self.candidates else 0
         )
 
     def __call__(self, model: Scorer, ask: UserMap = in_this_process) -> Evaluation:
-        """Evaluate a model: by the titles that it writes where that is all it does, else by ranking.
+        """Evaluate a model: by ranking, or by the titles that it writes if it only writes titles.
 
         Raises:
-            SpeederError: the protocol is not one that the model can take part in.
-            LeakError: the model carries other features than the data's; or see `evaluate`.
+            SpeederError: the model cannot be evaluated by this protocol.
+            LeakError: the model has other features than the data's; or see `evaluate`.
         """
         check_model_features(model, self.data)
         if self.candidates is None:
             if not getattr(model, "ranks_catalogue", True):
                 raise SpeederError(
-                    f"{type(model).__name__} ranks no whole catalogue; evaluate it with --protocol vhr"
+                    f"{type(model).__name__} cannot rank a whole catalogue; evaluate it with --protocol vhr"
                     + ("" if hasattr(model, "generate_titles") else " or sampled")
                 )
             return evaluate(model, self.data.split, self.split, ask=ask)
         if hasattr(model, "generate_titles"):
             if self.protocol != "vhr":
                 raise SpeederError(
-                    f"{type(model).__name__} writes one title and ranks nothing; evaluate it with --protocol vhr"
+                    f"{type(model).__name__} writes titles and cannot rank; evaluate it with --protocol vhr"
                 )
             titles = self.data.catalogue.titles
             return evaluate_titles(model, self.data.split, self.candidates, titles, ask=ask)
@@ -116,27 +116,27 @@ class Measure:
 def check_protocol(
     protocol: str, negatives: int | None = None, seed: int = 0, answers: str = "ranking"
 ) -> None:
-    """Refuse a choice that a protocol would ignore.
+    """Refuse an option that the protocol does not use.
 
     Raises:
-        SpeederError: the protocol is unknown, or negatives, their seed or titles as answers do not belong to it.
+        SpeederError: the protocol is unknown, or it does not use `negatives`, `seed` or `answers`.
     """
     if protocol not in PROTOCOLS:
         raise SpeederError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {protocol!r}")
     if negatives is not None and protocol != "sampled":
-        raise SpeederError(f"negatives: the protocol {protocol!r} leaves no choice of how many")
+        raise SpeederError(f"negatives: expected none with the protocol {protocol!r}, got {negatives}")
     if seed and protocol not in ("vhr", "sampled"):
-        raise SpeederError(f"candidates-seed: the protocol {protocol!r} draws no candidates")
+        raise SpeederError(f"candidates-seed: expected none with the protocol {protocol!r}, got {seed}")
     if answers != "ranking" and protocol != "vhr":
         raise SpeederError(f"answers: expected 'ranking' with the protocol {protocol!r}, got {answers!r}")
 
 
 def measure_folder(split: str, protocol: str, negatives: int | None = None, seed: int = 0) -> str:
-    """The name of a kind of evaluation: "test", "validation", "test-vhr", "test-sampled-99", "test-vhr-seed3"."""
+    """The folder name of a kind of evaluation, such as "test", "test-vhr", "test-sampled-99" or "test-vhr-seed3"."""
     if protocol == "full":
         return split
     if protocol == COLD_ITEMS and split != "test":
-        raise SpeederError(f"split: the protocol {protocol!r} has test targets alone, got {split!r}")
+        raise SpeederError(f"split: expected 'test' with the protocol {protocol!r}, got {split!r}")
     unusual = protocol == "sampled" and negatives not in (None, SAMPLED_NEGATIVES)
     return f"{split}-{protocol}" + (f"-{negatives}" if unusual else "") + (f"-seed{seed}" if seed else "")
 
@@ -150,11 +150,11 @@ def measure_for(
     seed: int = 0,
     ask_for: AskFor = ask_here,
 ) -> Measure:
-    """The measure of a protocol, with its candidate file in `run/candidates`, drawn where it is not there yet.
+    """The measure of a protocol, with its candidate file in `run/candidates`, which is drawn if it is missing.
 
     Args:
-        negatives: a user, for "sampled" (20 by default); "vhr" has 19 in any case.
-        ask_for: who asks a model about users.
+        negatives: negatives per user for "sampled" (20 by default); "vhr" always has 19.
+        ask_for: gives the `UserMap` of a model.
 
     Raises:
         SpeederError: see `check_protocol`; or the file is damaged, or of other candidates.
@@ -170,12 +170,12 @@ def measure_for(
         named = (candidates.split, candidates.negatives.shape[1], candidates.seed)
         if named != (split, count, seed):
             raise SpeederError(
-                f"{path}: expected {split} candidates, {count} a user of seed {seed}, got {named}"
+                f"{path}: expected {split} candidates, {count} per user, of seed {seed}, got {named}"
             )
         if candidates.num_items != len(data.catalogue):
             raise LeakError(
                 f"{path}: drawn over {candidates.num_items} items, but the catalogue has {len(data.catalogue)}; "
-                "without the file, candidates are drawn anew"
+                "remove the file to draw candidates again"
             )
     else:
         candidates = Candidates.draw(data.split, split, len(data.catalogue), count, seed)
@@ -188,13 +188,13 @@ def _evaluation_path(run: Path, name: str, measure: Measure) -> Path:
 
 
 def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend: bool = False) -> Evaluation:
-    """Evaluate under a name, or read the evaluation that the run folder already holds of this very task.
+    """Evaluate under a name, or read the evaluation that the run folder already has of this task.
 
-    The name must stand for one model of this run, such as a finished stage's.
+    The name must identify one model of this run, such as a finished stage's.
 
     Args:
-        mend: measure again where the file cannot be read. Only for a `model` that is surely the one of that name: a
-            finished run has its earlier stages' evaluations, but no longer their models.
+        mend: evaluate again if the file cannot be read. Only if `model` is certainly the one of that name: a finished
+            run has its earlier stages' evaluations, but not their models.
 
     Raises:
         SpeederError: the file cannot be read, unless `mend`.
@@ -206,7 +206,7 @@ def evaluate_once(run: Path, name: str, model: Scorer, measure: Measure, *, mend
         except SpeederError as error:
             if not mend:
                 raise
-            log.warning("%s; measured again", error)
+            log.warning("%s; evaluating again", error)
         else:
             if known.task == measure.task:
                 return known
@@ -220,25 +220,27 @@ def _evaluated(path: Path, model: Scorer, measure: Measure) -> Evaluation:
 
 
 def kept_evaluation(run: Path, name: str, measure: Measure) -> Evaluation:
-    """The evaluation that the run folder holds under a name, for models that are there no longer.
+    """The evaluation that the run folder has under a name, for models that no longer exist.
 
     Raises:
         SpeederError: it is missing, damaged or of another task.
     """
     path = _evaluation_path(run, name, measure)
     if not path.exists():
-        raise SpeederError(f"{path} is missing, and {name!r} was not kept: train again in another folder")
+        raise SpeederError(
+            f"{path} is missing, and the model {name!r} was not kept: train again in another folder"
+        )
     known = Evaluation.load(path)
     if known.task != measure.task:
-        raise SpeederError(f"{path}: is of other data or another protocol than this evaluation")
+        raise SpeederError(f"{path}: was made with other data or another protocol than this evaluation")
     return known
 
 
 def evaluate_run(run: Path, model: Scorer, measure: Measure, name: str = "model") -> Evaluation:
-    """Evaluate a run's finished model, and keep each user's ranks in `evaluations/`, where `compare` finds them.
+    """Evaluate a run's finished model, and save each user's ranks in `evaluations/`, where `compare` finds them.
 
     Args:
-        name: of the file; `compare` looks for "model".
+        name: the file's name; `compare` looks for "model".
     """
     return _evaluated(_evaluation_path(run, name, measure), model, measure)
 
@@ -246,23 +248,23 @@ def evaluate_run(run: Path, model: Scorer, measure: Measure, name: str = "model"
 def evaluate_answers(
     run: Path, model: Scorer, measure: Measure, answers: str = "ranking"
 ) -> dict[str, Evaluation]:
-    """The rows of a run's model: by its ranking, and with `answers="titles"` also by the titles that it writes.
+    """The rows of a run's model: by ranking, and with `answers="titles"` also by the titles that it writes.
 
     Raises:
-        SpeederError: the model was trained for no titles; see `TitleWriter.of_run`.
+        SpeederError: the model was not trained to write titles; see `TitleWriter.of_run`.
     """
     models = {"model": model}
-    only_writes = hasattr(model, "generate_titles")  # a baseline, which is measured by that in any case
+    only_writes = hasattr(model, "generate_titles")  # a baseline, which is always evaluated by its titles
     if answers == "titles" and not only_writes:
         models["model-titles"] = TitleWriter.of_run(run, model)
     return {model_label(each): evaluate_run(run, each, measure, name) for name, each in models.items()}
 
 
 def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[str, Evaluation]:
-    """Popularity and, unless the run is of one, a cross-entropy SASRec, fitted on the training part.
+    """Popularity and, unless the run is a SASRec itself, a cross-entropy SASRec, fitted on the training part.
 
-    SASRec has the bundled settings that suit the data and stops by the validation ranking. It is kept in
-    `run/baselines/sasrec` and not fitted twice for the same data; stopped, it goes on from its last epoch.
+    SASRec has the bundled settings that suit the data, and stops by the validation ranking. It is saved in
+    `run/baselines/sasrec` and not fitted again for the same data. After a stop it resumes from its last epoch.
     """
     data = measure.data
     training, num_items = data.split.training(), len(data.catalogue)
@@ -285,7 +287,7 @@ def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[
 
 
 def model_label(model: Scorer) -> str:
-    """What a model's row in a table is called."""
+    """The name of a model's row in tables."""
     return getattr(model, "label", "Speeder")
 
 
@@ -294,7 +296,7 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
 
     Args:
         evaluations: name -> evaluation, in the order of the table's rows.
-        kind: the measure's folder; but for "test" it is part of the files' names, as in `results-test-vhr.md`.
+        kind: the measure's folder; unless "test", it is part of the files' names, as in `results-test-vhr.md`.
 
     Returns:
         the Markdown tables.
@@ -312,14 +314,14 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
 
 
 def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:
-    """Write `training.png` and, where there are gates, `gates.png` and `gate_distribution.png` into `out/plots`."""
+    """Write `training.png` and, for a model with gates, `gates.png` and `gate_distribution.png` into `out/plots`."""
     curves = training_curves(stage_logs(run))
     plot_training(curves.stages, out / "plots" / "training.png")
     if not curves.gates:  # a baseline without item tokens
         return
     present = model.mrc.presence()
     weights = {name: values[present[name]].numpy() for name, values in model.gates().items()}
-    gates = curves.in_order(list(weights)).gates  # so that a modality has one colour in all pictures
+    gates = curves.in_order(list(weights)).gates  # one colour per modality in all pictures
     plot_gates(gates, out / "plots" / "gates.png", curves.spans)
     plot_gate_distribution(weights, out / "plots" / "gate_distribution.png")
 
@@ -338,9 +340,9 @@ def gate_table(model: SpeederForCausalLM) -> str:
 
 
 def example_recommendations(model: SpeederForCausalLM, data: PreparedData, users: int = 3, k: int = 5) -> str:
-    """What a few test users saw last, what they are recommended, and what they took next, by title."""
+    """A few test users' newest items, recommendations and next item, by title."""
     histories, targets = data.split.histories("test"), data.split.targets("test")
-    # spread over the users, so that short and long histories are among them
+    # evenly spaced over the users
     chosen = np.linspace(0, len(histories) - 1, users + 2).astype(int)[1:-1]
     lines = []
 
@@ -352,7 +354,7 @@ def example_recommendations(model: SpeederForCausalLM, data: PreparedData, users
         last = [title(i) for i in histories[row][-5:]]
         lines.append(f"User {user} ({len(histories[row])} items), last: " + "; ".join(last))
         for place, item in enumerate(recommended, 1):
-            hit = "   <- taken next" if item.item == targets[row] else ""
+            hit = "   <- next item" if item.item == targets[row] else ""
             lines.append(f"  {place}. {title(item.item)}{hit}")
-        lines.append(f"  taken next: {title(targets[row])}")
+        lines.append(f"  next item: {title(targets[row])}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Pictures of training and evaluation, drawn without a display: on a figure (`draw_…`), or as a file (`plot_…`).
 
-A file is a PNG, or an SVG with text as text where its name ends so. On a narrow figure, as a phone shows it, labels
-and legends stand where they leave the drawing its room.
+A file is a PNG, or an SVG with text as text if its name ends in .svg. On a narrow figure, for phones, labels and
+legends are placed so that the drawing has room.
 """
 
 import os
@@ -112,7 +112,7 @@ def plot_gate_distribution(weights: Mapping[str, np.ndarray], path: str | os.Pat
 
 
 def draw_gate_distribution(figure: Figure, weights: Mapping[str, np.ndarray]) -> None:
-    """How gate weights are spread over items: a violin a modality, with its median and middle half.
+    """The distribution of gate weights over items: one violin per modality, with its median and quartiles.
 
     Args:
         weights: modality -> (n,) weights in 0..1 of the items that have it.
@@ -144,7 +144,7 @@ def plot_comparison(
 
 
 def draw_comparison(figure: Figure, evaluations: "Mapping[str, Evaluation]", metric: str = "NDCG@10") -> None:
-    """One row a model: the metric with its 95 % interval, seen items masked and allowed, in the order given.
+    """One row per model: the metric with its 95 % interval, seen items masked and allowed, in the given order.
 
     Args:
         evaluations: name -> evaluation, all over one split.

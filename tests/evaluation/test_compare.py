@@ -154,8 +154,8 @@ def test_the_command_needs_evaluations_alone(evaluations, split, tmp_path, capsy
         "split of 'good' is test": [runs[0], str(tmp_path / "other.json")],
         "at least two": runs[:1],
         "metric: expected one of": [*runs, "--metric", "AUC"],
-        "protocol 'full' leaves no choice": [*runs, "--negatives", "7"],
-        "protocol 'full' draws no candidates": [*runs, "--candidates-seed", "7"],
+        "negatives: expected none with the protocol 'full', got 7": [*runs, "--negatives", "7"],
+        "candidates-seed: expected none with the protocol 'full', got 7": [*runs, "--candidates-seed", "7"],
         "not a readable evaluation": [runs[0], str(tmp_path / "out" / "comparison.json")],
     }
     for message, arguments in mistakes.items():

@@ -271,7 +271,9 @@ def test_a_finished_run_that_lost_its_evaluation_is_told(done, place, data, tmp_
     out = tmp_path / "study"
     shutil.copytree(done[0], out)
     shutil.rmtree(out / "none" / "seed-1" / "evaluations")
-    with pytest.raises(SpeederError, match="none/seed-1: was finished, but neither its evaluation nor"):
+    with pytest.raises(
+        SpeederError, match="none/seed-1: the run is finished, but its evaluation and its weights are gone"
+    ):
         ablate(load_study(place / "study.yaml"), data, out, (1, 2))
     shutil.rmtree(out / "none" / "seed-1")
     said = []
@@ -337,7 +339,7 @@ MEAN = "variants: MRC: mean: "
         (
             ("variants", "MRC", "none"),
             STUDY["variants"]["SPAE"]["none"],
-            "SPAE: none: expected a name of its",
+            "SPAE: none: expected a unique name",
         ),
         (
             ("variants", "MRC", "a/b"),

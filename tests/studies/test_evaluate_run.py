@@ -62,7 +62,7 @@ def test_a_damaged_evaluation_is_measured_again(run, caplog, capsys):
     with caplog.at_level(logging.WARNING, "speeder.studies.evaluate_run"):
         assert main(["evaluate", str(run)]) == 0
     assert capsys.readouterr().out == table and file.read_bytes() == whole
-    assert "measured again" in caplog.text
+    assert "evaluating again" in caplog.text
 
 
 def test_a_finished_stage_is_not_measured_by_another_model(run):

@@ -1,1 +1,1 @@
-"""`speeder ablate`: what each part brings, by named changes of one recipe."""
+"""`speeder ablate`: what each part contributes, by named changes of one recipe."""

@@ -12,7 +12,7 @@ from speeder.studies.plots import colours, saved_figure
 def plot_differences(
     differences: Mapping[str, tuple[str, Interval]], path: str | os.PathLike, label: str
 ) -> None:
-    """One row a variant, a colour a group; the line at 0 is the base.
+    """One row per variant, one colour per group; the line at 0 is the base.
 
     Args:
         differences: variant -> its group, and its difference from the base with the interval.

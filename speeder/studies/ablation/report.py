@@ -1,4 +1,4 @@
-"""What a study found: each variant's means over seeds, and its paired differences from the base."""
+"""The results of a study: each variant's means over seeds, and its paired differences from the base."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SLICE_RESAMPLES = 2_000
 class Finished:
     """The finished runs of a study: variant -> seed -> evaluation, and how it was trained.
 
-    The latter holds `precision`, `processor` and, unless the run was stopped on the way, what each of `TOOK` was.
+    `took` holds `precision`, `processor` and, unless the run was interrupted, the times named in `TOOK`.
     """
 
     study: Study
@@ -38,7 +38,7 @@ class Finished:
     took: dict[str, dict[int, dict[str, Any]]] = field(default_factory=dict)
 
     def add(self, variant: str, seed: int, evaluation: Evaluation, took: dict[str, Any]) -> None:
-        """Note one run."""
+        """Add one run."""
         self.evaluations.setdefault(variant, {})[seed] = evaluation
         self.took.setdefault(variant, {})[seed] = took
 
@@ -52,7 +52,7 @@ class Finished:
         return np.mean([runs[seed].values(metric, seen) for seed in sorted(seeds or runs)], axis=0)
 
     def gap(self, variant: str, metric: str, seen: str) -> np.ndarray | None:
-        """Each user's value less the base's, over the seeds that both have: `(n,)`; None where they share none."""
+        """Each user's value minus the base's, over the seeds of both: `(n,)`; None if they share no seed."""
         shared = set(self.evaluations[variant]) & set(self.evaluations.get(BASE, ()))
         if variant == BASE or not shared:
             return None
@@ -109,7 +109,7 @@ def _variant(finished: Finished, name: str) -> dict[str, Any]:
 
 
 def _means(finished: Finished, name: str) -> dict[str, dict[str, dict]]:
-    """ "masked" and "allowed" -> metric -> mean with its interval over users, and the deviation over seeds."""
+    """ "masked" and "allowed" -> metric -> mean with its interval over users, and the standard deviation over seeds."""
     pairs = [(seen, metric) for seen in SEEN for metric in REPORTED]
     columns = np.stack([finished.values(name, metric, seen) for seen, metric in pairs], axis=1)
     found: dict[str, dict[str, dict]] = {seen: {} for seen in SEEN}
@@ -121,7 +121,7 @@ def _means(finished: Finished, name: str) -> dict[str, dict[str, dict]]:
 
 
 def _add_differences(variants: dict[str, Any], finished: Finished, metric: str, seen: str) -> None:
-    """To each variant `differences[seen][metric]`, as `compare` tests two models; Holm's family are the variants."""
+    """Add `differences[seen][metric]` to each variant, tested as in `compare`; Holm's family is all variants."""
     gaps = {name: gap for name in variants if (gap := finished.gap(name, metric, seen)) is not None}
     if not gaps:
         return
@@ -133,7 +133,7 @@ def _add_differences(variants: dict[str, Any], finished: Finished, metric: str, 
 
 
 def slices_of(evaluation: Evaluation) -> dict[str, dict[str, np.ndarray]]:
-    """Users by history length (quartiles), by the target's popularity (terciles), and with cold or warm targets."""
+    """Users by history length (quartiles), target popularity (terciles), and cold or warm targets."""
     counts = evaluation.target_counts
     cold = {f"cold (≤ {COLD} in training)": counts <= COLD, f"warm (> {COLD})": counts > COLD}
     return {
@@ -159,7 +159,7 @@ def _slices(finished: Finished, name: str) -> dict[str, dict[str, dict]]:
 
 
 def write_report(out: Path, finished: Finished, baselines: Mapping[str, Evaluation]) -> str:
-    """Write `ablations.json`, `.md` and, once there is a difference to show, `.png` into the study's folder.
+    """Write `ablations.json`, `.md` and, once there are differences, `.png` into the study's folder.
 
     Returns:
         the Markdown.
@@ -177,7 +177,7 @@ def write_report(out: Path, finished: Finished, baselines: Mapping[str, Evaluati
         if "differences" in entry
     }
     if differences:
-        plot_differences(differences, out / "ablations.png", f"{MAIN} less the base's")
+        plot_differences(differences, out / "ablations.png", f"{MAIN} minus the base's")
     return text
 
 
@@ -196,7 +196,7 @@ def markdown(found: dict[str, Any]) -> str:
         metrics = entry["metrics"]["masked"]
         cells = [text for metric in REPORTED for text in (_mean(metrics[metric]), "-")]
         rows.append(["baseline", name, "", "-", *cells, *["-"] * 6])
-    header = ["", "variant", "what it tells", "seeds"]
+    header = ["", "variant", "change", "seeds"]
     header += [text for metric in REPORTED for text in (metric, "± seeds")]
     header += [text for metric in REPORTED[::-1] for text in (f"{metric} - base", "p (Holm)")]
     parts = [
@@ -238,13 +238,13 @@ def _note(found: dict[str, Any]) -> str:
     family = sum("differences" in entry for entry in found["variants"].values())
     return (
         f"Leave one out, test targets, {found['num_users']:,} users, all {found['task']['num_items']:,} items "
-        "ranked; ties count against the target. A user's value is the mean over the seeds; in brackets: 95 % "
-        "bootstrap interval over users, for differences from the base paired by user and over the seeds that both "
-        "have. ± seeds: standard deviation of the means of single runs, which the intervals do not hold. p: "
-        f"two-sided paired permutation test over users, corrected by Holm for {family} variant(s); it tells of these "
-        "trained models, not of what other seeds would give. s, CPU s: seconds of "
-        "training with its validation rankings, and those of all cores together, of runs that were not stopped on "
-        f"the way. {_trained_on(found)}Signed figures in the tables by slice are differences from the base. "
+        "ranked; ties count against the target. A user's value is the mean over the seeds. In brackets: 95 % "
+        "bootstrap interval over users. Differences from the base are paired by user, over the seeds of both. "
+        "± seeds: standard deviation of the means of single runs; the intervals do not include it. p: two-sided "
+        f"paired permutation test over users, corrected by Holm for {family} variant(s); it is about these trained "
+        "models, not about other seeds. s, CPU s: seconds of training with its validation rankings, and those of "
+        "all cores together, for runs without a stop. "
+        f"{_trained_on(found)}Signed figures in the tables by slice are differences from the base. "
         f"Split `{found['task']['split_hash']}`."
     )
 
@@ -253,8 +253,8 @@ def _trained_on(found: dict[str, Any]) -> str:
     """Precisions and machines of all runs, as a sentence."""
     runs = [run for entry in found["variants"].values() for run in entry["took_by_seed"].values()]
     kinds = {key: sorted({run[key] for run in runs if run.get(key)}) for key in ("precision", "processor")}
-    told = [" and ".join(kinds["precision"]), "; ".join(kinds["processor"])]
-    return f"Trained in {' on '.join(part for part in told if part)}. " if any(told) else ""
+    parts = [" and ".join(kinds["precision"]), "; ".join(kinds["processor"])]
+    return f"Trained in {' on '.join(part for part in parts if part)}. " if any(parts) else ""
 
 
 def _mean(interval: Mapping[str, float]) -> str:

@@ -1,6 +1,6 @@
 """Run a study: every variant with every seed, resumable at any moment, with a report after each finished run.
 
-Several processes may work on one study's folder: each run has a lock, which its process holds for as long as it lives.
+Several processes may work on one study's folder. Each run has a lock, which its process holds until it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from speeder.training.run_folder import begun_identity, begun_precision, run_ide
 
 _SECONDS = "seconds.json"
 _EVALUATED = "model"  # as `evaluate_run` calls a run's finished model
-_PAUSE = 2.0  # seconds between looks at runs that other processes make
+_PAUSE = 2.0  # seconds between checks of runs that other processes make
 
 
 def ablate(
@@ -41,28 +41,28 @@ def ablate(
     data_folder: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> str:
-    """Train and evaluate a study's variants; stopped at any moment, the same call goes on where it was.
+    """Train and evaluate a study's variants; after a stop, the same call resumes.
 
-    Runs go by seeds: every variant with the first seed, then with the second, so that a study which is stopped early
-    has compared all variants. Each run is an ordinary run folder, `out/<variant>/seed-<n>`. A run that another process
-    is making is waited for in the end.
+    Every variant runs with the first seed, then with the second, so a study that is stopped early has compared all
+    variants. Each run is an ordinary run folder, `out/<variant>/seed-<n>`. At the end, runs that other processes are
+    making are waited for.
 
     Args:
-        study: what to vary.
+        study: the base recipe and its variants.
         data: a prepared set.
-        out: the study's folder; holds `ablations.json`, `.md` and `.png` after every finished run.
-        seeds: of the runs to make. The report is over all seeds that are finished.
-        only: names of variants or groups; the base is always among them. Others that are finished are reported too.
-        keep_models: keep finished runs' weights; by default each user's rank alone is kept.
-        data_folder: where `data` lies, noted in the runs.
-        say: takes each line for the user.
+        out: the study's folder; after every finished run it gets `ablations.json`, `.md` and `.png`.
+        seeds: seeds of the runs to make. The report is over all finished seeds.
+        only: names of variants or groups to run, with the base. Others that are finished are reported too.
+        keep_models: keep the weights of finished runs; by default only each user's rank is kept.
+        data_folder: the folder of `data`, recorded in the runs.
+        say: called with each line for the user.
 
     Returns:
         the report as Markdown.
 
     Raises:
-        SpeederError: a variant does not fit the data, or a folder holds a run of another recipe or of other data, or
-            one that cannot be read.
+        SpeederError: a variant does not fit the data; or a folder holds a run of another recipe or other data, or an
+            unreadable one.
         LeakError: the data leak.
     """
     out, measure = Path(out), Measure(data)
@@ -71,7 +71,7 @@ def ablate(
     chosen = study.chosen(list(only))
     recipes = _recipes_for(study, data, only, say)
     chosen = [variant for variant in chosen if variant.name in recipes]
-    for name, recipe in recipes.items():  # nothing is trained before every folder was seen to fit
+    for name, recipe in recipes.items():  # check every folder before anything is trained
         for run in _runs(out, name):
             _check_same_run(run, replace(recipe, seed=_seed_of(run)), data)
     with _claimed(out / "baselines", wait=True):
@@ -91,7 +91,7 @@ def ablate(
                     recipe = replace(recipes[variant.name], seed=seed)
                     _run(run, variant, recipe, measure, data_folder, precision)
                     _report(out, finished, measure, rows)
-                if ours and not keep_models:  # weights are large, and nothing here needs them again
+                if ours and not keep_models:  # weights are large, and not needed any more
                     shutil.rmtree(run / "model", ignore_errors=True)
             if not ours:
                 elsewhere.append((seed, variant))
@@ -103,7 +103,7 @@ def ablate(
 
 @contextmanager
 def _claimed(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether the folder is this process's own until the end, or another's; with `wait` it is waited for."""
+    """Lock the folder until the end; yields False if another process has it (with `wait`, waits for it instead)."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as file:
         try:
@@ -121,12 +121,11 @@ def _runs(out: Path, variant: str) -> list[Path]:
 def _recipes_for(
     study: Study, data: PreparedData, only: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Recipe]:
-    """Each variant's recipe over the modalities that the data have, all with as many steps as before.
+    """Each variant's recipe over the modalities that the data have, with the same number of steps.
 
-    Variants that tell nothing then are left out, unless they were asked for by name: those of missing modalities alone,
-    and those that are the base.
+    Left out, unless they are in `only`: variants of missing modalities alone, and variants that equal the base then.
     """
-    recipes, told = {}, set()
+    recipes, reported = {}, set()
     for name, variant in study.variants.items():
         try:
             recipe, notes = variant.recipe.for_modalities(list(data.catalogue.modalities), keep_stages=True)
@@ -139,15 +138,14 @@ def _recipes_for(
             raise SpeederError(f"{study.name}: {name}: {error}") from error
         recipes[name] = recipe
         for note in notes:
-            if note not in told:
+            if note not in reported:
                 say(f"Note ({name}): {note}")
-        told |= set(notes)
+        reported |= set(notes)
     return recipes
 
 
 def _precision(out: Path, recipes: Mapping[str, Recipe]) -> str:
-    """What all runs compute in whose recipe leaves it open: chosen by the machine once, for a difference between
-    variants must not be one of precision.
+    """The precision of all runs with `precision: auto`: measured once, so that variants do not differ in it.
 
     Raises:
         SpeederError: finished runs differ in it.
@@ -162,8 +160,8 @@ def _precision(out: Path, recipes: Mapping[str, Recipe]) -> str:
         found.add(read_json(path)["precision"])
     if len(found) > 1:
         raise SpeederError(
-            f"{out}: holds runs in {' and in '.join(sorted(found))}: remove those of one, and {path.name} where it"
-            " names that one"
+            f"{out}: holds runs in {' and in '.join(sorted(found))}: remove the runs in one of them, and {path.name} if"
+            " it names that one"
         )
     chosen = found.pop() if found else resolve_precision(AUTO)
     write_json(path, {"precision": chosen})
@@ -174,11 +172,11 @@ def _seed_of(run: Path) -> int:
     try:
         return int(run.name.removeprefix("seed-"))
     except ValueError:
-        raise SpeederError(f"{run}: expected a folder of the name seed-NUMBER") from None
+        raise SpeederError(f"{run}: expected a folder named seed-NUMBER") from None
 
 
 def _check_same_run(run: Path, recipe: Recipe, data: PreparedData) -> None:
-    """Refuse a folder whose run is not the one that the study asks for."""
+    """Refuse a folder whose run has another recipe or other data than the study's."""
     if not (run / "recipe.json").exists():
         return
     began, wanted = begun_identity(run), run_identity(recipe, data)
@@ -192,8 +190,8 @@ def _check_same_run(run: Path, recipe: Recipe, data: PreparedData) -> None:
             keys = []
         what = f"another recipe ({', '.join(keys) or 'not readable'})"
     raise SpeederError(
-        f"{run}: holds a run of {what} than the study asks for; remove that folder and the run is made anew, "
-        "or give another --out"
+        f"{run}: holds a run of {what} than the study's; remove that folder to make the run again, or give another"
+        " --out"
     )
 
 
@@ -209,26 +207,26 @@ def _run(
     data_folder: str | Path | None,
     precision: str,
 ) -> None:
-    """Train, or go on training, and evaluate."""
+    """Train or resume, and evaluate."""
     model = read_json(run / "state.json").get("model") if (run / "state.json").exists() else None
     if model and not (run / model).exists():
         raise SpeederError(
-            f"{run}: was finished, but neither its evaluation nor its weights are there any more; remove that "
-            "folder and the run is made anew"
+            f"{run}: the run is finished, but its evaluation and its weights are gone; remove that folder to make the"
+            " run again"
         )
     resumed, started, worked = (run / "recipe.json").exists(), time.monotonic(), time.process_time()
     try:
         model = train(recipe, measure.data, run, resume=resumed, data_folder=data_folder, precision=precision)
     except SpeederError as error:
         raise SpeederError(f"{variant.name}: {error}") from error
-    if not (run / _SECONDS).exists():  # of a run that was stopped, no one has counted them all
+    if not (run / _SECONDS).exists():  # the time of an interrupted run is not known
         took = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - worked}
         write_json(run / _SECONDS, {} if resumed else took)
     evaluate_run(run, model, measure)
 
 
 def _report(out: Path, finished: Finished, measure: Measure, rows: Mapping[str, Evaluation]) -> str:
-    """Over all runs that are finished by now, those of earlier calls and of other processes too."""
+    """Report all finished runs, including those of earlier calls and of other processes."""
     for name in finished.study.variants:
         for run in filter(_is_finished, _runs(out, name)):
             seed = _seed_of(run)
@@ -240,7 +238,7 @@ def _report(out: Path, finished: Finished, measure: Measure, rows: Mapping[str, 
 
 
 def _processor(run: Path) -> str | None:
-    """What the run's last stage ended on."""
+    """The processor of the run's last stage."""
     logs = sorted(run.glob("stages/*/log.json"))
     machine = read_json(logs[-1]).get("machine", {}) if logs else {}
     return f"{machine['processor']}, threads: {machine['threads']}" if "processor" in machine else None

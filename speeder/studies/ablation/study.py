@@ -25,11 +25,11 @@ class Variant:
     """The base recipe with a few changes.
 
     Attributes:
-        name: of its folder and its row.
+        name: the name of its folder and its row.
         group: the part of the model that it is about; empty for the base.
-        tests: one line on what it tells.
+        tests: one line on the change.
         changes: dotted key -> value, as in `{"model.dropout": 0.1, "stages.*.epochs": 2}`.
-        recipe: what is trained, but for the seed.
+        recipe: the changed recipe; runs set its seed.
     """
 
     name: str
@@ -65,8 +65,8 @@ def load_study(name: str | Path) -> Study:
     """Read and check a study: a YAML file, or the name of one that comes with the package.
 
     Raises:
-        SpeederError: the file is missing or not YAML, or a key, a recipe or a change in it is wrong; the line names
-            the variant and the key.
+        SpeederError: the file is missing or not YAML, or a key, a recipe or a change in it is wrong; the message
+            names the variant and the key.
     """
     path = _study_path(name)
     try:
@@ -85,7 +85,7 @@ def study_from_dict(data: Any, name: str, folder: Path = Path()) -> Study:
     """A study from plain data.
 
     Args:
-        folder: what a base recipe's path is relative to.
+        folder: the folder that a base recipe's path is relative to.
 
     Raises:
         SpeederError: a key or a value is wrong.
@@ -97,15 +97,15 @@ def study_from_dict(data: Any, name: str, folder: Path = Path()) -> Study:
     if not isinstance(base, Recipe):
         raise SpeederError(f"base: expected a recipe with stages, got SASRec's ({data['base']})")
     recipe = _changed(base, _flat(data.get("common") or {}, "common: "), "common: ")
-    variants = {BASE: Variant(BASE, "", "what each variant is a change of", {}, recipe)}
+    variants = {BASE: Variant(BASE, "", "the recipe that variants change", {}, recipe)}
     for group, members in _mapping(data["variants"], "variants: ").items():
         for variant, entry in _mapping(members, f"variants: {group}: ").items():
             where = f"variants: {group}: {variant}: "
             if variant in variants or group == BASE:
-                raise SpeederError(f"{where}expected a name of its own, and {BASE!r} is taken")
+                raise SpeederError(f"{where}expected a unique name other than {BASE!r}")
             if safe_name(variant) != variant:
                 raise SpeederError(
-                    f"{where}expected a name of letters, digits, '-' and '_', as a folder bears it"
+                    f"{where}expected a name of letters, digits, '-' and '_', since it names a folder"
                 )
             _check_keys(_mapping(entry, where), ("tests", "changes"), where)
             if not isinstance(entry.get("tests"), str) or "\n" in entry["tests"]:

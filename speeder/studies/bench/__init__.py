@@ -1,4 +1,4 @@
-"""`speeder bench`: Speeder beside language models that read items as text, on one machine in one run."""
+"""`speeder bench`: the speed of Speeder beside language models that read items as text, in one run."""
 
 import os
 

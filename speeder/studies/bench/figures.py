@@ -1,4 +1,4 @@
-"""From the repetitions that were measured to the figures that tables and pictures show."""
+"""From measured repetitions to the figures of tables and pictures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def row(measured: dict, peak: float) -> Row:
 
 
 def best_peak(results: dict) -> float:
-    """The highest rate of products: of several measurements, what disturbs only slows down."""
+    """The highest rate of matrix products of several measurements: disturbances only slow down."""
     return max(point["peak"] for point in results["points"].values())
 
 

@@ -1,4 +1,4 @@
-"""Model flops: what the mathematics of a step or of a forward pass asks for, whatever a program computes twice.
+"""Model flops: what the mathematics of a step or of a forward pass needs, without anything computed twice.
 
 A product of `(m, k)` and `(k, n)` is `2 m k n`. Trained weights cost three products a token (forward, the gradients of
 input and weight), frozen ones that a gradient passes through two, the first layer above fixed inputs two. Attention is
@@ -19,8 +19,8 @@ from speeder.model.sequences import TokenSequence
 def training_flops(model: SpeederForCausalLM, sequences: Sequence[TokenSequence]) -> dict[str, int]:
     """Flops of a training step on packed sequences, by part.
 
-    A sequence's last token is asked for and not read: nothing follows from it. The text embedding, which is the text
-    head of many backbones, is taken as frozen: so the bundled recipes have it.
+    A sequence's last token is a target and is not read. The text embedding, which is also the text head of many
+    backbones, counts as frozen, as in the bundled recipes.
     """
     lengths = [len(sequence.ids) - 1 for sequence in sequences]
     first_item = model.config.text_vocab_size
@@ -43,9 +43,8 @@ def training_flops(model: SpeederForCausalLM, sequences: Sequence[TokenSequence]
 
 
 def ranking_flops(model: SpeederForCausalLM, lengths: Sequence[int], whole_catalogue: bool) -> int:
-    """Flops of reading sequences of the given lengths and answering at the end of each: with the scores of the whole
-    catalogue, or with those of one text token. Item tokens, made once, are not counted, and of the last layer only the
-    states that are read."""
+    """Flops of reading sequences of the given lengths and predicting at the end of each: the whole catalogue's scores,
+    or one text token. Item tokens, made once, are not counted; of the last layer only the states that are read are."""
     hidden, answers, total = model.config.hidden_size, len(lengths), sum(lengths)
     if whole_catalogue:
         answer = 2 * hidden * (hidden + len(model.catalogue))

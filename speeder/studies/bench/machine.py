@@ -1,4 +1,4 @@
-"""The products that this machine can do at most, and the memory and time that a process took."""
+"""The machine's peak rate of matrix products, and the memory and time of a process."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _SIZES = ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 576, 1536))  # m, n, k
 
 @torch.no_grad()
 def gemm_peak(dtype: torch.dtype) -> float:
-    """Flops a second of the fastest product in `dtype` that is at hand: torch's, in several sizes and both layouts, or
-    the one inside the item cross-entropy. The best of some tries, since what disturbs only slows down."""
+    """Flops a second of the fastest available product in `dtype`: torch's, in several sizes and both layouts, or the
+    one inside the item cross-entropy. The best of several tries, since disturbances only slow down."""
     best = 0.0
     for m, n, k in _SIZES:
         left, right = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
@@ -31,20 +31,20 @@ def gemm_peak(dtype: torch.dtype) -> float:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` tell of what comes now; where the kernel does not allow it, of the whole process."""
+    """Reset the peak that `peak_memory` returns; without the kernel's permission it covers the whole process."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int | None:
-    """Bytes of this process that were resident at once, at most; None where the system does not tell."""
+    """Peak resident bytes of this process; None if the system does not report them."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found.group(1)) * 1024 if found else None
 
 
 def busy_seconds() -> float | None:
-    """Seconds that all cores have worked since the machine started, for whomever; None where it cannot be known."""
+    """Busy seconds of all cores since the machine started, for all programs; None if unknown."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return None
@@ -53,6 +53,6 @@ def busy_seconds() -> float | None:
 
 
 def cpu_seconds() -> float:
-    """Seconds that cores have worked for this process."""
+    """Processor seconds of this process."""
     times = os.times()
     return times.user + times.system

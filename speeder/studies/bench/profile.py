@@ -1,4 +1,4 @@
-"""What a training step spends its time on, by groups of operators."""
+"""Where a training step spends its time, by groups of operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results as one Markdown report: the table, what it means, the targets, where a training step's time goes."""
+"""Results as one Markdown report: the table, its columns, the targets, the profile of a training step."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ from speeder.studies.bench.figures import Row, best_peak, points, ratio, row
 from speeder.studies.bench.systems import SYSTEMS
 
 GEMM_TARGET = 0.6
-# against -> (training speed at least so many times, inference time at most one so-manieth)
+# against -> the targeted speed-up in training and in inference
 TARGETS = {"text-prompt": 10, "title-generation": 50}
 
 DEFINITIONS = """\
-- **tokens an item**, **tokens a prompt**: what the backbone reads for one item of a history, and for one answer
+- **tokens an item**, **tokens a prompt**: tokens that the backbone reads for one item of a history, and for one answer
   (yes-no: for one of a user's {candidates} candidates).
-- **targets/s**: items that are learned to be next, a second, data preparation and optimizer step included.
-  Speeder and text-prompt learn from every item of a window in one pass; title-generation has one target a
-  prompt, yes-no one target a pair of prompts. **prompts/s**: the windows, or prompts, in which they come.
+- **targets/s**: training targets per second, with data preparation and optimizer step. Speeder and text-prompt learn
+  from every item of a window in one pass; title-generation has one target per prompt, yes-no one per pair of prompts.
+  **prompts/s**: the windows, or prompts, of these targets.
 - **users/s**: users answered in batches. **p50**, **p99**: milliseconds from one user's history to the answer, one
-  user at a time. The answer is the 10 best of the whole catalogue (Speeder, text-prompt), the title of one of
-  {candidates} candidates, just as many tokens as titles have on average (title-generation), or the scores of
+  user at a time. The answer is the 10 best of the whole catalogue (Speeder, text-prompt); the title of one of
+  {candidates} candidates, with as many tokens as titles have on average (title-generation); or the scores of
   {candidates} candidates (yes-no).
-- **first s**: seconds from loaded weights to the first user's answer, the compression of the catalogue (Speeder) or
-  its tokenization (the others) included. Measured once, in a fresh process.
-- **memory GB**: the most that was resident in the system's own process while it answered, and while it trained.
-- **of peak**: model flops of a training step over its time, as a share of the fastest matrix product measured in this
-  run. Model flops count what the mathematics asks for: nothing twice, attention below the diagonal alone, no
-  norms, no optimizer.
-- Figures are medians over repetitions, whose number stands in brackets (p50, p99: over so many users). **x training**,
+- **first s**: seconds from loaded weights to the first user's answer, with the compression of the catalogue (Speeder)
+  or its tokenization (the others). Measured once, in a new process.
+- **memory GB**: peak resident memory of the system's process while it answered, and while it trained.
+- **of peak**: model flops of a training step per second, as a share of the fastest matrix product measured in this
+  run. Model flops count nothing twice, attention only below the diagonal, no norms and no optimizer.
+- Figures are medians over repetitions, with their number in brackets (p50, p99: the number of users). **x training**,
   **x batch**, **x p50**: how many times faster Speeder is, by the medians.
-- A batch has about {training_tokens:,} tokens (training), with shorter and longer sequences as the data has them, or as
-  many users as fit in {ranking_tokens:,}, at least one: no system's batch is small for the machine. A training batch of
-  more or fewer flops than one of the mean make-up counts for as much more or less.
+- A training batch has about {training_tokens:,} tokens, with short and long sequences as in the data. An inference
+  batch has as many users as fit in {ranking_tokens:,} tokens, at least one. So no system's batch is too small for the
+  machine. A training batch with more or fewer flops than the mean counts for proportionally more or fewer targets.
 - All systems run in turns, each in its own process.
-- Titles are cut at {title_tokens} tokens, as the recipes have it. Texts of N tokens are an item's title and
-  description, again and again, cut at N.
+- Titles are cut at {title_tokens} tokens, as in the recipes. Texts of N tokens are an item's title and description,
+  repeated and cut at N.
 """
 
 
@@ -150,7 +149,7 @@ def _digits(value: float | None) -> str:
 
 
 def verdicts(results: dict, main: str) -> list[tuple[str, float, float | None]]:
-    """What was asked for at the main point: (what, wanted, measured or None)."""
+    """The targets at the main point: (name, target, measured or None)."""
     peak, systems = best_peak(results), results["points"][main]["systems"]
     ours, found = row(systems["speeder"], peak), []
     for name, wanted in TARGETS.items():
@@ -167,19 +166,19 @@ def verdicts(results: dict, main: str) -> list[tuple[str, float, float | None]]:
 
 def targets(results: dict, main: str) -> str:
     """The verdicts as a table."""
-    lines = [f"At: {main}.", "", "| | wanted | measured | |", "|---|---:|---:|---|"]
+    lines = [f"At: {main}.", "", "| | target | measured | |", "|---|---:|---:|---|"]
     for what, wanted, measured in verdicts(results, main):
         show = "{:.0%}".format if wanted < 1 else (lambda factor: f"{_digits(factor)} x")
         cells = ["", "not measured"]
         if measured is not None:
             cells = [show(measured), "reached" if measured >= wanted else "missed"]
         lines.append(f"| {what} | ≥ {show(wanted)} | {' | '.join(cells)} |")
-    lines += ["", "The paper claims over its own rival: 2.5 x training speed, 1/4 of the inference time."]
+    lines += ["", "The paper claims, over its own rival, 2.5 x training speed and 1/4 of the inference time."]
     return "\n".join(lines)
 
 
 def step(results: dict, main: str) -> str:
-    """Where the profiler saw a training step's time go, by system."""
+    """Where a training step spends its time, by system."""
     systems = {
         name: each["profile"]
         for name, each in results["points"][main]["systems"].items()

@@ -1,4 +1,4 @@
-"""The bench as a whole: points one after another, at each all systems in turns, under a budget of time, resumable."""
+"""Runs the bench: one point after another, all systems in turns at each, within a time budget; resumable."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ RESULTS, REPORT, PICTURE = "results.json", "report.md", "bench.png"
 ROUNDS = 3  # of turns
 LEAST_SECONDS = 0.3  # for each task: what is fast is repeated even where time is over
 MOST = {"batch": 30, "single": 300, "train": 30}  # repetitions
-MAIN = Workload()  # the point at which the targets are judged
+MAIN = Workload()  # the point at which targets are judged
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be measured; a second call with the same plan goes on.
+    """What to measure; a second call with the same plan resumes.
 
     Attributes:
-        systems: of [`SYSTEMS`], "speeder" among them.
-        histories, descriptions: the lengths, in items and in tokens, at which points lie.
-        budget: seconds that the whole should take; a system gets one repetition in any case, unless that alone would
-            take longer than its point's part.
+        systems: names of [`SYSTEMS`], including "speeder".
+        histories, descriptions: lengths to measure, in items and in tokens.
+        budget: approximate total seconds; each system gets at least one repetition, unless that alone would take
+            longer than its point's share.
 
     Raises:
         SpeederError: a value is out of its range.
@@ -75,7 +75,7 @@ class Plan:
         return list(dict.fromkeys(points))
 
     def settings(self) -> dict:
-        """As results keep it: what another call must agree in to go on."""
+        """The part of the plan that is saved with the results; a call that resumes must agree in it."""
         kept = asdict(self) | {"format": FORMAT}
         kept.pop("budget")
         return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
@@ -86,13 +86,13 @@ def bench(plan: Plan, folder: Path, out: Path, say: Callable[[str], None] = prin
 
     Args:
         folder: prepared data.
-        say: takes each line for the user.
+        say: called with each line for the user.
 
     Returns:
-        the results, as `results.json` holds them.
+        the content of `results.json`.
 
     Raises:
-        SpeederError: the data do not serve, `out` holds a bench of other settings, or a system's process ended.
+        SpeederError: the data cannot be used, `out` holds a bench of other settings, or a system's process ended.
     """
     torch.set_num_threads(plan.threads)
     data = PreparedData.load(folder)
@@ -100,8 +100,8 @@ def bench(plan: Plan, folder: Path, out: Path, say: Callable[[str], None] = prin
     results = _begin(out, settings, plan, data, folder.resolve().name)
     points = plan.points
     for point in points:
-        choose_users(data, point)  # a mistake is found before anything is measured
-    others = max(1, len(points) - 1)  # half of the time is the main point's, where the targets are judged
+        choose_users(data, point)  # fails before anything is measured
+    others = max(1, len(points) - 1)  # half of the time is for the main point, where targets are judged
     weights = {point: others if point == MAIN else 1.0 for point in points}
     for number, point in enumerate(points, 1):
         if point.name in results["points"]:
@@ -117,7 +117,7 @@ def bench(plan: Plan, folder: Path, out: Path, say: Callable[[str], None] = prin
 
 
 def default_data(out: Path) -> Path:
-    """MovieLens-100K, prepared in the folder of results where it is not there yet."""
+    """MovieLens-100K, prepared in the results folder if it is not there yet."""
     folder = out / "data"
     if not folder.exists():
         prepare_ml100k(folder, modalities=("text", "collaborative"))

@@ -1,4 +1,4 @@
-"""The systems that are compared, each as its recipe trains it, on one backbone."""
+"""The compared systems, each trained as its recipe says, on one backbone."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from speeder.studies.bench.workload import TITLE_TOKENS, Users, Workload, choose
 from speeder.training.dataset import TrainingSequences
 from speeder.training.mpo import select_parameters
 
-SYSTEMS = {  # name -> (as tables call it, the recipe that it is trained by)
+SYSTEMS = {  # name -> (label in tables, recipe)
     "speeder": ("Speeder", "ml-100k"),
     "text-prompt": ("text-prompt: one forward over titles", "ml-100k-text-prompt"),
-    "title-generation": ("title-generation, as LLaRA asks", "ml-100k-title-generation"),
-    "yes-no": ("yes-no, as MLLM-MSR asks", "ml-100k-yes-no"),
+    "title-generation": ("title-generation, LLaRA's prompt", "ml-100k-title-generation"),
+    "yes-no": ("yes-no, MLLM-MSR's prompt", "ml-100k-yes-no"),
 }
-TRAINING_TOKENS = 8192  # of a batch, on average; at least one sequence
-SAMPLED_EXAMPLES = 2048  # at most, of which training batches are put together
+TRAINING_TOKENS = 8192  # per batch, on average; at least one sequence
+SAMPLED_EXAMPLES = 2048  # most examples that training batches are made of
 GOLDEN_SECTION = (5**0.5 - 1) / 2
 RANKING_TOKENS = 16_384
-SAMPLED_USERS = 16  # at least, whose prompts' mean length is told
+SAMPLED_USERS = 16  # fewest users for the mean length of prompts
 BATCHES = 8  # different training batches, used in turns
 K = 10  # items recommended
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch: its examples' numbers, and what is in it.
+    """One training batch: the numbers of its examples, and its size.
 
-    `prompts` and `targets` are those of a batch of the data's mean make-up, times this one's flops over that one's: so
-    a batch that happens to hold shorter examples does not tell of a higher rate.
+    `prompts` and `targets` are those of an average batch, times this batch's flops over the average batch's. So a batch
+    of shorter examples does not show a higher rate.
     """
 
     examples: list[int]
@@ -57,11 +57,11 @@ class System:
     Args:
         name: one of [`SYSTEMS`].
         backbone: asset, folder or Hub id.
-        layers: how many of the backbone's are kept.
+        layers: the number of the backbone's layers to keep.
         precision: `"bf16"` or `"fp32"`.
 
     Raises:
-        SpeederError: the backbone or the data do not serve.
+        SpeederError: the backbone or the data cannot be used.
     """
 
     def __init__(
@@ -78,14 +78,14 @@ class System:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def for_ranking(self) -> None:
-        """Weights in the bench's precision, as a server would hold them: autocast casts them anew at every call
-        without gradients. Once trained, a system cannot go back."""
+        """Put the weights into the bench's precision, as a server would hold them: without gradients, autocast would
+        cast them again at every call. Not possible once trained."""
         if self.recipe.precision == "bf16":
             self.model.to(torch.bfloat16)
         self.model.eval()
 
     def for_training(self) -> None:
-        """Weights in float32 and their optimizer; again and again changes nothing."""
+        """Put the weights into float32 and make the optimizer; a second call changes nothing."""
         if self._optimizer is None:
             self.model.float().train()
             groups = select_parameters(self.model, self.recipe.stages[-1], self.recipe.weight_decay)
@@ -110,7 +110,7 @@ class System:
         self.mean_prompt = float(np.mean(lengths))
 
     def _representative(self) -> list[Batch]:
-        """Batches of about TRAINING_TOKENS, with examples as short and as long as all of the data has them."""
+        """Batches of about TRAINING_TOKENS, with short and long examples as in all of the data."""
         sample = np.random.default_rng(1).permutation(len(self._dataset))[:SAMPLED_EXAMPLES]
         sequences = {int(number): self._dataset[number] for number in sample}
         lengths = np.array([len(sequence.ids) for sequence in sequences.values()])
@@ -165,7 +165,7 @@ class System:
             self.model.recommend(histories, self._k, batch_size=len(histories))
 
     def prompt_lengths(self, user: int) -> list[int]:
-        """Tokens of what is read to answer for a user, one number a sequence."""
+        """Tokens to read for one user's answer, one number per sequence."""
         history = self.users.histories[user].tolist()
         candidates = self.users.candidates[user].tolist()
         if self.name == "title-generation":
@@ -190,7 +190,7 @@ class System:
 def build_model(
     recipe: Recipe, data: PreparedData, workload: Workload, backbone: str, layers: int
 ) -> SpeederForCausalLM:
-    """A fresh model as the recipe describes it, but for backbone, layers and the lengths of the workload."""
+    """A new model of the recipe, with another backbone, number of layers, and the workload's lengths."""
     tokenizer = load_tokenizer(backbone)
     settings = recipe.model | {"max_history": workload.max_history}
     torch.manual_seed(recipe.seed)
@@ -214,8 +214,8 @@ def build_model(
 
 
 def _writes(generate: Callable, tokens: int) -> Callable:
-    """`generate` that writes just so many tokens, a title's mean length and its end: trained models stop there, while
-    an untrained one may write on to the limit, which would be unfair to it."""
+    """`generate` that writes exactly `tokens` tokens, a title's mean length and its end. Trained models stop there; an
+    untrained one may write to the limit, which would be unfair."""
 
     def exactly(*args, **kwargs):
         return generate(*args, **kwargs | {"min_new_tokens": tokens, "max_new_tokens": tokens})

@@ -1,4 +1,4 @@
-"""One system in a process of its own, which measures what it is told to and holds still otherwise."""
+"""One system in a process of its own, which measures on request and is idle otherwise."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from speeder.studies.bench.systems import System
 from speeder.studies.bench.workload import Workload
 
 TASKS = ("batch", "single", "train")
-Sample = dict[str, float]  # "seconds", and what was done in them
+Sample = dict[str, float]  # "seconds", and the work done in them
 
 
 class Worker:
-    """What the bench sees of a system's process; its methods wait for the answer.
+    """The bench's side of a system's process; its methods wait for the answer.
 
-    Raises `SpeederError`, from every method, with what went wrong in the process.
+    Every method raises `SpeederError` if something fails in the process.
     """
 
     def __init__(self, name: str, *settings):
         """Start the process of `_Bench(name, *settings)`."""
         self.name = name
-        # a server that has imported all and done nothing: each process is forked from it, clean and at once
+        # a server that has only done its imports: each process is forked from it, clean and quickly
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self._connection, theirs = context.Pipe()
@@ -40,19 +40,19 @@ class Worker:
         theirs.close()
 
     def ask(self, question: str, **arguments):
-        """The answer of one of `_Bench`'s methods."""
+        """Call one of `_Bench`'s methods and return its result."""
         self.send(question, **arguments)
         return self.answer()
 
     def send(self, question: str, **arguments) -> None:
-        """Ask, and let the process work; `answer` must follow."""
+        """Start a call; `answer` must follow."""
         try:
             self._connection.send((question, arguments))
         except OSError:
             raise self._death() from None
 
     def answer(self):
-        """What the last question was answered."""
+        """The result of the last call."""
         try:
             kind, content = self._connection.recv()
         except (EOFError, OSError):
@@ -62,8 +62,8 @@ class Worker:
         return content
 
     def close(self) -> None:
-        """End the process, in the middle of its work if need be."""
-        self._connection.close()  # which ends one that waits for a question
+        """End the process, even during its work."""
+        self._connection.close()  # ends a process that waits for a call
         self._process.join(1)
         self._process.terminate()
         self._process.join()
@@ -76,7 +76,7 @@ class Worker:
 
 
 def _serve(connection: Connection, name: str, *settings) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the bench's: it ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the bench ends this process
     bench = _Bench(name, *settings)
     try:
         while True:
@@ -85,7 +85,7 @@ def _serve(connection: Connection, name: str, *settings) -> None:
                 answer = ("answer", getattr(bench, question)(**arguments))
             except SpeederError as error:
                 answer = ("error", str(error))
-            except Exception as error:  # whatever it is, the bench must hear of it and end
+            except Exception as error:  # any error must reach the bench and end it
                 traceback.print_exc()
                 answer = ("error", f"{type(error).__name__}: {error}")
             connection.send(answer)
@@ -118,14 +118,14 @@ class _Bench:
         self._system.for_ranking()
 
     def first(self) -> float:
-        """Seconds from loaded weights to the first answer for one user; and all that was compressed or tokenized."""
+        """Seconds from loaded weights to the first answer for one user, with compression or tokenization."""
         reset_peak_memory()
         start = time.perf_counter()
         self._system.rank([0])
         return time.perf_counter() - start
 
     def facts(self) -> dict:
-        """What is measured: sizes in tokens, batches, model flops of one repetition of each task."""
+        """Sizes in tokens, batches, and model flops of one repetition of each task."""
         system = self._system
         system.prepare()
         batch, ranked = system.batches[0], system.ranked_users
@@ -148,10 +148,10 @@ class _Bench:
         }
 
     def measure(self, task: str, seconds: float, most: int, patience: float) -> list[Sample]:
-        """Repetitions until so many seconds are over: at least one, at most `most`.
+        """Repetitions for `seconds` seconds: at least one, at most `most`.
 
-        The very first of a task is not among them, because libraries and memory get ready in it; unless it took
-        more than `patience` seconds: that is little of it then, and a second one would be too dear.
+        The first one of a task is a warm-up and not counted, unless it takes more than `patience` seconds: then the
+        warm-up is a small part of it, and a second one would take too long.
         """
         if task == "train":
             self._system.for_training()
@@ -174,7 +174,7 @@ class _Bench:
         return {"seconds": seconds} | done
 
     def _rank(self, task: str) -> Sample:
-        """The next users, one by one or as many as a batch takes."""
+        """Rank the next users: one, or a batch."""
         known = len(self._system.users.histories)
         size = min(known, self._system.ranked_users) if task == "batch" else 1
         rows = [(self._counts[task] * size + place) % known for place in range(size)]
@@ -183,7 +183,7 @@ class _Bench:
         return {"seconds": time.perf_counter() - start, "users": size}
 
     def memory(self, reset: bool) -> int | None:
-        """The most that was resident since the last reset, in bytes."""
+        """Peak resident bytes since the last reset."""
         peak = peak_memory()
         if reset:
             reset_peak_memory()
@@ -194,5 +194,5 @@ class _Bench:
         return profile_step(lambda: self._system.train(0))
 
     def cpu_seconds(self) -> float:
-        """Processor time that this process has used."""
+        """Processor seconds of this process."""
         return cpu_seconds()

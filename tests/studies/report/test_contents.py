@@ -136,9 +136,7 @@ def test_rows_of_another_task_are_left_out_and_told(run):
     write_json(folder / "older.json", other | {"num_items": 47})
     contents = read_run(run)
     assert list(contents.evaluations["test"]) == ["popularity", "Speeder"]
-    assert contents.notes == [
-        "test: older was measured on other users, items or candidates."
-    ]
+    assert contents.notes == ["test: older was measured on other users, items or candidates."]
 
 
 def test_a_demos_folder_has_its_evaluations_beside_the_run(run, tmp_path):
