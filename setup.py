@@ -364,7 +364,7 @@ class BuildExt(build_ext):
         return path
 
 
-if __name__ == "__main__":
+def main() -> None:
     libraries = ("speeder_kernels._ops", "speeder_kernels._native", "speeder_kernels._ops_cuda")
     setup(
         # Without sources: BuildExt knows them. setuptools wants the names, for the wheel's platform and its
@@ -372,3 +372,7 @@ if __name__ == "__main__":
         ext_modules=[Extension(name, sources=[]) for name in libraries],
         cmdclass={"build_ext": BuildExt},
     )
+
+
+if __name__ == "__main__":
+    main()
