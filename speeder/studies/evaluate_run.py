@@ -339,22 +339,23 @@ def gate_table(model: SpeederForCausalLM) -> str:
     return "\n".join(lines)
 
 
+def item_title(data: PreparedData, item: int) -> str:
+    """An item's title, or what it is called without one."""
+    return data.catalogue.titles[item] or f"item {data.catalogue.ids[item]}"
+
+
 def example_recommendations(model: SpeederForCausalLM, data: PreparedData, users: int = 3, k: int = 5) -> str:
     """A few test users' newest items, recommendations and next item, by title."""
     histories, targets = data.split.histories("test"), data.split.targets("test")
     # evenly spaced over the users
     chosen = np.linspace(0, len(histories) - 1, users + 2).astype(int)[1:-1]
     lines = []
-
-    def title(item: int) -> str:
-        return data.catalogue.titles[item] or f"item {data.catalogue.ids[item]}"
-
     for row, recommended in zip(chosen, model.recommend([histories[i] for i in chosen], k), strict=True):
         user = data.interactions.user_ids[data.split.users("test")[row]]
-        last = [title(i) for i in histories[row][-5:]]
+        last = [item_title(data, i) for i in histories[row][-5:]]
         lines.append(f"User {user} ({len(histories[row])} items), last: " + "; ".join(last))
         for place, item in enumerate(recommended, 1):
             hit = "   <- next item" if item.item == targets[row] else ""
-            lines.append(f"  {place}. {title(item.item)}{hit}")
-        lines.append(f"  next item: {title(targets[row])}")
+            lines.append(f"  {place}. {item_title(data, item.item)}{hit}")
+        lines.append(f"  next item: {item_title(data, targets[row])}")
     return "\n".join(lines)
