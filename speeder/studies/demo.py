@@ -35,9 +35,8 @@ from speeder.studies.evaluate_run import (
 from speeder.studies.report.build import write_report
 from speeder.training.run import train
 
-_TITLES_READ = (
-    1  # of a history, by content neighbours: 1 has the best validation NDCG@10 of 1, 3, 5, 10, 20 and all
-)
+# How many of a history's last titles content neighbours read: the best validation NDCG@10 of 1, 3, 5, 10, 20 and all.
+_TITLES_READ = 1
 
 
 def demo(
@@ -59,6 +58,9 @@ def demo(
     """
     out, started = Path(out), time.monotonic()
     run, folder = out / "speeder", out / "data"
+
+    if out.exists() and not out.is_dir():
+        raise SpeederError(f"{out}: expected a folder, got a file")
 
     def announce(text: str) -> None:
         say(f"\n[{time.monotonic() - started:4.0f} s] {text}")
