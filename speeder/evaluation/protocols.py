@@ -159,7 +159,7 @@ def _checked(
 
 
 def _description(name: str) -> str:
-    return f"evaluate ({name})"
+    return f"ranking {name} items"
 
 
 def _among_candidates(

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from speeder.evaluation.metrics import candidate_ranks, target_ranks
 from speeder.evaluation.written_titles import named_candidate
+from speeder.io.progress import showing
 
 if TYPE_CHECKING:
     from speeder.evaluation.scorer import Scorer, TitleGenerator
@@ -58,12 +58,11 @@ class UserMap(Protocol):
 
 def in_this_process(rank: Rank, model: Any, users: Users, batch_size: int, description: str) -> Columns:
     """The `UserMap` that asks the model itself."""
-    bar = tqdm(total=-(-len(users) // batch_size), desc=description, unit="batch", disable=None)
     made = []
-    with bar:
+    with showing(description, -(-len(users) // batch_size), "batch") as work:
         for batch in users.parts(batch_size):
             made.append(rank(model, batch))
-            bar.update()
+            work.update()
     return {name: np.concatenate([columns[name] for columns in made]) for name in made[0]}
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, read_json, sha256_file, write_json
+from speeder.io.progress import showing
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,9 @@ def computed(
         if done := parts.count - len(missing):
             log.warning("going on: %d of %d parts are done (%s)", done, parts.count, folder)
         if missing:
-            list(tqdm(runner(make, parts, missing), desc=what, unit="part", total=len(missing), disable=None))
+            with showing(what, len(missing), "part") as work:
+                for _ in runner(make, parts, missing):
+                    work.update()
         yield parts.outputs()
         (parts.folder / "job.json").unlink()  # first: killed after that, the rest is no job that could go on
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
 from speeder.evaluation.metrics import metric_values
 from speeder.evaluation.protocols import evaluate
+from speeder.io.progress import showing
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import ModelState, SharedPrefix
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
@@ -148,9 +148,13 @@ class RecommenderMixin:
         states = self.user_states(histories, batch_size)
         batches = range(0, len(histories), batch_size)
         results: list[list[Recommendation]] = []
-        for start, state in zip(tqdm(batches, desc="recommend", disable=not progress), states, strict=True):
-            chunk = [sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]]
-            results += self._best(state, vectors, k, chunk if exclude_seen else None)
+        with showing("recommending", len(batches), "batch", show=progress) as work:
+            for start, state in zip(batches, states, strict=True):
+                chunk = [
+                    sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]
+                ]
+                results += self._best(state, vectors, k, chunk if exclude_seen else None)
+                work.update()
         return results
 
     @torch.no_grad()

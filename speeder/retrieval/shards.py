@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from speeder.data.fingerprints import features_hash
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, check_files, describe_files, read_json, write_json
+from speeder.io.progress import showing
 from speeder.model.item_store import ItemRows, scoring_vectors, seen_table
 from speeder.model.mrc import PIECE
 from speeder_kernels import topk_items
@@ -90,11 +90,12 @@ def write_token_shards(
     folder.mkdir(parents=True, exist_ok=True)
     _clear(folder, names, plan)
     stamp = {**plan["identity"], "dtype": dtype}
-    with model.evaluating():
-        for name, start in tqdm(list(zip(names, starts, strict=True)), "token shards", disable=not progress):
+    with model.evaluating(), showing("writing item tokens", len(names), "shard", show=progress) as work:
+        for name, start in zip(names, starts, strict=True):
             end = min(start + shard_items, count)
             if not _is_whole(folder / name, stamp | {"start": str(start), "items": str(end - start)}):
                 _write_shard(model, folder / name, start, end, DTYPES[dtype], stamp)
+            work.update()
     write_json(folder / "manifest.json", plan | {"files": describe_files(folder, names)})
     return TokenShards(folder)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from speeder.baselines.auto import baseline_class
 from speeder.data.fingerprints import training_hash
@@ -23,6 +23,7 @@ from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import check_features, check_split
 from speeder.io.disk_full import writing
+from speeder.io.progress import say, showing
 from speeder.model.loading import load_tokenizer
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.processor import SpeederProcessor, template_ids
@@ -39,6 +40,7 @@ from speeder.training.fsdp import copy_for_sharding
 from speeder.training.fsdp_trainer import ShardedTrainer, sharding_is_asked
 from speeder.training.mpo import GateRamp, select_parameters
 from speeder.training.precision import resolve_precision
+from speeder.training.progress import StageProgress, stage_line
 from speeder.training.run_folder import (
     begin_run,
     begun_precision,
@@ -108,16 +110,29 @@ def train(
     if on_stage is not None and state["finished"]:
         # the stop may have come between the stage's end and this call
         on_stage(recipe.stages[len(state["finished"]) - 1], model)
+    examples = model.training_examples(recipe.supervision)
+    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
+    recipe = replace(recipe, precision=precision)
+    steps = [_stage_steps(stage, recipe, len(sequences)) for stage in recipe.stages]
     opened: set[str] = set()
-    for number, stage in enumerate(recipe.stages):
-        if number >= len(state["finished"]):
-            _run_stage(number, stage, opened, model, replace(recipe, precision=precision), data, run, prompts)
-            last = stage is recipe.stages[-1]
-            _finish_stage(number, stage, model, processor, run, state, last)
-            if on_stage is not None:
-                on_stage(stage, model)
-        opened |= set(stage.open)
+    done = sum(steps[: len(state["finished"])])
+    with showing("training", sum(steps), "step", initial=done, show=main) as work:
+        for number, stage in enumerate(recipe.stages):
+            if number >= len(state["finished"]):
+                shown = StageProgress(work, f"{stage.name} (stage {number + 1} of {len(steps)})")
+                _run_stage(number, stage, opened, model, recipe, data, run, sequences, prompts, shown)
+                last = stage is recipe.stages[-1]
+                _finish_stage(number, stage, model, processor, run, state, last)
+                if on_stage is not None:
+                    on_stage(stage, model)
+            opened |= set(stage.open)
     return model.eval()
+
+
+def _stage_steps(stage: Stage, recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of a stage over so many examples, as `Trainer` counts them."""
+    batches = math.ceil(examples / (stage.batch_users or recipe.batch_users))
+    return stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
 
 
 def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
@@ -172,21 +187,19 @@ def _run_stage(
     recipe: Recipe,
     data: PreparedData,
     run: Path,
+    sequences: TrainingSequences | TitleExamples,
     prompts: TitlePrompts | None,
+    shown: StageProgress,
 ) -> None:
     folder = stage_folder(run, number, stage.name)
-    examples = model.training_examples(recipe.supervision)
-    sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
-    callbacks = []
+    steps = _stage_steps(stage, recipe, len(sequences))
+    callbacks: list[TrainerCallback] = [shown]
     if stage.titles:
         sequences = TitleExamples(sequences, stage.titles, prompts, recipe.seed, stage.name)
-        callbacks = [EpochTeller(sequences.set_epoch)]
+        callbacks.append(EpochTeller(sequences.set_epoch))
     if model.config.negatives != "full":
         model.negatives.set_counts(target_counts(data.split.training(), len(data.catalogue)))
         callbacks.append(NegativesClock())
-    batch_users = stage.batch_users or recipe.batch_users
-    batches = math.ceil(len(sequences) / batch_users)
-    steps = stage.steps or math.ceil(stage.epochs * math.ceil(batches / recipe.gradient_accumulation_steps))
     checkpoint = from_main(last_checkpoint(folder, steps) if processes().is_main_process else None)
     if checkpoint is not None:
         check_shared(checkpoint)
@@ -195,7 +208,8 @@ def _run_stage(
         output_dir=str(folder),
         num_train_epochs=stage.epochs,
         max_steps=stage.steps or -1,
-        per_device_train_batch_size=batch_users,  # of all devices together, see SharedBatches
+        # of all devices together, see SharedBatches
+        per_device_train_batch_size=stage.batch_users or recipe.batch_users,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         learning_rate=stage.learning_rate,
         weight_decay=recipe.weight_decay,
@@ -260,6 +274,7 @@ def _run_stage(
         seconds = log[-1]["train_runtime"]
         skipped = trainer.bad_batches.tell(trainer.state)
         write_stage_log(folder, stage.name, log, seconds, resumed_from, arguments.world_size, skipped)
+        say(stage_line(shown.stage, log, seconds))
     if processes().use_distributed:
         # the stage's wrapper must let go of the gradients before the next one takes them
         trainer.accelerator.free_memory()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PrinterCallback, Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from speeder.data.interactions import LeaveOneOut
 from speeder.io.disk_full import WriteError, writing
@@ -46,6 +47,8 @@ class SpeederTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        for drawn in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # see training/progress.py
+            self.remove_callback(drawn)
         self.plain = self.model if plain is None else plain
         self.split, self.parameter_groups, self.average = split, parameter_groups, average
         self.batches = SharedBatches(

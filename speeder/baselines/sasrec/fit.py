@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from speeder.baselines.sasrec.checkpoint import Progress, load_checkpoint, save_checkpoint
 from speeder.baselines.sasrec.model import SASRec, check_sequences, pad
 from speeder.data.fingerprints import training_hash
 from speeder.evaluation.metrics import metric_values, target_ranks
+from speeder.io.progress import showing
 from speeder.recipes.sasrec import SASRecConfig
 from speeder_kernels import item_cross_entropy
 
@@ -35,6 +35,7 @@ def fit_sasrec(
     log: Callable[[dict], None] | None = None,
     device: str | torch.device = "cpu",
     checkpoint: str | os.PathLike | None = None,
+    description: str = "SASRec",
 ) -> SASRec:
     """Train a new model: every item of every sequence is predicted from those before it.
 
@@ -49,6 +50,7 @@ def fit_sasrec(
             are told again.
         checkpoint: a file, written after each epoch. Where it is there already, training goes on from it and ends
             as if it had never stopped. It is left for the caller to remove, once the model is saved.
+        description: what the progress display calls it.
 
     Returns:
         The trained model in evaluation mode.
@@ -75,7 +77,9 @@ def fit_sasrec(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model = SASRec(num_items, config).to(device)
-        _train(model, windows, validation, epochs, np.random.default_rng(seed), log, file, identity)
+        _train(
+            model, windows, validation, epochs, np.random.default_rng(seed), log, file, identity, description
+        )
     model.training_hash = data_hash
     return model.eval()
 
@@ -89,6 +93,7 @@ def _train(
     log: Callable[[dict], None],
     checkpoint: Path | None,
     identity: str,
+    description: str,
 ) -> None:
     config = model.config
     optimizer = _optimizer(model)
@@ -98,26 +103,28 @@ def _train(
         now, best_weights = load_checkpoint(checkpoint, model, optimizer, rng, identity)
         for record in now.records:
             log(record)
-    bar = tqdm(total=epochs, initial=now.epoch, desc="SASRec", unit="epoch", disable=None)
-    while now.epoch < epochs and not (validation and now.epoch - now.best_epoch >= config.patience):
-        record = {"epoch": now.epoch + 1, "loss": _train_epoch(model, optimizer, windows, rng, now, steps)}
-        if not np.isfinite(record["loss"]):
-            raise ValueError(
-                f"loss: no longer finite in epoch {record['epoch']}; lower learning_rate={config.learning_rate}"
-            )
-        now.epoch += 1
-        if validation is not None:
-            record["NDCG@10"] = _validate(model, *validation)
-            if record["NDCG@10"] > now.best:
-                now.best, now.best_epoch = record["NDCG@10"], now.epoch
-                best_weights = copy.deepcopy(model.state_dict())
-        now.records.append(record)
-        if checkpoint is not None:
-            save_checkpoint(checkpoint, model, optimizer, best_weights, now, rng, identity)
-        bar.update()
-        bar.set_postfix({key: f"{value:.4f}" for key, value in record.items() if key != "epoch"})
-        log(record)
-    bar.close()
+    with showing(description, epochs, "epoch", initial=now.epoch) as work:
+        while now.epoch < epochs and not (validation and now.epoch - now.best_epoch >= config.patience):
+            record = {
+                "epoch": now.epoch + 1,
+                "loss": _train_epoch(model, optimizer, windows, rng, now, steps),
+            }
+            if not np.isfinite(record["loss"]):
+                raise ValueError(
+                    f"loss: no longer finite in epoch {record['epoch']}; lower learning_rate={config.learning_rate}"
+                )
+            now.epoch += 1
+            if validation is not None:
+                record["NDCG@10"] = _validate(model, *validation)
+                if record["NDCG@10"] > now.best:
+                    now.best, now.best_epoch = record["NDCG@10"], now.epoch
+                    best_weights = copy.deepcopy(model.state_dict())
+            now.records.append(record)
+            if checkpoint is not None:
+                save_checkpoint(checkpoint, model, optimizer, best_weights, now, rng, identity)
+            work.update()
+            work.tell(**{key: f"{value:.4f}" for key, value in record.items() if key != "epoch"})
+            log(record)
     if best_weights is not None:
         model.load_state_dict(best_weights)
 

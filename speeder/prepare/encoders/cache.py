@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from speeder.errors import SpeederError
 from speeder.io.assets import cache_folder
 from speeder.io.disk_full import writing
 from speeder.io.files import atomic_path
+from speeder.io.progress import showing
 
 log = logging.getLogger(__name__)
 
@@ -199,8 +199,7 @@ def encode_cached(
     count = sum(map(len, batches))
     pending: dict[str, Tensor] = {}
     failed = 0
-    bar = tqdm(total=count, desc=description, unit="item", disable=None if progress and count else True)
-    with bar:
+    with showing(description, count, "item", show=progress and count > 0) as work:
         try:
             for batch in batches:
                 rows = compute(batch)
@@ -212,7 +211,7 @@ def encode_cached(
                 check_finite(done, dict(zip((keys[place] for place in batch), batch, strict=True)))
                 failed += len(batch) - len(done)
                 pending.update(done)
-                bar.update(len(batch))
+                work.update(len(batch))
                 if len(pending) + failed >= shard_rows(batch_size):
                     cache.add(pending)
                     pending, failed = {}, 0

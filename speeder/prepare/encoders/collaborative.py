@@ -54,7 +54,14 @@ def collaborative_features(
         IndexError: an item outside ``0..num_items-1``.
     """
     config = replace(config or settings_for(training_sequences), hidden_size=dim)
-    model = fit_sasrec(training_sequences, num_items, config, epochs=epochs, seed=seed)
+    model = fit_sasrec(
+        training_sequences,
+        num_items,
+        config,
+        epochs=epochs,
+        seed=seed,
+        description="collaborative features",
+    )
     present = torch.zeros(num_items, dtype=torch.bool)
     present[
         torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in training_sequences]))

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 from speeder.errors import SpeederError
+from speeder.io.progress import showing
 
 log = logging.getLogger(__name__)
 
@@ -62,16 +61,14 @@ def read_lines(
     try:
         with (
             open(path, "rb") as raw,
-            tqdm(
-                total=os.fstat(raw.fileno()).st_size, desc=path.name, unit="B", unit_scale=True, disable=None
-            ) as bar,
+            showing(f"reading {path.name}", os.fstat(raw.fileno()).st_size, "B") as work,
         ):
             stream = _unpacked(raw)
             while line := stream.readline(limit + 1):
                 number += 1
                 count.read += 1
                 if number % _BAR_LINES == 0:
-                    bar.update(raw.tell() - bar.n)
+                    work.update(raw.tell() - work.done)
                 if len(line) > limit and not line.endswith(b"\n"):
                     while line and not line.endswith(b"\n"):
                         line = stream.readline(limit)
@@ -88,7 +85,7 @@ def read_lines(
                     count.drop(number, BLANK)
                     continue
                 yield number, text
-            bar.update(raw.tell() - bar.n)
+            work.update(raw.tell() - work.done)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SpeederError(
             f"{path} line {number + 1}: the gzip stream is broken or cut off ({error}); fetch the file again"
