@@ -8,10 +8,17 @@ import sys
 import pytest
 
 import speeder
+from tests.model.worlds import tiny_model
 
 TRAINING = {"transformers.trainer", "peft", "tensorboard"}
 PICTURES = {"matplotlib", "PIL.ImageDraw"}
 TABLES = {"pyarrow", "pandas", "ray", "faiss"}
+OTHERS = {
+    "speeder.baselines.sasrec.fit",
+    "speeder.baselines.text.base",
+    "speeder.training.run",
+    "speeder.studies",
+}
 WEB = {"fastapi", "uvicorn"}
 
 
@@ -64,9 +71,18 @@ def test_the_model_imports_nothing_beyond_its_base_class(base):
         (
             "import speeder.cli.recommend; from speeder.baselines.auto import load_model;"
             "from speeder.data.runs import find_model",
-            TRAINING | PICTURES | TABLES | WEB,
+            TRAINING | PICTURES | TABLES | WEB | OTHERS,
         ),
     ],
 )
 def test_what_a_name_must_not_import(base, code, unwanted):
     assert not unwanted & (imported_by(code) - (base if "transformers" not in unwanted else set()))
+
+
+def test_recommending_loads_no_more_than_it_uses(base, tmp_path):
+    """A saved recommender's catalogue is Parquet: that brings pyarrow, but not pandas with it."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    command = f"main(['recommend', {str(tmp_path / 'model')!r}, '--history', 'item-1', '-k', '2'])"
+    imported = imported_by(f"from speeder.cli.main import main; assert {command} == 0") - base
+    unwanted = TRAINING | PICTURES | WEB | OTHERS | {"pandas", "pyarrow.dataset", "ray", "faiss"}
+    assert "pyarrow.parquet" in imported and not unwanted & imported

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from speeder.baselines.sasrec.model import SASRec
-from speeder.baselines.text.base import TextBaseline, TextBaselineConfig
-from speeder.baselines.text.text_prompt import TextPrompt
-from speeder.baselines.text.title_generation import TitleGeneration
-from speeder.baselines.text.yes_no import YesNo
 from speeder.errors import SpeederError
 from speeder.io.files import read_json
-from speeder.model.modeling import SpeederForCausalLM
 
-_CLASSES: dict[str, type[TextBaseline]] = {kind.name: kind for kind in (TextPrompt, TitleGeneration, YesNo)}
+if TYPE_CHECKING:  # each is imported where a folder holds one, so that Speeder loads without the others
+    from speeder.baselines.sasrec.model import SASRec
+    from speeder.baselines.text.base import TextBaseline
+    from speeder.model.modeling import SpeederForCausalLM
+
+_CLASSES = {
+    "text-prompt": ("text_prompt", "TextPrompt"),
+    "title-generation": ("title_generation", "TitleGeneration"),
+    "yes-no": ("yes_no", "YesNo"),
+}
+_TEXT_BASELINE = "speeder-baseline"  # TextBaselineConfig.model_type
 
 
 def baseline_class(name: str) -> type[TextBaseline]:
@@ -26,7 +32,8 @@ def baseline_class(name: str) -> type[TextBaseline]:
     """
     if name not in _CLASSES:
         raise SpeederError(f"baseline: expected one of {', '.join(_CLASSES)}, got {name!r}")
-    return _CLASSES[name]
+    module, kind = _CLASSES[name]
+    return getattr(import_module(f"speeder.baselines.text.{module}"), kind)
 
 
 def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
@@ -36,10 +43,14 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
         SpeederError: the folder holds neither, or it is damaged.
     """
     config = read_json(Path(folder) / "config.json")
-    if config.get("model_type") == TextBaselineConfig.model_type:
+    if config.get("model_type") == _TEXT_BASELINE:
         return baseline_class(config.get("baseline", "")).from_pretrained(folder)
     if "model_type" not in config:  # theirs is no Hugging Face model
+        from speeder.baselines.sasrec.model import SASRec
+
         return SASRec.load(folder)
+    from speeder.model.modeling import SpeederForCausalLM
+
     return SpeederForCausalLM.from_pretrained(folder)
 
 

@@ -204,7 +204,9 @@ class ItemCatalogue:
             raise SpeederError(f"{folder} holds {manifest.get('format')!r}, and {FORMAT!r} was expected")
         check_files(folder, manifest.get("files"), verify=verify)
         try:
-            columns = pq.read_table(folder / "items.parquet").to_pydict()
+            # not read_table, which goes through pyarrow.dataset and imports pandas wherever it is installed
+            with pq.ParquetFile(folder / "items.parquet") as file:
+                columns = file.read().to_pydict()
             catalogue = cls(columns["id"], columns["title"], columns["text"], columns["image"])
             for entry in manifest["modalities"]:
                 with safe_open(folder / f"{entry['name']}.safetensors", framework="pt") as file:

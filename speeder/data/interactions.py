@@ -89,7 +89,8 @@ class Interactions:
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(file).combine_chunks()
+            with pq.ParquetFile(file) as parquet:  # read_table would import pandas; see ItemCatalogue.load
+                table = parquet.read().combine_chunks()
             items, times = table["items"].combine_chunks(), table["times"].combine_chunks()
             lengths = items.value_lengths().to_numpy(zero_copy_only=False)
             user = np.repeat(np.arange(len(table)), lengths)
