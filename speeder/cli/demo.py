@@ -26,6 +26,8 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SpeederError: with one readable line, for what a user can get wrong.
     """
+    from speeder.io.memory import keep_freed_memory
     from speeder.studies.demo import demo
 
+    keep_freed_memory()
     demo(options.out, options.posters, options.recipe)

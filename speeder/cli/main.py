@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"speeder: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hints = {"train": "; go on with --resume", "ablate": "; the same command goes on"}
+        goes_on = "; the same command goes on"
+        hints = {"train": "; go on with --resume", "ablate": goes_on, "demo": goes_on}
         hint = hints.get(options.command, "")
         print(f"\nspeeder: stopped{hint}", file=sys.stderr)
         return 130

@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
     from speeder.data.prepared import PreparedData
     from speeder.data.runs import run_data
     from speeder.io.files import read_json
+    from speeder.io.memory import keep_freed_memory
     from speeder.recipes.load import load_recipe, recipe_from_dict
     from speeder.recipes.sasrec import SASRecRecipe
     from speeder.studies.evaluate_run import write_training_plots
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from speeder.training.run import train
     from speeder.training.sasrec import train_sasrec
 
+    keep_freed_memory()
     # torchrun --max-restarts starts all processes again, by the same command
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     options.resume |= restarted and (options.out / "recipe.json").exists()
