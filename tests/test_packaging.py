@@ -1,5 +1,7 @@
 """What an installed wheel must hold beside Python files."""
 
+import re
+import subprocess
 from pathlib import Path
 
 from setuptools.config.pyprojecttoml import read_configuration
@@ -26,3 +28,20 @@ def test_every_data_file_is_packaged():
 def test_the_extra_asks_for_a_triton_that_is_not_refused():
     extras = read_configuration(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
     assert extras["triton"] == ["triton>=" + ".".join(map(str, OLDEST_TRITON))]
+
+
+def test_make_demo_installs_no_tool_of_development():
+    """`make demo` installs the package's own dependencies, and the extra `dev` is `make test`'s alone."""
+    project = read_configuration(ROOT / "pyproject.toml")["project"]
+    needed, tools = (
+        {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements}
+        for requirements in (project["dependencies"], project["optional-dependencies"]["dev"])
+    )
+    assert not needed & tools
+    assert {"pytest", "ruff", "import-linter", "triton", "playwright"} <= tools
+    plan = {
+        target: subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True)
+        for target in ("demo", "test")
+    }
+    assert "dev.txt" not in plan["demo"].stdout and "dev.txt" in plan["test"].stdout
+    assert plan["test"].stdout.count("-e .") == 1, "the compiled libraries are built once"
