@@ -2,6 +2,9 @@
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,9 +23,8 @@ EFFICIENTNET_LITE0 = {
 
 def smollm2(source: Path, target: Path) -> None:
     """GGUF (4-bit) -> a Hugging Face folder: float32 weights, the tokenizer and its chat template."""
-    from gguf import GGUFReader, dequantize
     from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
     # The GGUF file names its splitting rule ("smollm": each digit by itself, then bytes); transformers reads
@@ -32,72 +34,30 @@ def smollm2(source: Path, target: Path) -> None:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.save_pretrained(target)
-    reader = GGUFReader(source / "model.gguf")
-    config = LlamaConfig(dtype="float32", architectures=["LlamaForCausalLM"], **_llama_settings(reader))
-    weights = {}
-    with showing("unpacking SmolLM2's weights", len(reader.tensors), "tensor") as work:
-        for tensor in reader.tensors:
-            values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
-            weights[_llama_name(tensor.name)] = _rotary_halves(tensor.name, values, config).contiguous()
-            work.update()
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(target)
-    GenerationConfig.from_model_config(config).save_pretrained(target)
+    with showing("unpacking SmolLM2's weights"), _without_a_second_bar():
+        model = AutoModelForCausalLM.from_pretrained(source, gguf_file="model.gguf", dtype=torch.float32)
+    # The weights are plain float32 from here on, but the model read is still marked as quantised, and such a
+    # one cannot be saved: the same weights go into an unmarked twin.
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config.pop("_name_or_path", None)
+    plain = AutoModelForCausalLM.from_config(type(model.config).from_dict(config), dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    plain.save_pretrained(target)
 
 
-def _llama_settings(reader) -> dict[str, object]:
-    """The arguments of `LlamaConfig`, as a GGUF file's header tells them."""
+@contextmanager
+def _without_a_second_bar() -> Iterator[None]:
+    """transformers draws a bar of its own over a GGUF file's tensors, which no setting of its turns off."""
+    from transformers import modeling_gguf_pytorch_utils as gguf_loading
 
-    def told(key: str):
-        return reader.fields[key].contents()
-
-    return {
-        "vocab_size": int(next(t for t in reader.tensors if t.name == "token_embd.weight").shape[1]),
-        "hidden_size": told("llama.embedding_length"),
-        "num_hidden_layers": told("llama.block_count"),
-        "intermediate_size": told("llama.feed_forward_length"),
-        "num_attention_heads": told("llama.attention.head_count"),
-        "num_key_value_heads": told("llama.attention.head_count_kv"),
-        "max_position_embeddings": told("llama.context_length"),
-        "rms_norm_eps": told("llama.attention.layer_norm_rms_epsilon"),
-        "rope_parameters": {"rope_type": "default", "rope_theta": told("llama.rope.freq_base")},
-        "bos_token_id": told("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": told("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": told("tokenizer.ggml.padding_token_id"),
-        "tie_word_embeddings": all(tensor.name != "output.weight" for tensor in reader.tensors),
-    }
-
-
-# llama.cpp's names of a layer's weights, and transformers'
-_LLAMA_NAMES = {
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _llama_name(name: str) -> str:
-    """`"blk.3.attn_q.weight"` -> `"model.layers.3.self_attn.q_proj.weight"`."""
-    *block, part, kind = name.split(".")
-    layer = f"layers.{block[1]}." if block else ""
-    return f"model.{layer}{_LLAMA_NAMES[part]}.{kind}"
-
-
-def _rotary_halves(name: str, values: torch.Tensor, config) -> torch.Tensor:
-    """Query and key rows in the order of transformers' rotary embedding: llama.cpp keeps its pairs side by side."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    part = name.split(".")[-2]
-    if part not in heads:
-        return values
-    return values.view(heads[part], -1, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
+    bar = gguf_loading.tqdm
+    gguf_loading.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        gguf_loading.tqdm = bar
 
 
 def efficientnet_lite0(source: Path, target: Path) -> None:
