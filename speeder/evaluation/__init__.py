@@ -1,1 +1,1 @@
-"""The parts of evaluation: metrics, bootstrap intervals, slices, tables and leak checks."""
+"""Evaluation: protocols, metrics, bootstrap intervals, slices, tables and leak checks."""

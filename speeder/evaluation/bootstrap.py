@@ -18,14 +18,14 @@ class Interval(NamedTuple):
 def bootstrap_intervals(
     values: np.ndarray, resamples: int = 1000, seed: int = 0, weights: np.ndarray | None = None
 ) -> list[Interval]:
-    """95 % percentile intervals of the column means of ``values`` (n users, m metrics), one for each column.
+    """95 % percentile intervals of the column means of ``values`` (n users, m metrics), one per column.
 
-    Every column sees the same resampled users, so columns stay paired. Users are the unit of resampling
-    because one user's metrics are not independent of each other.
+    All columns use the same resampled users, so they stay paired. Users are the unit of resampling, because one
+    user's metrics are not independent of each other.
 
     Args:
-        weights: (n, m), what each value counts in its column's mean, such as 0 for a user whose answer was
-            not valid; all count 1 by default. A column whose weights are all 0 has mean 0.
+        weights: (n, m), the weight of each value in its column's mean, such as 0 for an invalid answer; 1 by default.
+            A column whose weights are all 0 has mean 0.
 
     Raises:
         ValueError: no users, or fewer than one resample.

@@ -1,8 +1,8 @@
-"""Candidate files: the negatives that stand beside each user's target, drawn once, versioned and hashed.
+"""Candidate files: the negatives that are ranked with each user's target, drawn once, versioned and hashed.
 
-Every user has an endless stream of uniform items that follows from the seed, the split's name and the user's number
-alone. Negatives are its first items outside the history, the target left out. The target thus decides on nothing but
-its own absence, and anyone can draw a file again and compare.
+Every user has a stream of uniform items that depends only on the seed, the split's name and the user's number.
+Negatives are its first items outside the history, without the target. So negatives do not depend on the target, except
+that it is not among them, and anyone can draw a file again and compare.
 """
 
 import hashlib
@@ -31,11 +31,11 @@ class Candidates:
 
     Attributes:
         split: "test" or "validation".
-        split_hash: of the split that they were drawn for.
+        split_hash: the hash of the split.
         num_items: items in the catalogue.
-        seed: what they were drawn from.
+        seed: the seed of the draw.
         users: `(n,)` int64, in the split's order.
-        negatives: `(n, N)` int64 item indices, in the order in which they were drawn.
+        negatives: `(n, N)` int64 item indices, in the order of the draw.
     """
 
     split: str
@@ -55,14 +55,14 @@ class Candidates:
         seed: int = 0,
         rows: np.ndarray | None = None,
     ) -> "Candidates":
-        """Draw them.
+        """Draw negatives.
 
         Args:
             split: a leave-one-out split.
             name: "test" or "validation".
             num_items: items in the catalogue.
-            negatives: how many a user, `N`.
-            rows: which of the split's users, by their places; all by default.
+            negatives: number per user, `N`.
+            rows: positions of the split's users to draw for; all by default.
 
         Raises:
             SpeederError: a user has fewer than `N` items outside the history.
@@ -87,23 +87,23 @@ class Candidates:
         return cls(name, split.hash(), num_items, seed, users, table)
 
     def listed(self, targets: np.ndarray) -> np.ndarray:
-        """Negatives and `(n,)` targets as `(n, N + 1)` items, in the order in which a prompt lists them.
+        """Negatives and `(n,)` targets as `(n, N + 1)` items, in the order of a prompt.
 
-        That order follows from a second stream over users and items: where the target stands says nothing of it.
+        That order follows from a second stream over users and items, so the target's position does not reveal it.
         """
         items = np.concatenate([self.negatives, np.asarray(targets, dtype=np.int64)[:, None]], axis=1)
         keys = _chain(self.seed, f"order {self.split}", self.users.astype(np.uint64)[:, None], items)
         return np.take_along_axis(items, keys.argsort(axis=1), axis=1)
 
     def hash(self) -> str:
-        """SHA-256 over all that the file holds: equal hashes mean the very same candidates."""
+        """SHA-256 over the file's content: equal hashes mean equal candidates."""
         digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
         for part in (self.users, self.negatives):
             digest.update(np.ascontiguousarray(part, dtype="<i8").tobytes())
         return digest.hexdigest()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a JSON file, one line a user, atomically."""
+        """Write a JSON file, one line per user, atomically."""
         header = json.dumps(self._header() | {"hash": self.hash()}, sort_keys=True)
         rows = ",\n".join(
             f"[{user},{row.tolist()}]" for user, row in zip(self.users, self.negatives, strict=True)
@@ -126,7 +126,7 @@ class Candidates:
             header = {name: content[name] for name in ("split", "split_hash", "num_items", "seed")}
             loaded = cls(**header, users=users, negatives=table.reshape(len(users), -1))
             if loaded.hash() != content["hash"]:
-                raise ValueError("its content has changed: the hash is not the one that it was saved with")
+                raise ValueError("its content has changed: the hash is not the saved one")
         except (KeyError, TypeError, ValueError) as error:
             raise SpeederError(f"{path}: not readable candidates: {error}") from error
         return loaded
@@ -142,7 +142,7 @@ def draw_items(
     """The first `count` different items outside `excluded` of the stream `(seed, stream, key)`.
 
     Raises:
-        SpeederError: there are not so many.
+        SpeederError: there are fewer.
     """
     taken, seen = [], set(excluded)
     if num_items - len(seen) < count:

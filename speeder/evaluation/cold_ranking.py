@@ -1,6 +1,6 @@
-"""Protocol "cold-items": users whose next item no model was trained on, ranked among all items and among the new ones.
+"""Protocol "cold-items": targets that no model was trained on, ranked among all items and among the cold ones.
 
-The recommender is given the cold items as `add_items` takes them, without training. See `speeder/data/cold.py`.
+The recommender gets the cold items through `add_items`, without training. See `speeder/evaluation/cold_split.py`.
 """
 
 from collections.abc import Sequence
@@ -26,19 +26,17 @@ from speeder.evaluation.users import Columns, UserMap, Users, in_this_process
 
 
 def check_cold_items(cold: ColdItems, warm: PreparedData) -> None:
-    """Check that nothing of a cold item, nor what came after it, was within reach of training.
+    """Check that training had no access to cold items, nor to interactions after them.
 
     Raises:
-        LeakError: a cold item is also a warm one or carries features that interactions made; a training part holds
-            what its user took after the target; or the warm set leaks by itself.
+        LeakError: a cold item is also a warm one, or has features that were fitted on interactions; a training part
+            has interactions after its user's target; or the warm set itself leaks.
     """
     check_split(warm.split, warm.interactions)
     check_features(warm)
     both = sorted(set(cold.catalogue.ids) & set(warm.catalogue.ids))
     if both:
-        raise LeakError(
-            f"cold items: {both[0]!r} is in the catalogue that is trained on ({len(both)} in all)"
-        )
+        raise LeakError(f"cold items: {both[0]!r} is also in the training catalogue ({len(both)} in all)")
     records = warm.manifest.get("encoders", {})
     for name in cold.catalogue.features:
         if records.get(name, {}).get("training_hash") is not None:
@@ -47,12 +45,12 @@ def check_cold_items(cold: ColdItems, warm: PreparedData) -> None:
     for user, length in zip(cold.users.tolist(), cold.lengths.tolist(), strict=True):
         if not len(training[user]) <= length <= len(sequences[user]):
             raise LeakError(
-                f"user {user}: {len(training[user])} items are trained on, but {length} came before the cold item"
+                f"user {user}: {len(training[user])} items are in training, but only {length} precede the cold item"
             )
 
 
 def check_never_saw(model: object, cold: ColdItems, warm: PreparedData) -> None:
-    """Check that a model was trained on the warm set and over a catalogue without the cold items.
+    """Check that a model was trained on the warm set, with a catalogue without the cold items.
 
     Raises:
         LeakError: its catalogue has other items or features, or it was fitted on other interactions.
@@ -60,8 +58,8 @@ def check_never_saw(model: object, cold: ColdItems, warm: PreparedData) -> None:
     catalogue = getattr(model, "catalogue", None)
     if catalogue is not None and catalogue.ids != warm.catalogue.ids:
         known = set(catalogue.ids) & set(cold.catalogue.ids)
-        what = f"holds {len(known)} of the cold items" if known else "is not the warm data's"
-        raise LeakError(f"{type(model).__name__}: the catalogue that it was trained over {what}")
+        what = f"has {len(known)} of the cold items" if known else "is not the warm data's"
+        raise LeakError(f"{type(model).__name__}: its training catalogue {what}")
     check_model_features(model, warm)
     recorded = getattr(model, "training_hash", None)
     if recorded is not None:
@@ -81,11 +79,11 @@ def evaluate_cold(
     """Rank each user's cold target among all items, and among the cold items alone.
 
     Args:
-        model: scores `(n, W + C)` items, the warm ones first, for histories of warm items; checked before by
+        model: scores `(n, W + C)` items, the warm ones first, for histories of warm items; check it first with
             `check_never_saw`.
-        batch_size: users scored at once.
+        batch_size: users per batch.
         resamples, seed: of the bootstrap.
-        ask: who asks the model: this process, or others that have it too.
+        ask: runs the model over the users, in this process or in others.
 
     Returns:
         `COLD_ITEMS` -> among all items, `COLD_ONLY` -> among the cold ones.
@@ -126,7 +124,7 @@ def evaluate_cold(
 
 
 def _cold_ranks(model: Scorer, users: Users, num_warm: int, num_all: int) -> Columns:
-    """Ranks of cold targets among all items, "masked" and "allowed", and "among_cold" ones alone."""
+    """Ranks of cold targets among all items, "masked" and "allowed", and "among_cold" items only."""
     scores = model.score(users.histories)
     if scores.shape != (len(users), num_all):
         raise ValueError(f"scores: expected {(len(users), num_all)}, got {tuple(scores.shape)}")
@@ -139,7 +137,7 @@ def _cold_ranks(model: Scorer, users: Users, num_warm: int, num_all: int) -> Col
 
 
 def _training_counts(training: Sequence[np.ndarray], targets: np.ndarray, num_items: int) -> np.ndarray:
-    """How often each target occurs in training: never, which is looked at and not taken for granted.
+    """Occurrences of each target in training, which must all be 0.
 
     Raises:
         LeakError: one does.
@@ -151,15 +149,15 @@ def _training_counts(training: Sequence[np.ndarray], targets: np.ndarray, num_it
 
 
 def with_cold_items(model: object, cold: ColdItems, warm: PreparedData) -> object:
-    """The recommender with the cold items added, once it is sure that it never saw them.
+    """The recommender with the cold items added, after a check that it was not trained on them.
 
     Raises:
-        SpeederError: it cannot take in new items, or reads none of the features that they have.
+        SpeederError: it does not support new items, or reads none of their features.
         LeakError: see `check_never_saw`.
     """
     if not hasattr(model, "add_items"):
         raise SpeederError(
-            f"{type(model).__name__} cannot take in new items, so the protocol 'cold-items' is not for it"
+            f"{type(model).__name__} does not support new items, so the protocol 'cold-items' cannot evaluate it"
         )
     check_never_saw(model, cold, warm)
     model.add_items(cold.catalogue)

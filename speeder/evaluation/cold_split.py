@@ -1,8 +1,8 @@
-"""Cold items: some of a prepared set's items are held out, as if they did not exist yet while the rest is trained on.
+"""Cold items: some of a prepared set's items are held out, as if they did not exist during training.
 
-What is left is an ordinary prepared set, over a catalogue without them: training, the features that interactions make,
-and their leak checks see nothing of a cold item. Beside it lie the cold items, with the features of their texts and
-pictures alone, and the users who took one of them after all that they train on.
+The rest is an ordinary prepared set, with a catalogue without them: training, features fitted on interactions, and leak
+checks have no access to a cold item. Beside it are the cold items, with features of their texts and pictures only, and
+the users who interacted with one of them after their training part.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ _FILES = ["targets.parquet", "catalogue/manifest.json"]
 
 @dataclass
 class ColdItems:
-    """Held-out items, and who took them.
+    """Held-out items, and the users who have one of them as a target.
 
     Attributes:
-        catalogue: the `C` items; none has features that interactions made.
+        catalogue: the `C` items, without features that were fitted on interactions.
         users: `(n,)` int64, users of the warm interactions.
-        lengths: `(n,)` int64; a user's history is so many of the user's warm interactions, the oldest ones.
+        lengths: `(n,)` int64; a user's history is this many of the user's oldest warm interactions.
         targets: `(n,)` int64 indices into `catalogue`.
         record: share, seed and hashes, for the manifest.
     """
@@ -56,13 +56,13 @@ class ColdItems:
     record: dict = field(default_factory=dict)
 
     def histories(self, warm: PreparedData) -> list[np.ndarray]:
-        """What each user took before the target: indices of warm items, oldest first."""
+        """Each user's history before the target: indices of warm items, oldest first."""
         sequences = warm.interactions.sequences()
         pairs = zip(self.users, self.lengths, strict=True)
         return [sequences[user][:length] for user, length in pairs]
 
     def hash(self, warm: PreparedData) -> str:
-        """SHA-256 over the warm split, the cold items' ids, users, histories and targets: of the very task."""
+        """SHA-256 over the task: the warm split, the cold items' ids, users, histories and targets."""
         digest = hashlib.sha256(warm.split.hash().encode())
         digest.update("\0".join(self.catalogue.ids).encode())
         for part in (self.users, self.lengths, self.targets):
@@ -87,7 +87,7 @@ class ColdItems:
 
     @classmethod
     def beside(cls, data_folder: str | Path, warm: PreparedData) -> "ColdItems":
-        """The cold items that lie beside a warm prepared set.
+        """Load the cold items beside a warm prepared set.
 
         Raises:
             SpeederError: there are none, they are damaged, or belong to another warm set.
@@ -95,8 +95,8 @@ class ColdItems:
         folder = Path(data_folder).resolve().parent / COLD
         if not (folder / "manifest.json").is_file():
             raise SpeederError(
-                f"{data_folder}: no items are held out from these data; make a set where some are by "
-                "`speeder items hold-out`, and train on its warm part"
+                f"{data_folder}: expected data with held-out items, found none; make them with "
+                "`speeder items hold-out`, and train on the warm part"
             )
         manifest = read_json(folder / "manifest.json")
         if manifest.get("format") != FORMAT:
@@ -121,7 +121,7 @@ class ColdItems:
 def check_replaceable(folder: str | Path) -> set[str]:
     """The entries that `ColdItems.save` may replace; the folder need not exist.
 
-    Raises `SpeederError` where it holds anything but an earlier hold-out: better before the work than after.
+    Raises `SpeederError` if it has anything but an earlier hold-out. Called before the work, so that it fails early.
     """
     folder = recover_folder(folder)
     manifest = folder / COLD / "manifest.json"
@@ -134,21 +134,21 @@ def check_replaceable(folder: str | Path) -> set[str]:
 def hold_out(data: PreparedData, share: float = 0.1, seed: int = 0) -> tuple[PreparedData, ColdItems]:
     """Holds out a share of the items, drawn uniformly among those that have interactions and content features.
 
-    A user's target is the newest cold item among those taken after the user's whole (warm) training part, and the
-    history is all warm items before it: no model may have been trained on anything that came later. Cold items that
-    the user took earlier are in no history, as on the day when new items come in.
+    A user's target is the newest cold item after the user's whole (warm) training part, and the history is all warm
+    items before it. So no model is trained on anything later. Earlier cold items are in no history, as if new items
+    had just been added.
 
     Args:
         data: a prepared set with records of its features.
-        share: of the items, between 0 and 1.
+        share: share of the items, between 0 and 1.
         seed: of the draw.
 
     Returns:
-        the warm set, without the features that interactions made (fit them anew with `add_features`), and the cold
-        items.
+        the warm set, without features that were fitted on interactions (fit them again with `add_features`), and the
+        cold items.
 
     Raises:
-        SpeederError: the share leaves no item on one side, or no item has content features, or no user a target.
+        SpeederError: no item would be held out, or none left; no item has content features; or no user has a target.
         LeakError: the data's features are not those of their records.
     """
     if not 0.0 < share < 1.0:
@@ -164,8 +164,8 @@ def hold_out(data: PreparedData, share: float = 0.1, seed: int = 0) -> tuple[Pre
     count = round(share * int(eligible.sum()))
     if not 0 < count < len(catalogue):
         raise SpeederError(
-            f"share: {share} of the {int(eligible.sum())} items that have interactions and content features "
-            f"would hold out {count}; expected at least one, and one left"
+            f"share: expected to hold out at least one item and to leave one, got {count} of the "
+            f"{int(eligible.sum())} items with interactions and content features ({share})"
         )
     drawn = draw_items(seed, _STREAM, 0, count, len(catalogue), np.flatnonzero(~eligible).tolist())
     is_cold = np.zeros(len(catalogue), dtype=bool)
@@ -175,12 +175,12 @@ def hold_out(data: PreparedData, share: float = 0.1, seed: int = 0) -> tuple[Pre
     users, lengths, targets = _targets(data, warm, is_cold)
     cold_catalogue = _with_features(catalogue, content).select(np.flatnonzero(is_cold))
     if not len(users):
-        raise SpeederError("no user took a cold item after the training part; hold out more items")
+        raise SpeederError("no user has a cold item after the training part; hold out more items")
     return warm, ColdItems(cold_catalogue, users, lengths, targets, record)
 
 
 def _with_features(catalogue: ItemCatalogue, names: list[str]) -> ItemCatalogue:
-    """The catalogue with these modalities alone."""
+    """The catalogue with only these modalities."""
     features = {name: catalogue.features[name] for name in names}
     present = {name: catalogue.present[name] for name in names}
     return ItemCatalogue(
@@ -189,7 +189,7 @@ def _with_features(catalogue: ItemCatalogue, names: list[str]) -> ItemCatalogue:
 
 
 def _part(data: PreparedData, is_warm: np.ndarray, content: list[str], record: dict) -> PreparedData:
-    """The prepared set of the warm items alone."""
+    """The prepared set of only the warm items."""
     catalogue = _with_features(data.catalogue, content).select(np.flatnonzero(is_warm))
     place, taken = np.cumsum(is_warm) - 1, data.interactions
     kept = is_warm[taken.item]

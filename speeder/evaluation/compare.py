@@ -1,4 +1,4 @@
-"""Are two models' results different, or is it chance? Paired tests over the same users."""
+"""Paired tests of whether two models' results differ, over the same users."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def compare(
 def sign_flip_p_value(differences: np.ndarray, permutations: int = 10_000, seed: int = 0) -> float:
     """Two-sided p-value of a paired permutation test on `(n,)` differences between two models.
 
-    Were the models alike, each user's two results could as well be exchanged, which turns the sign of the difference.
-    The p-value is the share of random exchanges, the true one among them, whose mean is at least as far from 0.
+    Under the null hypothesis each user's two results are exchangeable; an exchange flips the difference's sign. The
+    p-value is the share of random exchanges, including the observed one, whose mean is at least as far from 0.
     """
     if permutations < 1:
         raise ValueError(f"permutations: expected at least 1, got {permutations}")
-    moved = differences[differences != 0]  # where nothing differs, an exchange changes nothing
+    moved = differences[differences != 0]  # an exchange does not change zeros
     if not len(moved):
         return 1.0
     rng = np.random.default_rng(seed)
@@ -115,14 +115,14 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def load_runs(runs: list[Path], folder: str) -> dict[str, Evaluation]:
-    """Evaluations of run folders or of evaluation files, named by the last part of the path where that is enough.
+    """Evaluations of run folders or of evaluation files, named by the last part of the path if that is unique.
 
     Args:
-        runs: run folders (of a demo, too) that hold `evaluations/`, or files of one.
-        folder: which of a run's evaluations, such as "test" or "test-vhr".
+        runs: run folders (also of a demo) with `evaluations/`, or files of one.
+        folder: the kind of evaluation, such as "test" or "test-vhr".
 
     Raises:
-        SpeederError: one is not there or not readable, or the same was given twice.
+        SpeederError: one is missing or not readable, or the same was given twice.
     """
     short = [run.stem if run.is_file() else run.name for run in runs]
     names = [name if short.count(name) == 1 else str(run) for name, run in zip(short, runs, strict=True)]
@@ -134,21 +134,21 @@ def load_runs(runs: list[Path], folder: str) -> dict[str, Evaluation]:
         file = next((path for path in (run, *inside) if path.is_file()), None)
         if file is None:
             raise SpeederError(
-                f"{run}: expected a run with the evaluation {folder!r}, found none; make it with: speeder evaluate"
+                f"{run}: expected a run with the evaluation {folder!r}, found none; run speeder evaluate first"
             )
         evaluations[name] = Evaluation.load(file)
     return evaluations
 
 
 def load_baselines(runs: list[Path], folder: str, task: dict, names: Sequence[str]) -> dict[str, Evaluation]:
-    """Baselines, each from the first run that measured it, for the rows that every table has.
+    """Baselines for the tables, each from the first run that evaluated it.
 
-    One that was given as a run itself is left out, and so is a file that is damaged or of another task.
+    Left out: a baseline that is itself one of `runs`, and files that are damaged or of another task.
 
     Args:
         runs, folder: as in `load_runs`.
-        task: the `Evaluation.task` that a row must agree in.
-        names: of the baselines, such as "popularity".
+        task: the `Evaluation.task` that a row must have.
+        names: names of the baselines, such as "popularity".
     """
     given = {run.resolve() for run in runs}
     folders = [part / "evaluations" / folder for run in runs for part in (run, run / "speeder")]
@@ -169,7 +169,7 @@ def load_baselines(runs: list[Path], folder: str, task: dict, names: Sequence[st
                 break
             log.warning("%s: of another task than the runs; left out", path)
         if name not in rows:
-            log.warning("%s: no run has measured it, so the tables lack it; speeder evaluate does", name)
+            log.warning("%s: no run has evaluated it, so it is not in the tables; run speeder evaluate", name)
     return rows
 
 
@@ -183,7 +183,7 @@ def comparison_report(
 ) -> str:
     """The tables and the tests as Markdown; with `out`, also `comparison.md`, `.tex` and `.json` in that folder.
 
-    `baselines` are rows of the tables that no test is about.
+    `baselines` are rows of the tables that are not tested.
     """
     baselines = {name: each for name, each in (baselines or {}).items() if name not in evaluations}
     rows_of_all = baselines | dict(evaluations)
@@ -191,10 +191,10 @@ def comparison_report(
     header = ["first", "second", "first - second", "p", "p (Holm)"]
     note = (
         "In brackets: 95 % paired bootstrap interval over users. p: two-sided paired permutation test, "
-        f"exchanging the two models' results user by user; Holm: corrected for {len(tests)} pair(s)."
+        f"which exchanges the two models' results user by user; Holm: corrected for {len(tests)} pair(s)."
     )
     if baselines:
-        note += f" Not tested, only shown above: {', '.join(baselines)}."
+        note += f" Shown, but not tested: {', '.join(baselines)}."
     rows = [
         [test.first, test.second, _gap(test.difference), f"{test.p_value:.4f}", f"{test.adjusted:.4f}"]
         for test in tests

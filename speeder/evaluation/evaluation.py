@@ -1,4 +1,4 @@
-"""What an evaluation found: every user's rank, and all that can be computed from it."""
+"""The result of an evaluation: every user's rank, and what is computed from it."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from speeder.evaluation.slices import quantile_slices
 from speeder.io.files import safe_name, write_json
 
 SEEN = ("masked", "allowed")
-TRAINING_PART, NOT_TOLD = "the split's training part", "not told"
+TRAINING_PART, NOT_TOLD = "the split's training part", "not told"  # as saved in evaluation files
 
 COLD_ITEMS, COLD_ONLY = (
     "cold-items",
@@ -33,11 +33,11 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Every user's rank, and what can be computed from it.
+    """Every user's rank, and what is computed from it.
 
-    Arrays have one entry a user. ``ranks`` maps "masked" and "allowed" to (n,) int64 ranks in
-    ``1..num_ranked``; where a title was generated, the rank is 1 for the target and the worst otherwise.
-    ``fitted_on`` is `TRAINING_PART` where the model's record says so, and `NOT_TOLD` where it has none.
+    Arrays have one entry per user. ``ranks`` maps "masked" and "allowed" to (n,) int64 ranks in
+    ``1..num_ranked``. For generated titles the rank is 1 if the target was named, and the worst otherwise.
+    ``fitted_on`` is `TRAINING_PART` if the model's record says so, and `NOT_TOLD` if it has no record.
     """
 
     split: str
@@ -54,8 +54,8 @@ class Evaluation:
     num_ranked: int | None = None  # target and negatives, in the protocols over candidates
     candidates_hash: str | None = None
     candidates_seed: int | None = None
-    ties: dict[str, np.ndarray] = field(default_factory=dict)  # other candidates that score as the target
-    valid: np.ndarray | None = None  # 1 where a generated title named one candidate; None where ranked
+    ties: dict[str, np.ndarray] = field(default_factory=dict)  # other candidates with the target's score
+    valid: np.ndarray | None = None  # 1 if a generated title named one candidate; None for rankings
     fitted_on: str = NOT_TOLD
 
     def __len__(self) -> int:
@@ -68,28 +68,28 @@ class Evaluation:
 
     @property
     def main_metric(self) -> str:
-        """The one that slices and comparisons look at."""
+        """The metric of slices and comparisons."""
         return "VHR@1" if self.protocol == "vhr" else "NDCG@10"
 
     @property
     def task(self) -> dict:
-        """What two evaluations must agree in to be compared."""
+        """What must be equal for two evaluations to be compared."""
         names = ("protocol", "split", "split_hash", "num_items", "num_ranked", "candidates_hash")
         return {name: getattr(self, name) for name in names}
 
     def values(self, metric: str, seen: str = "masked") -> np.ndarray:
-        """Each user's value of a metric, (n,) float64: what a paired test between two models takes."""
+        """Each user's value of a metric, (n,) float64, for paired tests between two models."""
         if seen not in SEEN:
             raise ValueError(f"seen: expected one of {SEEN}, got {seen!r}")
         ranks = self.ranks[seen]
         if metric == "ValidRatio":
             return self._valid()
-        if metric == "VHR@1":  # an answer that is not valid is no hit
+        if metric == "VHR@1":  # an invalid answer is no hit
             return metric_values(ranks, "HR@1")
         if metric == "AUC":
             if seen not in self.ties:
-                raise ValueError("metric: AUC needs candidates, which the full ranking has none of")
-            below = self.num_ranked - ranks + self.ties[seen] / 2  # a tie is half a win, as everywhere
+                raise ValueError("metric: AUC needs candidates, and the full ranking has none")
+            below = self.num_ranked - ranks + self.ties[seen] / 2  # by definition a tie is half a win
             return below / (self.num_ranked - 1)
         return metric_values(ranks, metric)
 
@@ -118,7 +118,7 @@ class Evaluation:
         }
 
     def _check_whole(self) -> None:
-        """`ValueError` where the protocol is unknown or an array has not one entry a user."""
+        """Raise `ValueError` if the protocol is unknown or an array does not have one entry per user."""
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol: expected one of {', '.join(PROTOCOLS)}, got {self.protocol!r}")
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
@@ -134,7 +134,7 @@ class Evaluation:
         return np.ones(len(self)) if self.valid is None else self.valid.astype(np.float64)
 
     def _weights(self, metric: str) -> np.ndarray:
-        """LLaRA counts HitRatio@1 among the valid answers; every other metric is over all users."""
+        """LLaRA's HitRatio@1 is over the valid answers; every other metric is over all users."""
         return self._valid() if metric == "HR@1" else np.ones(len(self))
 
     def _intervals(self, member: np.ndarray) -> dict[str, dict[str, Interval]]:
@@ -148,7 +148,7 @@ class Evaluation:
         return {seen: {metric: next(intervals) for metric in names} for seen in SEEN}
 
     def summary(self) -> dict:
-        """What was measured, metrics and slices as JSON values, without each user's ranks."""
+        """Task, metrics and slices as JSON values, without each user's ranks."""
         return {
             **self.task,
             "candidates_seed": self.candidates_seed,
@@ -190,7 +190,7 @@ class Evaluation:
 
         Raises:
             OSError: the file cannot be opened.
-            SpeederError: it is damaged, or something else.
+            SpeederError: it is damaged, or not an evaluation.
         """
         try:
             with open(path, encoding="utf-8") as file:
@@ -202,12 +202,12 @@ class Evaluation:
 
 
 def evaluation_file(name: str) -> str:
-    """The file's name of what a model of this name was found to do."""
+    """The file name of the evaluation of a model with this name."""
     return f"{safe_name(name.lower(), keep='-+')}.json"
 
 
 def _plain(value: object) -> object:
-    """Intervals as dictionaries, all the way down."""
+    """Intervals as dictionaries, recursively."""
     if isinstance(value, Interval):
         return value._asdict()
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value

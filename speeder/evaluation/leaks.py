@@ -1,4 +1,4 @@
-"""Checks that nothing to be predicted was trained on. They need no switch; docs/protocols.md says which runs where."""
+"""Checks that no target was trained on. They always run; docs/protocols.md says which runs where."""
 
 from typing import TYPE_CHECKING
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class LeakError(SpeederError):
-    """Something to be predicted was within reach of training."""
+    """Training had access to something that is to be predicted."""
 
 
 def check_split(split: "LeaveOneOut", interactions: "Interactions | None" = None) -> None:
     """Check that a leave-one-out split's training parts end before its targets.
 
-    For every evaluated user, the validation history must be the training part and the test history the
-    training part followed by the validation target: were a target's own occurrence among the training rows,
-    they would differ. An item that a user truly met twice may be both in training and a target.
+    For every evaluated user, the validation history must be the training part, and the test history the training part
+    and the validation target. If a target were in the training part, they would differ. An item with which a user
+    interacted twice may be both in training and a target.
 
     Args:
         split: the split to check.
-        interactions: what the split was made from. With it, training part and both targets must also be the
-            user's whole sequence in order of time, which catches a split that is wrong throughout.
+        interactions: the interactions of the split. With them, training part and both targets must also be the user's
+            whole sequence in order of time, so a split that is wrong throughout is found too.
 
     Raises:
         LeakError: naming the first user for whom it does not hold.
@@ -58,7 +58,9 @@ def _check_whole(
 ) -> None:
     same_user = np.diff(interactions.user) == 0
     if np.any(np.diff(interactions.time)[same_user] < 0):
-        raise LeakError("interactions: not in order of time, so training may hold what came after a target")
+        raise LeakError(
+            "interactions: not in order of time, so training may have interactions after a target"
+        )
     held_out = dict(
         zip(users, zip(split.targets("validation"), split.targets("test"), strict=True), strict=True)
     )
@@ -70,7 +72,7 @@ def _check_whole(
 
 
 def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model") -> None:
-    """Check that ``what`` (a model or collaborative features) was fitted on this split's training alone.
+    """Check that ``what`` (a model or collaborative features) was fitted only on this split's training part.
 
     Raises:
         LeakError: the recorded hash is not ``training_hash(split.training())``.
@@ -83,14 +85,13 @@ def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model"
 
 
 def check_candidates(candidates: "Candidates", split: "LeaveOneOut", num_items: int) -> None:
-    """Check that a split's candidates are those that their seed draws: nothing else, such as the target, decided.
+    """Check that a split's candidates are those of their seed, and depend on nothing else, such as the target.
 
-    They are drawn again over the whole catalogue and compared, so that a file is caught whatever it claims about
-    itself.
+    They are drawn again over the whole catalogue and compared, whatever the file says about itself.
 
     Args:
-        num_items: items in the catalogue; not the file's word for it, since a file over a few chosen items would be
-            drawn again over those few.
+        num_items: items in the catalogue. The file's own number is not used: a file over a few chosen items would
+            otherwise be drawn again over those.
 
     Raises:
         SpeederError: they were drawn for another split.
@@ -111,48 +112,48 @@ def check_candidates(candidates: "Candidates", split: "LeaveOneOut", num_items: 
     differ = (drawn.negatives != candidates.negatives).any(axis=1)
     if differ.any():
         raise LeakError(
-            f"user {candidates.users[differ.argmax()]}: the negatives are not those that seed {candidates.seed} "
-            f"draws ({int(differ.sum())} users), so something else, such as the target, decided on them"
+            f"user {candidates.users[differ.argmax()]}: the negatives are not those of seed {candidates.seed} "
+            f"({int(differ.sum())} users), so they may depend on something else, such as the target"
         )
 
 
 def check_features(data: "PreparedData") -> None:
-    """Check that no features of a prepared set were fitted on anything to be predicted.
+    """Check that no features of a prepared set were fitted on targets.
 
-    Every modality needs a record in `manifest["encoders"]` whose `features_hash` is that of the very features in the
-    catalogue. The record tells what they were fitted on: a `training_hash`, which must be the split's, or
-    `"fitted_on": "no interactions"`, which is taken at its word. `PreparedData.with_features` writes one.
+    Every modality needs a record in `manifest["encoders"]`, with the `features_hash` of the catalogue's features.
+    The record says what they were fitted on: a `training_hash`, which must be the split's, or
+    `"fitted_on": "no interactions"`, which is believed. `PreparedData.with_features` writes a record.
 
     Raises:
-        LeakError: they were fitted on something else, are not those of the record, or there is no such record.
+        LeakError: they were fitted on something else, are not those of the record, or have no record.
     """
     records = data.manifest.get("encoders")
     for name, features in data.catalogue.features.items():
         record = records.get(name) if isinstance(records, dict) else None
         if not isinstance(record, dict):
             raise LeakError(
-                f"{name} features: no record of the interactions that they were fitted on; add them by "
+                f"{name} features: expected a record of what they were fitted on, found none; add them by "
                 "PreparedData.with_features, which writes one"
             )
         if "features_hash" not in record:
             raise LeakError(
-                f"{name} features: their record has no hash of the features themselves, as of data prepared by an "
-                "earlier version; prepare the data again"
+                f"{name} features: their record has no hash of the features (data of an earlier version); prepare the "
+                "data again"
             )
         found = features_hash(features, data.catalogue.present[name])
         if record["features_hash"] != found:
             raise LeakError(
-                f"{name} features: not those of their record ({found[:12]}… here, "
-                f"{str(record['features_hash'])[:12]}… there), so what they were fitted on is unknown"
+                f"{name} features: not those of their record (hash {found[:12]}…, recorded "
+                f"{str(record['features_hash'])[:12]}…), so what they were fitted on is unknown"
             )
         _check_origin(name, record, data.split)
 
 
 def check_model_features(model: object, data: "PreparedData") -> None:
-    """Check that a model with a catalogue of its own reads the very features that `check_features` looked at.
+    """Check that a model with its own catalogue has exactly the features that `check_features` checked.
 
     Raises:
-        LeakError: naming the first modality whose features are others.
+        LeakError: naming the first modality whose features differ.
     """
     catalogue = getattr(model, "catalogue", None)
     if catalogue is None:
@@ -162,7 +163,7 @@ def check_model_features(model: object, data: "PreparedData") -> None:
         found = features_hash(catalogue.features[name], catalogue.present[name])
         if name not in data.catalogue.features or found != record.get("features_hash"):
             raise LeakError(
-                f"{type(model).__name__}: its {name} features are not those of the prepared data, so what they were "
+                f"{type(model).__name__}: its {name} features differ from the prepared data's, so what they were "
                 "fitted on is unknown"
             )
 
@@ -172,6 +173,6 @@ def _check_origin(name: str, record: dict, split: "LeaveOneOut") -> None:
         check_training_hash(str(record["training_hash"]), split, f"{name} features")
     elif record.get("fitted_on") != NO_INTERACTIONS:
         raise LeakError(
-            f"{name} features: their record does not tell what they were fitted on; expected a training_hash, or "
+            f"{name} features: expected a record with a training_hash, or with "
             f'"fitted_on": "{NO_INTERACTIONS}", got {record.get("training_hash")!r} and {record.get("fitted_on")!r}'
         )

@@ -1,7 +1,7 @@
-"""Ranks of the true item among all items, and the metrics that are functions of that rank alone.
+"""The target's rank among all items, and the metrics that are functions of that rank.
 
-Ties count against the target: its rank is one plus the number of other items that score at least as much. A
-scorer that gives every item the same score therefore gets the worst rank and never a flattering one.
+Ties count against the target: its rank is one plus the number of other items that score at least as much. So a scorer
+that gives every item the same score gets the worst rank.
 """
 
 import re
@@ -22,9 +22,8 @@ def target_ranks(
     Args:
         scores: (n, I), any floating dtype. ``-inf`` is a score like any other; NaN is an error.
         targets: (n,) int64 item indices.
-        histories: n lists of item indices to leave out of each row's ranking (the "seen" items). A target
-            that is itself among them can never be recommended by a system that hides seen items, so it gets
-            the worst rank, I.
+        histories: n lists of item indices to leave out of each row's ranking (the "seen" items). A target that is
+            itself among them cannot be recommended, so it gets the worst rank, I.
 
     Returns:
         (n,) int64 ranks in ``1..I``.
@@ -63,14 +62,14 @@ def target_ranks(
 
 
 def candidate_ranks(scores: torch.Tensor, is_target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of each row's target among its candidates, ties against it as everywhere, and how many ties there are.
+    """Rank of each row's target among its candidates, with ties against it, and the number of ties.
 
     Args:
         scores: (n, C), any floating dtype.
         is_target: (n, C) bool, True once a row.
 
     Returns:
-        (n,) int64 ranks in ``1..C``, and (n,) int64 counts of other candidates that score as the target.
+        (n,) int64 ranks in ``1..C``, and (n,) int64 counts of other candidates with the target's score.
 
     Raises:
         TypeError: scores are not floating point.
@@ -88,7 +87,7 @@ def candidate_ranks(scores: torch.Tensor, is_target: np.ndarray) -> tuple[np.nda
 
 
 def hidden_targets(histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """(n,) bool: whose target stands in its own history, so that a system that hides seen items misses it."""
+    """(n,) bool: whether the target is in its own history, so that masking seen items hides it."""
     return np.array([target in history for history, target in zip(histories, targets, strict=True)])
 
 

@@ -1,6 +1,6 @@
-"""Leave-one-out evaluation: by ranking the whole catalogue, or 1 + N candidates, and the checks that guard it.
+"""Leave-one-out evaluation: ranking the whole catalogue or 1 + N candidates, with leak checks.
 
-A model is anything with ``score(histories) -> (n, I)`` scores. Both customs are always measured: items of the user's
+A model is anything with ``score(histories) -> (n, I)`` scores. Both variants are always measured: items of the user's
 history left in the ranking ("allowed"), and left out of it ("masked").
 """
 
@@ -38,19 +38,19 @@ def evaluate(
     seed: int = 0,
     ask: UserMap = in_this_process,
 ) -> Evaluation:
-    """Rank the whole catalogue for every user of a split and keep where the target came.
+    """Rank the whole catalogue for every user of a split and keep the target's rank.
 
-    The split's own leak checks run first. A model that records what it was fitted on (``training_hash``) is held to
-    it; of one that does not, the evaluation and its tables say "not told", and nothing else is known. What else is
-    checked only by the commands, which know the data, is in docs/protocols.md.
+    The split's own leak checks run first. The record of what a model was fitted on (``training_hash``) is checked; for
+    a model without one, the evaluation's ``fitted_on`` is "not told". The commands, which have the data, check more:
+    see docs/protocols.md.
 
     Args:
         model: anything with ``score``.
         split: a leave-one-out split.
         name: "test" or "validation".
-        batch_size: users scored at once.
+        batch_size: users per batch.
         resamples, seed: of the bootstrap.
-        ask: who asks the model: this process, or others that have it too.
+        ask: runs the model over the users, in this process or in others.
 
     Raises:
         LeakError: the split leaks, or the model was fitted on something other than its training part.
@@ -85,12 +85,12 @@ def evaluate_candidates(
     Args:
         model: anything with ``score``, or with ``score_candidates(histories, (n, C) items) -> (n, C)``.
         candidates: drawn for this very split.
-        protocol: "vhr" or "sampled": which metrics are told.
-        num_items: items in the catalogue, all of which the candidates must have been drawn from.
+        protocol: "vhr" or "sampled", which decides the metrics.
+        num_items: items in the catalogue; the candidates must be drawn over all of them.
         batch_size, resamples, seed, ask: as in ``evaluate``.
 
     Raises:
-        LeakError: as in ``evaluate``, or the candidates are not those that their seed draws over the catalogue.
+        LeakError: as in ``evaluate``, or the candidates are not those of their seed over the catalogue.
         SpeederError: the candidates belong to another split.
         TypeError, ValueError: wrong scores; see ``candidate_ranks``.
     """
@@ -121,12 +121,12 @@ def evaluate_titles(
     An answer is valid if it names exactly one candidate (see ``named_candidate``), and a hit if that is the target.
 
     Args:
-        titles: of all items of the catalogue, which the candidates must have been drawn from.
+        titles: of all items of the catalogue; the candidates must be drawn over all of them.
         candidates, batch_size, resamples, seed, ask: as in ``evaluate_candidates``.
 
     Raises:
         LeakError, SpeederError: as in ``evaluate_candidates``.
-        ValueError: the model gives another number of texts than of histories.
+        ValueError: the model does not return one text per history.
     """
     histories, targets, fitted_on = _checked(model, split, candidates.split, batch_size)
     check_candidates(candidates, split, len(titles))
@@ -143,7 +143,7 @@ def evaluate_titles(
 def _checked(
     model: object, split: "LeaveOneOut", name: str, batch_size: int
 ) -> tuple[list[np.ndarray], np.ndarray, str]:
-    """Histories and targets of a split, once arguments and leaks were checked, and what the model was fitted on."""
+    """Check arguments and leaks; return the split's histories and targets, and what the model was fitted on."""
     if name not in ("test", "validation"):
         raise ValueError(f'name: expected "test" or "validation", got {name!r}')
     if batch_size < 1:
@@ -172,7 +172,7 @@ def _among_candidates(
     ties: np.ndarray,
     **more,
 ) -> Evaluation:
-    """The evaluation over candidates; negatives lie outside the history, so masking can hide a target alone."""
+    """The evaluation over candidates; negatives are outside the history, so masking can only hide a target."""
     if protocol not in ("vhr", "sampled"):
         raise ValueError(f'protocol: expected "vhr" or "sampled", got {protocol!r}')
     num_ranked = candidates.negatives.shape[1] + 1

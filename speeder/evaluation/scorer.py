@@ -8,14 +8,14 @@ import torch
 
 
 class Scorer(Protocol):
-    """What can be evaluated. One that is asked for candidates alone may offer ``score_candidates`` instead."""
+    """A model that scores items. One that only ranks candidates may have ``score_candidates`` instead."""
 
     def score(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Histories of item indices, oldest first -> (n, I) floating scores, higher being better."""
+        """Histories of item indices, oldest first -> (n, I) floating scores, higher is better."""
 
 
 class TitleGenerator(Protocol):
-    """What answers with a text."""
+    """A model that answers with a text."""
 
     def generate_titles(self, histories: Sequence[Sequence[int]], candidates: np.ndarray) -> list[str]:
-        """Histories and (n, C) items to choose from, in the order in which a prompt lists them -> n texts."""
+        """Histories and (n, C) candidates, in the order of the prompt -> n texts."""

@@ -4,14 +4,14 @@ import numpy as np
 
 
 def quantile_slices(values: np.ndarray, parts: int, unit: str) -> dict[str, np.ndarray]:
-    """Cut users into at most ``parts`` groups of about equal size by an integer value each has.
+    """Split users into at most ``parts`` groups of about equal size by an integer value.
 
     Users with the same value stay together, so groups may be uneven, and fewer than ``parts`` where values
     repeat.
 
     Args:
-        values: (n,) integers, one a user.
-        unit: what the value counts, for the label, as in ``"3-7 items"``.
+        values: (n,) integers, one per user.
+        unit: the unit in labels, as in ``"3-7 items"``.
 
     Returns:
         label -> (n,) bool, in rising order of value; the groups are disjoint and cover every user.

@@ -17,14 +17,14 @@ _TITLES = {"masked": "Seen items masked", "allowed": "Seen items allowed"}
 
 @dataclass(frozen=True)
 class Table:
-    """A title, names of columns, and name -> cells of the rows: means with intervals, the best of a column bold."""
+    """A title, column names, and row name -> cells: means with intervals, the best of each column bold."""
 
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[Interval]]
 
     def bold(self) -> dict[str, list[bool]]:
-        """Which cells are the best of their column; none where there is nothing to be better than."""
+        """Whether each cell is the best of its column; none is in a table of one row."""
         best = [max(cell.value for cell in column) for column in zip(*self.rows.values(), strict=True)]
         several = len(self.rows) > 1
         return {
@@ -34,7 +34,7 @@ class Table:
 
 
 def check_same_task(evaluations: "Mapping[str, Evaluation]") -> None:
-    """Refuse evaluations that must not stand in one table.
+    """Refuse evaluations that must not be in one table.
 
     Raises:
         ValueError: there are none, or they are over different splits, catalogues, protocols or candidates.
@@ -55,7 +55,7 @@ def check_same_task(evaluations: "Mapping[str, Evaluation]") -> None:
 def comparison_tables(evaluations: "Mapping[str, Evaluation]") -> tuple[list[Table], str]:
     """All tables of a comparison, and one paragraph on how it was measured.
 
-    Both ways of treating seen items (one table where they cannot differ), the main metric by slice of users.
+    Tables with seen items masked and allowed (one table if they cannot differ), and the main metric by slice of users.
 
     Raises:
         ValueError: see ``check_same_task``.
@@ -91,20 +91,20 @@ def comparison_table(evaluations: "Mapping[str, Evaluation]") -> str:
 
 
 def comparison_latex(evaluations: "Mapping[str, Evaluation]") -> str:
-    """The comparison as LaTeX tables, which need the package booktabs; see ``comparison_tables``."""
+    """The comparison as LaTeX tables, for the package booktabs; see ``comparison_tables``."""
     tables, note = comparison_tables(evaluations)
     return "\n\n".join([*(_latex(table) for table in tables), latex_text(note)]) + "\n"
 
 
 def markdown_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table of ready cells."""
+    """A Markdown table of formatted cells."""
     lines = ["| " + " | ".join(row) + " |" for row in [header, *rows]]
     lines[0] = "|" + "|".join(f" {name} " if name else " " for name in header) + "|"
     return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def latex_rows(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A LaTeX table of ready cells, by booktabs."""
+    """A LaTeX table of formatted cells, for booktabs."""
     body = "\n".join("    " + " & ".join(row) + r" \\" for row in rows)
     return (
         "\\begin{table}\n  \\centering\n"
@@ -116,7 +116,7 @@ def latex_rows(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def latex_text(text: str) -> str:
-    """Text with the characters that LaTeX reads otherwise escaped, and Markdown's code marks taken out."""
+    """Text with LaTeX's special characters escaped, and without Markdown's code marks."""
     text = text.replace("`", "").replace("\\", r"\textbackslash ")
     for letter in "&%$#_{}":
         text = text.replace(letter, "\\" + letter)
@@ -151,9 +151,9 @@ def _latex(table: Table) -> str:
 
 
 def _untold(evaluations: "Mapping[str, Evaluation]") -> str:
-    """A sentence about the models that could have been fitted on anything, the targets too."""
+    """A sentence about the models without a record of what they were fitted on."""
     names = [name for name, each in evaluations.items() if each.fitted_on == NOT_TOLD]
-    return f" Fitted on: not told by {', '.join(names)}." if names else ""
+    return f" Fitted on: unknown for {', '.join(names)}." if names else ""
 
 
 def _how_measured(first: "Evaluation") -> str:
@@ -174,5 +174,5 @@ def _how_measured(first: "Evaluation") -> str:
         f"{how}, {first.split} targets, {len(first):,} users, {ranked}. "
         f"In brackets: 95 % bootstrap interval over users, {first.resamples:,} resamples. "
         f"The best of each column is bold. Ties count against the target"
-        f"{', but for half in AUC' if 'AUC' in first.metric_names else ''}. Split `{first.split_hash}`.{drawn}"
+        f"{' (half in AUC)' if 'AUC' in first.metric_names else ''}. Split `{first.split_hash}`.{drawn}"
     )

@@ -1,4 +1,4 @@
-"""Users in batches: what a model makes of each, as columns of numbers, in this process or in others."""
+"""Runs a model over users in batches, in this process or in others; the results are columns of numbers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,21 +15,20 @@ if TYPE_CHECKING:
     from speeder.evaluation.scorer import Scorer, TitleGenerator
 
 Columns = dict[str, np.ndarray]
-"""Name -> `(n,)` int64, a number for each user."""
+"""Name -> `(n,)` int64, one number per user."""
 
 Rank = Callable[[Any, "Users"], Columns]
-"""A model and a batch of users -> what it makes of them. A function of a module (perhaps a `partial` of one), so that
-other processes can be told of it."""
+"""A model and a batch of users -> columns. A module's function, or a `partial` of one, so that it can be pickled."""
 
 
 @dataclass(frozen=True)
 class Users:
-    """Users that a model is asked about.
+    """Users to evaluate.
 
     Attributes:
-        histories: items of each, oldest first.
+        histories: item indices of each, oldest first.
         targets: `(n,)` int64.
-        listed: `(n, C)` int64, the candidates of each; None where the whole catalogue is ranked.
+        listed: `(n, C)` int64, each user's candidates; None if the whole catalogue is ranked.
     """
 
     histories: Sequence[np.ndarray]
@@ -40,24 +39,24 @@ class Users:
         return len(self.targets)
 
     def part(self, rows: slice) -> "Users":
-        """Some of them."""
+        """The users of some rows."""
         listed = None if self.listed is None else self.listed[rows]
         return Users(self.histories[rows], self.targets[rows], listed)
 
     def parts(self, size: int) -> Iterator["Users"]:
-        """All of them, so many at a time."""
+        """All users, in batches of `size`."""
         return (self.part(slice(start, start + size)) for start in range(0, len(self), size))
 
 
 class UserMap(Protocol):
-    """Who asks a model about users, batch after batch."""
+    """Runs a model over users, batch by batch."""
 
     def __call__(self, rank: Rank, model: Any, users: Users, batch_size: int, description: str) -> Columns:
         """The columns of all users, in their order. Batches are those of `users.parts(batch_size)`."""
 
 
 def in_this_process(rank: Rank, model: Any, users: Users, batch_size: int, description: str) -> Columns:
-    """The `UserMap` that asks the model itself."""
+    """The `UserMap` that runs the model in this process."""
     made = []
     with showing(description, -(-len(users) // batch_size), "batch") as work:
         for batch in users.parts(batch_size):
@@ -67,7 +66,7 @@ def in_this_process(rank: Rank, model: Any, users: Users, batch_size: int, descr
 
 
 def catalogue_ranks(model: "Scorer", users: Users) -> Columns:
-    """Each target's rank in the whole catalogue: "masked", "allowed", and "items", how many there are.
+    """Each target's rank in the whole catalogue, "masked" and "allowed", and "items", the number of items.
 
     Raises:
         TypeError, ValueError, IndexError: wrong scores; see `target_ranks`.
@@ -84,7 +83,7 @@ def catalogue_ranks(model: "Scorer", users: Users) -> Columns:
 
 
 def listed_ranks(model: "Scorer", users: Users, num_items: int) -> Columns:
-    """Each target's "rank" among its candidates, and how many "ties" it has; see `candidate_ranks`.
+    """Each target's "rank" among its candidates, and its number of "ties"; see `candidate_ranks`.
 
     Raises:
         TypeError, ValueError: wrong scores.
@@ -101,10 +100,10 @@ def listed_ranks(model: "Scorer", users: Users, num_items: int) -> Columns:
 
 
 def chosen_titles(model: "TitleGenerator", users: Users, titles: Sequence[str]) -> Columns:
-    """The item that each written title names among the user's candidates, "named", -1 where none or several.
+    """ "named": the candidate that each written title names; -1 if it names none or several.
 
     Raises:
-        ValueError: the model gives another number of texts than of histories.
+        ValueError: the model does not return one text per history.
     """
     texts = model.generate_titles(users.histories, users.listed)
     if len(texts) != len(users):

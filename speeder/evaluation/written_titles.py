@@ -1,4 +1,4 @@
-"""Which candidate a generated text names: LLaRA's validity, with titles normalised and matched by whole words."""
+"""The candidate that a generated text names: LLaRA's validity, with titles normalised and matched by whole words."""
 
 import re
 import unicodedata
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 
 def normalise_title(title: str) -> str:
-    """Words alone: case, accents, punctuation and repeated spaces do not count."""
+    """A title's words, without case, accents, punctuation and repeated spaces."""
     letters = unicodedata.normalize("NFKD", title.casefold())
     letters = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return re.sub(r"[\W_]+", " ", re.sub(r"['\u2019]", "", letters)).strip()
 
 
 def named_candidate(text: str, titles: Sequence[str]) -> int | None:
-    """The place of the one candidate whose title stands in the first line of `text`; None where that is not one.
+    """The index of the one candidate whose title is in the first line of `text`; None unless it is exactly one.
 
-    A title inside a longer one that also stands there does not count: "Alien 3" names "Alien 3", not "Alien".
-    Candidates that share a title cannot be told apart, and neither can be named.
+    A title inside a longer one that is also there does not count: "Alien 3" names "Alien 3", not "Alien". Candidates
+    that share a title cannot be distinguished, so neither can be named.
     """
     lines = text.strip().splitlines()
     line = f" {normalise_title(lines[0])} " if lines else ""

@@ -130,7 +130,7 @@ def test_negatives_that_depend_on_the_target_are_caught(split, tmp_path, plant):
     planted = np.array([plant(split, *row) for row in rows])
     honest = Candidates.draw(split, "test", NUM_ITEMS, 19)
     replace(honest, negatives=planted).save(tmp_path / "planted.json")
-    with pytest.raises(LeakError, match="not those that seed 0 draws"):
+    with pytest.raises(LeakError, match="not those of seed 0"):
         check_candidates(Candidates.load(tmp_path / "planted.json"), split, NUM_ITEMS)
 
 

@@ -121,13 +121,13 @@ def test_popularity_and_sasrec_stand_in_the_tables_untested(evaluations, split, 
         names = [next((name for name in order if row.startswith(name)), None) for row in rows]
         assert [name for name in names if name][:4] == order
     assert main(["compare", runs[0], str(places[1] / "popularity.json")]) == 0
-    assert "no run has measured it" not in caplog.text
+    assert "no run has evaluated it" not in caplog.text
     (places[0] / "sasrec__cross-entropy_.json").unlink()
     printed = capsys.readouterr().out  # popularity as a run: tested, and no row beside itself
     assert "| good | popularity | +" in printed
     assert printed.count("\n| popularity |") == printed.count("\n| SASRec (cross-entropy) |") == 4
     assert main(["compare", *runs]) == 0
-    assert "SASRec (cross-entropy): no run has measured it" in caplog.text
+    assert "SASRec (cross-entropy): no run has evaluated it" in caplog.text
 
 
 class Random:

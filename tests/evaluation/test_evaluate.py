@@ -179,7 +179,7 @@ def test_a_model_that_does_not_tell_what_it_was_fitted_on_is_named(split, tmp_pa
         result.save(tmp_path / "result.json")
         assert json.loads((tmp_path / "result.json").read_text())["fitted_on"] == fitted_on
         assert Evaluation.load(tmp_path / "result.json").fitted_on == fitted_on
-    assert comparison_table({"a": told, "b": untold}).endswith(" Fitted on: not told by b.\n")
+    assert comparison_table({"a": told, "b": untold}).endswith(" Fitted on: unknown for b.\n")
     assert "Fitted on" not in comparison_table({"a": told})
 
 

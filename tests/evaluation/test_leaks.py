@@ -113,8 +113,8 @@ def test_features_fitted_on_training_rows_pass():
     [
         (lambda split: training_hash(split.histories("test")), "collaborative features: fitted on"),
         (lambda split: training_hash(split.training()[:-1]), "collaborative features: fitted on"),
-        (lambda split: None, "does not tell what they were fitted on"),
-        (None, "no record of the interactions"),
+        (lambda split: None, "expected a record with a training_hash"),
+        (None, "expected a record of what they were fitted on"),
     ],
 )
 def test_features_fitted_on_test_rows_are_caught_before_training(record, message, tmp_path):
@@ -141,7 +141,7 @@ def test_features_fitted_on_test_rows_are_caught_by_content(fitted, tmp_path):
     """Whatever name they are planted under, and whatever the manifest that was kept says."""
     data, leaking = fitted
     check_features(data)
-    for name, message in {"collaborative": "not those of their record", "image": "no record"}.items():
+    for name, message in {"collaborative": "not those of their record", "image": "expected a record"}.items():
         catalogue = data.catalogue.with_features(name, leaking.features, leaking.present)
         planted = PreparedData(catalogue, data.interactions, data.manifest)
         with pytest.raises(LeakError, match=f"{name} features: {message}"):
@@ -172,7 +172,10 @@ def test_features_of_ones_own_say_what_they_were_fitted_on(fitted):
         check_features(
             data.with_features("own", leaking.features, training_hash=leaking.training_hash, **own)
         )
-    for record, message in ({"training_hash": honest}, "prepare the data again"), ("sasrec", "no record"):
+    for record, message in (
+        ({"training_hash": honest}, "prepare the data again"),
+        ("sasrec", "expected a record"),
+    ):
         old = {"encoders": {"collaborative": record}}  # as versions before the hash of the content wrote it
         with pytest.raises(LeakError, match=message):
             check_features(PreparedData(data.catalogue, data.interactions, old))

@@ -148,7 +148,7 @@ def test_a_model_without_a_record_is_named_in_the_results(run, capsys):
     data = PreparedData.load(run.parent / "data")
     SASRec(len(data.catalogue), SASRecConfig(hidden_size=8, heads=1, layers=1)).save(run / "model")
     assert main(["evaluate", str(run)]) == 0
-    assert "Fitted on: not told by SASRec" in capsys.readouterr().out
+    assert "Fitted on: unknown for SASRec" in capsys.readouterr().out
     results = json.loads((run / "results.json").read_text())
     assert {name: row["fitted_on"] for name, row in results.items()} == {
         "popularity": "the split's training part",
