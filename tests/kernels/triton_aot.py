@@ -8,7 +8,8 @@ and compiles as it would there, and what would be launched is recorded. So a con
 here that a launcher knows; what must be listed (`CASES`) is which calls there are. A kernel that no case
 launches, or a row of the table of tiles that none uses, is an error; `--dry` compiles nothing and looks only for these.
 
-Run it as a process of its own, without TRITON_INTERPRET. The table is a JSON list of rows:
+Run it as a process of its own, without TRITON_INTERPRET. What it compiles has no line numbers: they take a sixth to a
+quarter of the time, and no register. The table is a JSON list of rows:
     op, kernel, arch, case, dtype; constants, num_warps, num_stages; registers (a thread), stack (bytes a thread:
     spilled registers, for these kernels have nothing else to put there), shared (bytes a block), occupancy
     (share of the processor's warps that can be resident; null for AMD), matrix (the instruction that multiplies
@@ -68,6 +69,8 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 WIDTHS = (576, 577, 1)
 ODD = "-odd"  # ends the names of cases that are compiled for ODD_ARCH only: they cost much and add little elsewhere
 ODD_ARCH = "90"
+# Ends the name of a case whose batch has other lengths than the case before: it must compile no kernel of its own.
+LENGTHS = "-lengths"
 
 
 def width(hidden: int) -> str:
@@ -125,31 +128,40 @@ def topk_items(dtype: torch.dtype) -> Iterator[Case]:
 
 
 def spae_attention(dtype: torch.dtype) -> Iterator[Case]:
-    """A head size for each padded one; at one of them float16, which compiles like bfloat16, and three variants: no
-    bias, frozen tables, no mask."""
+    """A head size for each padded one; at one of them float16, which compiles like bfloat16, and variants: no bias,
+    frozen tables, no mask, other lengths."""
     from speeder_kernels.triton.attention.ops import spae_attention, spae_attention_backward
 
-    cu, rank, lse = meta(65, dtype=torch.int32), meta(8192, dtype=torch.int32), meta(8192, 32)
+    def calls(
+        tokens_q, tokens_k, heads, key_heads, size, sequences, buckets, positions, causal=True, needs=31
+    ):
+        q, k = meta(tokens_q, heads, size, dtype=dtype), meta(tokens_k, key_heads, size, dtype=dtype)
+        cu, rank_q, rank_k = (meta(n, dtype=torch.int32) for n in (sequences + 1, tokens_q, tokens_k))
+        tables = [meta(heads, columns) if columns else None for columns in (buckets, positions)]
+        arguments = (cu, cu, rank_q, rank_k, *tables)
+        yield functools.partial(spae_attention, q, k, k, *arguments, 512, 512, 0.1, causal)
+        yield functools.partial(spae_attention, q, k, k, *arguments, 1, 64, 0.1, causal)
+        one = (cu[:2], cu[:2], rank_q[:1], rank_k, *tables)
+        yield functools.partial(spae_attention, q[:1], k, k, *one, 1, 8192, 0.1, causal)
+        backward = (q, q, k, k, q, meta(tokens_q, heads), *arguments, 512, 512, 0.1, causal, needs)
+        yield functools.partial(spae_attention_backward, *backward)
+
+    batch = (8192, 8192, 32, 8)
     sizes = (64,) if dtype == F16 else (16, 32, 64, 128, 256)
-    cases = [(f"D{size}", size, True, True, 31) for size in sizes]
+    cases = [(f"D{size}", calls(*batch, size, 64, 512, 512)) for size in sizes]
     if dtype == BF16:
         cases += [
-            ("D64-no_bias", 64, True, False, 7),
-            ("D64-frozen", 64, True, True, 7),
-            ("D64-not_causal", 64, False, True, 31),
-            (f"D80{ODD}", 80, True, True, 31),
+            ("D64-no_bias", calls(*batch, 64, 64, 0, 0, needs=7)),
+            ("D64-frozen", calls(*batch, 64, 64, 512, 512, needs=7)),
+            ("D64-not_causal", calls(*batch, 64, 64, 512, 512, causal=False)),
+            (f"D80{ODD}", calls(*batch, 80, 64, 512, 512)),
+            # 1 and multiples of 16, which Triton would compile kernels of their own for.
+            (f"D64{LENGTHS}", calls(1, 17, 3, 1, 64, 1, 1, 16)),
+            (f"D64{LENGTHS}", calls(16, 1, 16, 16, 64, 16, 17, 1)),
         ]
-    for name, size, causal, biased, needs in cases:
-        q = meta(8192, 32, size, dtype=dtype)
-        k = v = meta(8192, 8, size, dtype=dtype)
-        tables = (meta(32, 512), meta(32, 512)) if biased else (None, None)
-        arguments = (cu, cu, rank, rank, *tables)
-        yield name, functools.partial(spae_attention, q, k, v, *arguments, 512, 512, 0.1, causal)
-        yield name, functools.partial(spae_attention, q, k, v, *arguments, 1, 64, 0.1, causal)
-        one = (cu[:2], cu[:2], rank[:1], rank, *tables)
-        yield name, functools.partial(spae_attention, q[:1], k, v, *one, 1, 8192, 0.1, causal)
-        backward = (q, q, k, v, q, lse, *arguments, 512, 512, 0.1, causal, needs)
-        yield name, functools.partial(spae_attention_backward, *backward)
+    for name, each in cases:
+        for call in each:
+            yield name, call
 
 
 CASES: dict[str, Callable[[torch.dtype], Iterator[Case]]] = {
@@ -184,24 +196,50 @@ class Driver:
         return 0
 
 
-def compile_op(op: str, arch: str, dry: bool = False) -> tuple[list[dict], set[str], set[tuple]]:
-    """Every launch of one op for one architecture, compiled: rows of the table, the kernels launched, and the keys
-    of the table of tiles that were used. `dry`: nothing is compiled, and there are no rows."""
+def calls_of(op: str, arch: str, dtype: torch.dtype) -> Iterator[Case]:
+    """The cases of one op that are compiled for an architecture."""
+    for name, call in CASES[op](dtype):
+        if (name.endswith(ODD) and arch != ODD_ARCH) or ((op, arch) in UNTUNED and name not in UNTUNED_CASES):
+            continue
+        yield name, call
+
+
+def compile_op(
+    op: str, arch: str, dtype: torch.dtype, dry: bool = False
+) -> tuple[list[dict], set[str], set[tuple]]:
+    """Every launch of one op for one architecture and dtype, compiled: rows of the table, the kernels launched, and the
+    keys of the table of tiles that were used. `dry`: nothing is compiled, and there are no rows.
+
+    Raises:
+        RuntimeError: a kernel was compiled for the lengths of a batch alone.
+    """
     calls = (
         ({"op": op, "case": name, "dtype": str(dtype).removeprefix("torch.")}, call)
-        for dtype in TARGETS[arch]
-        for name, call in CASES[op](dtype)
-        if (arch == ODD_ARCH or not name.endswith(ODD))
-        and ((op, arch) not in UNTUNED or name in UNTUNED_CASES)
+        for name, call in calls_of(op, arch, dtype)
     )
-    return compile_calls(calls, arch, None if dry else measure)
+    rows, kernels, used = compile_calls(calls, arch, None if dry else measure)
+    anew = sorted({row["kernel"] for row in rows if row["case"].endswith(LENGTHS)})
+    if anew:
+        raise RuntimeError(f"{op} {arch}: compiled anew for other lengths: {', '.join(anew)}")
+    return rows, kernels, used
+
+
+def compile_jobs(
+    jobs: list[tuple[str, str, torch.dtype]], processes: int
+) -> list[tuple[list[dict], set[str], set[tuple]]]:
+    """`compile_op` of each job, in their order. The longest begin first, so that none is left for the end."""
+    weight = [(op == "spae_attention", sum(1 for _ in calls_of(op, arch, dtype))) for op, arch, dtype in jobs]
+    order = sorted(range(len(jobs)), key=weight.__getitem__, reverse=True)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        results = pool.starmap(compile_op, [jobs[n] for n in order], chunksize=1)
+    return [results[order.index(n)] for n in range(len(jobs))]
 
 
 def compile_calls(
     calls: Iterable[tuple[dict, Callable[[], object]]], arch: str, look: Callable[[Any, dict], dict] | None
 ) -> tuple[list[dict], set[str], set[tuple]]:
-    """Every launch of `calls`, each with what its rows begin with; `look(compiled kernel, options)` ends a row. Without
-    it nothing is compiled."""
+    """Every launch of `calls`, each with what its rows begin with; they end with `look(compiled kernel, options)` and
+    the kernel's hash. Without `look` nothing is compiled."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
@@ -223,7 +261,8 @@ def compile_calls(
         compiled = run(kernel, *args, grid=grid, warmup=True, **options)
         if compiled.hash not in seen:
             seen.add(compiled.hash)
-            rows.append({"kernel": kernel.__name__, "arch": arch, **context, **look(compiled, options)})
+            row = {"kernel": kernel.__name__, "arch": arch, **context, **look(compiled, options)}
+            rows.append({**row, "hash": compiled.hash})
         return compiled
 
     with (
@@ -314,13 +353,19 @@ def main() -> None:
 
     if args.dry == bool(args.out):
         parser.error("expected --out, or --dry")
-    jobs = list(itertools.product(args.only, [args.arch] if args.arch else TARGETS))
+    targets = [(arch, dtype) for arch in ([args.arch] if args.arch else TARGETS) for dtype in TARGETS[arch]]
+    jobs = [(op, *target) for op, target in itertools.product(args.only, targets)]
     if args.dry:
         results = [compile_op(*job, dry=True) for job in jobs]
     else:
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            results = pool.starmap(compile_op, jobs, chunksize=1)
-        table = [row for rows, _, _ in results for row in rows]
+        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # of the processes that compile
+        results = compile_jobs(jobs, args.jobs)
+        table, seen = [], set()
+        for row in itertools.chain(*(rows for rows, _, _ in results)):
+            kernel = row.pop("hash")
+            if kernel not in seen:  # one that serves several dtypes has one row
+                seen.add(kernel)
+                table.append(row)
         Path(args.out).write_text(json.dumps(table, indent=0))
         print(f"{len(table)} configurations compiled")
     if set(args.only) == set(CASES) and not args.arch:
