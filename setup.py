@@ -312,8 +312,12 @@ class BuildExt(build_ext):
         super().run()
         folder = ROOT if self.inplace else Path(self.build_lib)
         write_build_info(folder, self.cxx, self.cpu_missing, torch.__version__, self.cuda)
-        for old in (folder / "speeder_kernels").glob("_host.*.so"):
-            old.unlink()  # of version 0.1.0, which Python would take for _host.py
+        built = {Path(self.get_ext_filename(extension.name)).name for extension in self.extensions}
+        for library in (folder / "speeder_kernels").glob("*.so"):
+            if (
+                library.name not in built
+            ):  # of an earlier build, or of version 0.1.0: it would be loaded all the same
+                library.unlink()
 
     def build_extensions(self) -> None:
         import pybind11

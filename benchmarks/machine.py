@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
-import sys
 
 import torch
 
 from speeder.io.machine import processor
 from speeder_kernels import _host, backends
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h of glibc
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc's malloc keep what is freed, as jemalloc and tcmalloc do; returns whether it does.
-
-    As it comes it gives back every block above 32 MB, and what is timed is then the kernel clearing fresh
-    pages, on all sides.
-    """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def describe(threads: int, keeps_memory: bool) -> dict[str, object]:

@@ -20,6 +20,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.peak import GemmPeak, copy_bandwidth
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Limits, Timing, timed
+from speeder.io.memory import keep_freed_memory
 
 LIMITS = Limits(seconds=6.0, least=5, most=1000)
 QUICK_LIMITS = Limits(seconds=0.1, least=2, most=5)
@@ -29,7 +30,7 @@ REPEAT_UNTIL = 270.0  # seconds from the start: as long as that, what others dis
 def measure(cases: list[Benchmark], threads: int, quick: bool) -> report.Report:
     """Time every benchmark, and the machine's limits before and after: a shared machine may be busy once."""
     deadline = time.perf_counter() + (0 if quick else REPEAT_UNTIL)
-    about = machine.describe(threads, machine.keep_freed_memory())
+    about = machine.describe(threads, keep_freed_memory())
     if quick:
         about["tiny shapes"] = "a check that the benchmarks run: none of the numbers below mean anything"
     gemm = GemmPeak(about["instruction_set"])

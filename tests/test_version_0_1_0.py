@@ -112,15 +112,11 @@ def test_no_file_runs_code_when_it_is_read() -> None:
             named = set()
             with zipfile.ZipFile(path) as archive:
                 (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
-                strings = []
                 for code, argument, _ in pickletools.genops(archive.read(pickled)):
+                    assert code.name != "STACK_GLOBAL", "a name that is put together as the file is read"
                     if code.name == "GLOBAL":
-                        named.add(argument.replace(" ", ".").split(".")[0])
-                    elif code.name == "STACK_GLOBAL":
-                        named.add(strings[-2].split(".")[0])
-                    elif isinstance(argument, str):
-                        strings.append(argument)
-            assert named <= {"torch", "collections", "numpy", "_codecs"}, path
+                        named.add(argument)
+            assert named and named <= NAMED_BY_A_CHECKPOINT, path
 
 
 # ---- prepared data --------------------------------------------------------------------------------------------

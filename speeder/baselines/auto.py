@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:  # each is imported where a folder holds one, so that Speeder 
     from speeder.baselines.text.base import TextBaseline
     from speeder.model.modeling import SpeederForCausalLM
 
-_CLASSES = {
-    "text-prompt": ("text_prompt", "TextPrompt"),
-    "title-generation": ("title_generation", "TitleGeneration"),
-    "yes-no": ("yes_no", "YesNo"),
-}
 _TEXT_BASELINE = "speeder-baseline"  # TextBaselineConfig.model_type
 
 
@@ -30,10 +24,14 @@ def baseline_class(name: str) -> type[TextBaseline]:
     Raises:
         SpeederError: there is none of that name.
     """
-    if name not in _CLASSES:
-        raise SpeederError(f"baseline: expected one of {', '.join(_CLASSES)}, got {name!r}")
-    module, kind = _CLASSES[name]
-    return getattr(import_module(f"speeder.baselines.text.{module}"), kind)
+    from speeder.baselines.text.text_prompt import TextPrompt
+    from speeder.baselines.text.title_generation import TitleGeneration
+    from speeder.baselines.text.yes_no import YesNo
+
+    classes = {kind.name: kind for kind in (TextPrompt, TitleGeneration, YesNo)}
+    if name not in classes:
+        raise SpeederError(f"baseline: expected one of {', '.join(classes)}, got {name!r}")
+    return classes[name]
 
 
 def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:

@@ -11,7 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-NO_INTERACTIONS = "no interactions"  # a record's word for features that come from items alone
+FITTED_ON_NOTHING = "no interactions"  # a record's word for features that come from items alone
 _CHUNK_BYTES = 1 << 24
 
 

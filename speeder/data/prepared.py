@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.fingerprints import NO_INTERACTIONS, features_hash
+from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
 from speeder.io.files import (
@@ -70,7 +70,7 @@ class PreparedData:
         record: dict = {"name": made_by}
         record["features_hash"] = features_hash(catalogue.features[name], catalogue.present[name])
         if training_hash is None:
-            record["fitted_on"] = NO_INTERACTIONS
+            record["fitted_on"] = FITTED_ON_NOTHING
         else:
             record["training_hash"] = training_hash
         encoders = {**self.manifest.get("encoders", {}), name: record}

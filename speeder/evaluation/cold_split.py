@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import torch
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.fingerprints import NO_INTERACTIONS, features_hash
+from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash
 from speeder.data.interactions import Interactions
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -156,7 +156,7 @@ def hold_out(data: PreparedData, share: float = 0.1, seed: int = 0) -> tuple[Pre
     check_features(data)
     catalogue, taken = data.catalogue, data.interactions
     encoders = data.manifest.get("encoders", {})
-    content = [name for name in catalogue.features if encoders[name].get("fitted_on") == NO_INTERACTIONS]
+    content = [name for name in catalogue.features if encoders[name].get("fitted_on") == FITTED_ON_NOTHING]
     eligible = torch.zeros(len(catalogue), dtype=torch.bool)
     for name in content:
         eligible |= catalogue.present[name]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from speeder.data.fingerprints import NO_INTERACTIONS, features_hash, training_hash
+from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash, training_hash
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def check_model_features(model: object, data: "PreparedData") -> None:
 def _check_origin(name: str, record: dict, split: "LeaveOneOut") -> None:
     if record.get("training_hash") is not None:
         check_training_hash(str(record["training_hash"]), split, f"{name} features")
-    elif record.get("fitted_on") != NO_INTERACTIONS:
+    elif record.get("fitted_on") != FITTED_ON_NOTHING:
         raise LeakError(
             f"{name} features: expected a record with a training_hash, or with "
-            f'"fitted_on": "{NO_INTERACTIONS}", got {record.get("training_hash")!r} and {record.get("fitted_on")!r}'
+            f'"fitted_on": "{FITTED_ON_NOTHING}", got {record.get("training_hash")!r} and {record.get("fitted_on")!r}'
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.fingerprints import NO_INTERACTIONS, features_hash
+from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.io.files import sha256_file
@@ -192,4 +192,4 @@ def _hash_all(paths: Sequence[str | None]) -> str:
 
 
 def _encoder_record(encoder: EncodesTexts | EncodesImages) -> dict[str, str]:
-    return {"name": encoder.name, "identity": encoder.identity, "fitted_on": NO_INTERACTIONS}
+    return {"name": encoder.name, "identity": encoder.identity, "fitted_on": FITTED_ON_NOTHING}

@@ -240,9 +240,8 @@ def _run_stage(
         ddp_broadcast_buffers=False,  # the catalogue's features, which all have
         run_name=stage.name,
     )
-    arguments._n_gpu = min(
-        1, arguments.n_gpu
-    )  # packed batches cannot be split by DataParallel; use a launcher
+    # packed batches cannot be split by DataParallel; use a launcher
+    arguments._n_gpu = min(1, arguments.n_gpu)
     trained, kind = model, SpeederTrainer
     if sharding_is_asked():
         trained, kind = copy_for_sharding(model), ShardedTrainer

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speeder.baselines import Popularity, SASRec, SASRecConfig
+from speeder.baselines.popularity import Popularity
+from speeder.baselines.sasrec.model import SASRec
+from speeder.recipes.sasrec import SASRecConfig
 from speeder.baselines.sasrec.fit import cut_windows, fit_sasrec, length_batches
 from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut

@@ -130,12 +130,19 @@ def fingerprint(section: str, part: str, release: str | None = None) -> str:
     return digest.hexdigest()[:32]
 
 
+def checks(section: str) -> str:
+    """A hash of the files that check a section's machine code and read what it takes."""
+    readers = [compile_facts, cuda_resources] if section == "cuda" else [compile_facts]
+    return hashlib.sha256(b"".join(Path(module.__file__).read_bytes() for module in readers)).hexdigest()[:32]
+
+
 def changed(section: str, everything: bool | None = None) -> list[str]:
     """The parts that must be compiled: those that are not what the file was written for, or all of them where
     `everything` is asked for (unless told, by SPEEDER_COMPILE_ALL=1)."""
     if everything is None:
         everything = os.environ.get("SPEEDER_COMPILE_ALL") == "1"
-    agreed = json.loads(FILE.read_text())[section]["parts"]
+    content = json.loads(FILE.read_text())[section]
+    agreed, everything = content["parts"], everything or content.get("checks") != checks(section)
     return [
         part
         for part in PARTS[section]
@@ -148,13 +155,13 @@ def summary(section: str, compiled: Collection[str]) -> str:
     kept = [part for part in PARTS[section] if part not in compiled]
     because = "asked for by SPEEDER_COMPILE_ALL=1"
     if os.environ.get("SPEEDER_COMPILE_ALL") != "1":
-        because = "sources, flags or compiler are not those of gpu_resources.json"
+        because = "sources, flags, compiler or checks are not those of gpu_resources.json"
     words = [f"GPU kernels, {section}:"]
     if compiled:
         words.append(f"compiled and checked {', '.join(compiled)} ({because}){';' if kept else ''}")
     if kept:
         words.append(
-            f"not compiled: {', '.join(kept)} (the same sources, flags and compiler were checked when "
+            f"not compiled: {', '.join(kept)} (the same sources, flags and compiler passed the same checks when "
             "gpu_resources.json was written; SPEEDER_COMPILE_ALL=1 compiles them all the same)"
         )
     return " ".join(words)
@@ -252,8 +259,9 @@ def write(sections: dict[str, dict[str, dict]]) -> None:
             bodies.append(
                 f'    {json.dumps(part)}: {{\n{head}     "rows": {{\n' + ",\n".join(rows) + "\n     }}"
             )
+        passed = "" if section == "launches" else f'   "checks": {json.dumps(checks(section))},\n'
         texts.append(
-            f'  {json.dumps(section)}: {{\n   "compiler": {json.dumps(release)},\n'
+            f'  {json.dumps(section)}: {{\n   "compiler": {json.dumps(release)},\n{passed}'
             f'   "columns": {json.dumps(list(COLUMNS[section]))},\n   "parts": {{\n'
             + ",\n".join(bodies)
             + "\n   }}"

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from speeder.baselines import SASRec, SASRecConfig
-from speeder.baselines.sasrec.checkpoint import Progress, save_checkpoint
+from speeder.baselines.sasrec.model import SASRec
+from speeder.recipes.sasrec import SASRecConfig
+from speeder.baselines.sasrec.checkpoint import FitState, save_checkpoint
 from speeder.baselines.sasrec.fit import fit_sasrec
 from speeder.cli.main import main
 from speeder.data import PreparedData
@@ -103,7 +104,7 @@ def test_what_a_kill_leaves_of_a_checkpoint_goes_with_the_next_one(tmp_path):
     optimizer, path = torch.optim.Adam(model.parameters()), folder / "checkpoint.safetensors"
 
     def save() -> None:
-        save_checkpoint(path, model, optimizer, None, Progress(), np.random.default_rng(0), "this one")
+        save_checkpoint(path, model, optimizer, None, FitState(), np.random.default_rng(0), "this one")
 
     sizes, touch = [], 0
     while killed_at(touch, save):

@@ -15,7 +15,7 @@ from speeder.io.files import atomic_path
 
 
 @dataclass
-class Progress:
+class FitState:
     """How far training has come.
 
     Attributes:
@@ -35,7 +35,7 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     best_weights: dict[str, Tensor] | None,
-    progress: Progress,
+    progress: FitState,
     rng: np.random.Generator,
     identity: str,
 ) -> None:
@@ -67,7 +67,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     rng: np.random.Generator,
     identity: str,
-) -> tuple[Progress, dict[str, Tensor] | None]:
+) -> tuple[FitState, dict[str, Tensor] | None]:
     """Put a model, an optimizer and both random states where `save_checkpoint` found them.
 
     Returns:
@@ -92,7 +92,7 @@ def load_checkpoint(
             torch.cuda.set_rng_state(tensors["random/cuda"], device)
         rng.bit_generator.state = state["rng"]
         best = {name: value.to(device) for name, value in _group(tensors, "best").items()}
-        return Progress(**state["progress"]), best or None
+        return FitState(**state["progress"]), best or None
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise SpeederError(f"{path}: not a checkpoint of this SASRec: {error}") from error
 

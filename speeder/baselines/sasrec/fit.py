@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speeder.baselines.sasrec.checkpoint import Progress, load_checkpoint, save_checkpoint
+from speeder.baselines.sasrec.checkpoint import FitState, load_checkpoint, save_checkpoint
 from speeder.baselines.sasrec.model import SASRec, check_sequences, pad
 from speeder.data.fingerprints import training_hash
 from speeder.evaluation.metrics import metric_values, target_ranks
@@ -98,7 +98,7 @@ def _train(
     config = model.config
     optimizer = _optimizer(model)
     steps = epochs * -(-len(windows) // config.batch_size)
-    now, best_weights = Progress(), None
+    now, best_weights = FitState(), None
     if checkpoint is not None and checkpoint.exists():
         now, best_weights = load_checkpoint(checkpoint, model, optimizer, rng, identity)
         for record in now.records:
@@ -142,7 +142,7 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     windows: list[np.ndarray],
     rng: np.random.Generator,
-    now: Progress,
+    now: FitState,
     steps: int,
 ) -> float:
     """Once over all windows; returns the mean loss of an item and counts ``now.step`` on."""
@@ -174,9 +174,8 @@ def _loss(model: SASRec, batch: list[np.ndarray]) -> tuple[Tensor, int]:
     items_BL = pad(batch)
     real = torch.arange(items_BL.shape[1] - 1) < lengths[:, None]
     targets = items_BL[:, 1:][real].to(device)
-    hidden = model(items_BL[:, :-1].to(device), lengths.to(device))[
-        real.to(device)
-    ]  # padding never meets the wide product below
+    # padding never meets the wide product below
+    hidden = model(items_BL[:, :-1].to(device), lengths.to(device))[real.to(device)]
     return item_cross_entropy(hidden, model.items.weight, targets, scale=1.0).sum(), len(targets)
 
 

@@ -30,7 +30,7 @@ class SASRec(nn.Module):
 
     Attributes:
         label: what its row in a table is called.
-        training_hash: what it was fitted on, for the leak check; None where it was not fitted by ``fit``.
+        training_hash: what it was fitted on, for the leak check; None where it was not fitted by ``fit_sasrec``.
     """
 
     label = "SASRec (cross-entropy)"
