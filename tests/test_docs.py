@@ -1,11 +1,15 @@
-"""README and docs: every link leads somewhere, the README is short, and its kernel example runs."""
+"""README and docs: every link leads somewhere, the README is short, and what it shows runs as it stands there."""
 
 from __future__ import annotations
 
+import random
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from speeder.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,9 +53,51 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def readme_blocks(language: str = "") -> list[str]:
+    """The code blocks of the README in a language."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+
+
+def write_shop(folder: Path) -> None:
+    """A small shop in the two files that the README describes, with the items that its commands name."""
+    folder.mkdir()
+    items = ["50", "172", "133", *map(str, range(200, 230))]
+    titles = [
+        f"{random.choice(('Red', 'Blue', 'Old'))} {random.choice(('kettle', 'lamp', 'chair'))} {i}"
+        for i in items
+    ]
+    rows = [f"{item},{title}" for item, title in zip(items, titles, strict=True)]
+    (folder / "items.csv").write_text("\n".join(["item,title", *rows]) + "\n")
+    events = ["user,item,timestamp"]
+    for user in range(40):
+        for time, item in enumerate(random.sample(items, random.randint(4, 9))):
+            events.append(f"u{user},{item},{1_700_000_000 + 86_400 * time}")
+    (folder / "interactions.csv").write_text("\n".join(events) + "\n")
+
+
+@pytest.mark.slow
+def test_the_readmes_shop_goes_from_tables_to_recommendations(
+    tmp_path, monkeypatch, capsys, smollm2_folder, minilm_folder
+):
+    monkeypatch.chdir(tmp_path)
+    write_shop(tmp_path / "shop")
+    (block,) = (block for block in readme_blocks() if "speeder prepare" in block)
+    commands = [
+        shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("speeder ")
+    ]
+    assert [command[1] for command in commands] == ["prepare", "train", "evaluate", "recommend", "serve"]
+    for command in commands[:-1]:  # the server would not come back
+        assert main(command[1:]) == 0, capsys.readouterr().err
+    assert len(re.findall(r"(Red|Blue|Old) (kettle|lamp|chair) ", capsys.readouterr().out)) >= 5
+    (example,) = (block for block in readme_blocks("python") if "PreparedData" in block)
+    exec(example, {})
+    assert len(capsys.readouterr().out.splitlines()) >= 6  # NDCG@10, and five items
+
+
 def test_the_readmes_kernel_example_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (example,) = (block for block in blocks if "speeder_kernels" in block)
+    (example,) = (block for block in readme_blocks("python") if "speeder_kernels" in block)
     names: dict = {}
     exec(example, names)
     assert names["bias"].grad.abs().sum() > 0

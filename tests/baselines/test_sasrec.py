@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speeder.baselines.popularity import Popularity
-from speeder.baselines.sasrec.model import SASRec
-from speeder.recipes.sasrec import SASRecConfig
 from speeder.baselines.sasrec.fit import cut_windows, fit_sasrec, length_batches
+from speeder.baselines.sasrec.model import SASRec
 from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
 from speeder.evaluation.metrics import metric_values, target_ranks
 from speeder.evaluation.protocols import evaluate
+from speeder.recipes.sasrec import SASRecConfig
 
 NUM_ITEMS = 24
 SMALL = SASRecConfig(32, max_length=12, dropout=0.1, learning_rate=5e-3, batch_size=32, epochs=30)

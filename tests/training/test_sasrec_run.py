@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from speeder.baselines.sasrec.model import SASRec
-from speeder.recipes.sasrec import SASRecConfig
 from speeder.baselines.sasrec.checkpoint import FitState, save_checkpoint
 from speeder.baselines.sasrec.fit import fit_sasrec
+from speeder.baselines.sasrec.model import SASRec
 from speeder.cli.main import main
 from speeder.data import PreparedData
 from speeder.errors import SpeederError
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import bundled_recipe, load_recipe, recipe_from_dict, settings_for
-from speeder.recipes.sasrec import SASRecRecipe
+from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
 from speeder.training.run_folder import stage_logs
 from tests.io.killing import killed_at
 
