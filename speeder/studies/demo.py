@@ -19,7 +19,7 @@ from speeder.io import progress
 from speeder.io.assets import fetch
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.prepare.pipeline import prepare_ml100k
-from speeder.recipes.load import bundled_recipe, load_recipe
+from speeder.recipes.load import load_recipe
 from speeder.recipes.schema import Recipe, Stage
 from speeder.studies.demo_users import DemoUsers
 from speeder.studies.evaluate_run import (
@@ -62,6 +62,10 @@ def demo(
     if out.exists() and not out.is_dir():
         raise SpeederError(f"{out}: expected a folder, got a file")
 
+    plan = load_recipe(recipe or "ml-100k")
+    if not isinstance(plan, Recipe):
+        raise SpeederError("recipe: expected one of Speeder's for the demo, got SASRec's")
+
     def announce(text: str) -> None:
         say(f"\n[{time.monotonic() - started:4.0f} s] {text}")
 
@@ -85,11 +89,7 @@ def demo(
         )
         content = found[0]
 
-    plan, notes = load_recipe(recipe or bundled_recipe("ml-100k")).for_modalities(
-        list(data.catalogue.modalities)
-    )
-    if not isinstance(plan, Recipe):
-        raise SpeederError("recipe: expected one of Speeder's for the demo, got SASRec's")
+    plan, notes = plan.for_modalities(list(data.catalogue.modalities))
     announce("Fetching the language model SmolLM2 (once)")
     fetch("smollm2-135m")
     announce(f"Training Speeder, stage by stage: {', '.join(stage.name for stage in plan.stages)}")

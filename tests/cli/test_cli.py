@@ -175,7 +175,7 @@ def test_a_model_with_other_features_than_the_datas_is_not_evaluated(run, tmp_pa
     model.save_pretrained(tmp_path / "run" / "model")
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--no-baselines"]) == 1
-    message = "SpeederForCausalLM: its text features are not those of the prepared data"
+    message = "SpeederForCausalLM: its text features differ from the prepared data's"
     assert message in capsys.readouterr().err
 
 

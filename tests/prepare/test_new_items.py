@@ -256,7 +256,7 @@ def test_the_command_line(place, folder, tmp_path, capsys):
     table = write_table(tmp_path / "new.csv", [{"id": "fresh", "title": "Heat"}])
     command = ["items", "add", "--model", str(folder), "--items", str(table)]
     assert main([*command, "--text-encoder", str(place / "bert")]) == 0
-    assert "1 items added, which have text (1)" in capsys.readouterr().out
+    assert "1 items added, with text (1)" in capsys.readouterr().out
     assert main(["recommend", str(folder), "--history", "fresh", "-k", "6"]) == 0
     assert main(["recommend", str(folder), "--history", "old0", "-k", "6"]) == 0
     assert "fresh" in capsys.readouterr().out.split("\n", 6)[-1]
