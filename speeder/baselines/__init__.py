@@ -1,4 +1,4 @@
-"""Baselines that every table carries. The names below load on first use, so that one loads without the others."""
+"""Baselines: popularity, content neighbours, SASRec, and text-reading language models. Names load on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""The text baselines by name, and the right class for a saved model."""
+"""Text baselines by name, and the class of a saved model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def baseline_class(name: str) -> type[TextBaseline]:
     """The class of a baseline.
 
     Raises:
-        SpeederError: there is none of that name.
+        SpeederError: the name is unknown.
     """
     from speeder.baselines.text.text_prompt import TextPrompt
     from speeder.baselines.text.title_generation import TitleGeneration
@@ -35,10 +35,10 @@ def baseline_class(name: str) -> type[TextBaseline]:
 
 
 def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
-    """A saved recommender, be it Speeder, a text baseline or SASRec.
+    """Load a saved recommender: Speeder, a text baseline or SASRec.
 
     Raises:
-        SpeederError: the folder holds neither, or it is damaged.
+        SpeederError: the folder has none of these, or it is damaged.
     """
     config = read_json(Path(folder) / "config.json")
     if config.get("model_type") == _TEXT_BASELINE:
@@ -53,7 +53,7 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
 
 
 def load_model(folder: Path) -> SpeederForCausalLM | SASRec:
-    """The recommender in a folder; SpeederError where a file of it is missing or damaged."""
+    """The recommender in a folder; `SpeederError` if a file is missing or damaged."""
     try:
         return load_recommender(folder)
     except (OSError, ValueError, SafetensorError) as error:

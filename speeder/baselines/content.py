@@ -1,4 +1,5 @@
-"""Content neighbours: the items whose texts are most like the history's. Fitted on nothing, so new items are as old."""
+"""Content neighbours: the items with the features most similar to the history's. Nothing is fitted, so new items count
+as much as old ones."""
 
 from collections.abc import Sequence
 
@@ -10,13 +11,14 @@ from torch.nn import functional as F
 class ContentNeighbours:
     """Scores an item by the cosine between its features and the mean of the history's, each scaled to length 1.
 
-    Items without the features score as -1, and are left out of the mean; a history with none scores all items alike.
+    Items without the features score -1 and are left out of the mean. If no item of the history has the features, all
+    items score the same.
 
     Args:
         features: `(I, F)`, of one modality.
         present: `(I,)` bool.
-        max_history: items of a history that are read, the newest ones; None reads all.
-        training_hash: of the split that it is measured on. It learned from no interaction, so any will do.
+        max_history: newest items of a history that are read; None reads all.
+        training_hash: of the split that it is evaluated on. Nothing is fitted on interactions, so any will do.
     """
 
     label = "content neighbours"

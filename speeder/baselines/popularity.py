@@ -1,4 +1,4 @@
-"""Popularity: every user gets the items most often met in training."""
+"""Popularity: every user gets the items that occur most often in training."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from speeder.data.fingerprints import training_hash
 
 
 class Popularity:
-    """Scores an item by its count in the training sequences, whatever the history.
+    """Scores an item by its count in the training sequences, independent of the history.
 
     Attributes:
-        label: what its row in a table is called.
+        label: the name of its row in tables.
         counts: (I,) float32.
-        training_hash: what it was fitted on, for the leak check.
+        training_hash: hash of what it was fitted on, for the leak check.
     """
 
     label = "popularity"

@@ -26,12 +26,12 @@ _MODALITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class ItemCatalogue:
-    """`I` items and what is known of them. Rows are item indices `0..I-1`; treat it as read-only.
+    """`I` items: ids, titles, texts, pictures and features. Rows are item indices `0..I-1`; treat it as read-only.
 
     Attributes:
         ids: external ids, unique.
-        titles: one title an item.
-        texts: the description that text encoders read, `""` if none.
+        titles: one title per item, `""` if none.
+        texts: the text that encoders read, `""` if none.
         images: a picture's path, or None.
         features: modality -> `(I, F_m)` float32, zeros where absent.
         present: modality -> `(I,)` bool.
@@ -46,7 +46,7 @@ class ItemCatalogue:
         features: Mapping[str, torch.Tensor] | None = None,
         present: Mapping[str, torch.Tensor] | None = None,
     ):
-        """Raises `TypeError` or `ValueError`, naming the argument, where a column or matrix does not fit."""
+        """Raises `TypeError` or `ValueError`, naming the argument, if a column or matrix does not fit."""
         self.ids = _strings("ids", ids)
         count = len(self.ids)
         self.titles = [""] * count if titles is None else _strings("titles", titles, count)
@@ -74,7 +74,7 @@ class ItemCatalogue:
 
     @property
     def modalities(self) -> dict[str, int]:
-        """Modality -> number of features `F_m`, in the order in which they were added."""
+        """Modality -> number of features `F_m`, in the order of addition."""
         return {name: matrix.shape[1] for name, matrix in self.features.items()}
 
     def index_of(self, external_id: str) -> int:
@@ -85,9 +85,9 @@ class ItemCatalogue:
             raise KeyError(f"no item has the id {external_id!r} among {len(self)} items") from None
 
     def indices_of(self, entries: Sequence[int | str]) -> list[int]:
-        """Item indices (int) or external ids (str), mixed as they come, as item indices.
+        """Item indices (int) and external ids (str), also mixed, as item indices.
 
-        Raises `ValueError` for an index out of range, `KeyError` for an id that no item has.
+        Raises `ValueError` for an index out of range, `KeyError` for an unknown id.
         """
         rows = [self.index_of(entry) if isinstance(entry, str) else int(entry) for entry in entries]
         count = len(self)
@@ -99,12 +99,12 @@ class ItemCatalogue:
     def with_features(
         self, name: str, features: torch.Tensor, present: torch.Tensor | None = None
     ) -> "ItemCatalogue":
-        """A catalogue with one modality added or replaced; all else is shared.
+        """A catalogue with one modality added or replaced; the rest is shared.
 
         Args:
-            name: letters, digits, `-` and `_`; it names a file.
-            features: `(I, F)`, any floating dtype; kept as float32. Rows of absent items are zeroed.
-            present: `(I,)` bool; None means that every item has it.
+            name: letters, digits, `-` and `_`, since it names a file.
+            features: `(I, F)`, any floating dtype; stored as float32. Rows of absent items become zeros.
+            present: `(I,)` bool; None: every item has it.
         """
         checked, mask = _checked(name, features, present, self.ids)
         other = object.__new__(ItemCatalogue)
@@ -114,9 +114,9 @@ class ItemCatalogue:
         return other
 
     def concat(self, other: "ItemCatalogue") -> "ItemCatalogue":
-        """This catalogue's items followed by `other`'s. A modality that one side lacks is absent there.
+        """This catalogue's items followed by `other`'s. A modality that one of them lacks is absent for its items.
 
-        Raises `ValueError` for an id on both sides, or a modality whose number of features differs.
+        Raises `ValueError` for an id in both, or a modality with different numbers of features.
         """
         features, present = {}, {}
         for name in [*self.features, *(name for name in other.features if name not in self.features)]:
@@ -134,7 +134,7 @@ class ItemCatalogue:
         )
 
     def select(self, rows: Sequence[int]) -> "ItemCatalogue":
-        """The items of these rows alone, in this order; raises `IndexError` or `ValueError` for what is no row."""
+        """The items of these rows, in this order; raises `IndexError` or `ValueError` for invalid rows."""
         rows = torch.as_tensor(rows, dtype=torch.long)
         if len(rows) and int(rows.min()) < 0:
             raise ValueError(f"rows must lie in 0..{len(self) - 1}, but hold {int(rows.min())}")
@@ -159,7 +159,7 @@ class ItemCatalogue:
         It holds `items.parquet`, one `{modality}.safetensors` per modality, and `manifest.json` with the size
         and the SHA-256 of each.
 
-        An earlier catalogue there is replaced. Raises `SpeederError` where the folder holds anything else.
+        An earlier catalogue there is replaced. Raises `SpeederError` if the folder has anything else.
         """
         with atomic_folder(folder, _owned_names(recover_folder(folder))) as temporary:
             self._write_items(temporary / "items.parquet")
@@ -178,8 +178,8 @@ class ItemCatalogue:
             write_json(temporary / "manifest.json", manifest)
 
     def _write_items(self, path: Path) -> None:
-        """One row group after another, since a table of all items would hold every text a second time."""
-        import pyarrow as pa  # slow to import, and a model alone needs none of it
+        """One row group after another: a table of all items would copy every text."""
+        import pyarrow as pa  # slow to import, and not needed by a model
         import pyarrow.parquet as pq
 
         schema = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "image")])
@@ -192,8 +192,8 @@ class ItemCatalogue:
     def load(cls, folder: str | Path, *, verify: bool = True) -> "ItemCatalogue":
         """Reads what `save` wrote; feature matrices stay on disk, memory-mapped, until they are used.
 
-        Sizes are always compared with the manifest, and hashes too where `verify`. Raises `SpeederError`
-        where a file is missing, truncated or changed.
+        Sizes are always compared with the manifest; hashes only with `verify`. Raises `SpeederError` if a file is
+        missing, truncated or changed.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -225,9 +225,9 @@ class ItemCatalogue:
 
 
 def saved_hash(folder: str | Path) -> str:
-    """SHA-256 of a saved catalogue's manifest, which holds the hashes of its files: of all of it, without reading it.
+    """SHA-256 of a saved catalogue's manifest. It covers the whole catalogue, since the manifest has all files' hashes.
 
-    Raises `SpeederError` where there is none.
+    Raises `SpeederError` if there is no manifest.
     """
     path = Path(folder) / "manifest.json"
     if not path.is_file():
@@ -236,9 +236,9 @@ def saved_hash(folder: str | Path) -> str:
 
 
 def move_catalogue(source: Path, folder: Path) -> None:
-    """Puts a saved catalogue in the place of another's folder, or where there is none; needs no room on the disk.
+    """Moves a saved catalogue to a folder, replacing another catalogue there; needs no disk space.
 
-    Raises `SpeederError` where the folder holds anything else.
+    Raises `SpeederError` if the folder has anything else.
     """
     with atomic_folder(folder, _owned_names(recover_folder(folder))) as temporary:
         for file in source.iterdir():
@@ -247,7 +247,7 @@ def move_catalogue(source: Path, folder: Path) -> None:
 
 
 def _owned_names(folder: Path) -> set[str]:
-    """Names in a folder that an earlier `save` wrote: none, unless it holds a catalogue."""
+    """Names in a folder that an earlier `save` wrote; none if it is not a catalogue."""
     if not (folder / "manifest.json").is_file():
         return set()
     manifest = read_json(folder / "manifest.json")

@@ -1,4 +1,4 @@
-"""What a prepared data set holds, in numbers: sizes, history lengths, modalities, and what an item costs in tokens."""
+"""Numbers about a prepared data set: sizes, history lengths, modalities, and tokens per item."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def describe(data: PreparedData, tokenizer: str | None = "smollm2-135m", tokens_
     """A readable report of a data set.
 
     Args:
-        tokenizer: an asset's name, a folder or a Hub id; None leaves the costs in tokens out.
-        tokens_per_item: how many tokens Speeder makes of an item.
+        tokenizer: an asset's name, a folder or a Hub id; None leaves out the section on tokens.
+        tokens_per_item: Speeder's tokens per item.
 
-    Raises `SpeederError` where the data are empty or the tokenizer cannot be had.
+    Raises `SpeederError` if the data are empty or the tokenizer cannot be loaded.
     """
     catalogue, interactions = data.catalogue, data.interactions
     if not len(interactions):
@@ -40,7 +40,7 @@ def describe(data: PreparedData, tokenizer: str | None = "smollm2-135m", tokens_
                 ("sparsity", f"{100 * (1 - len(interactions) / cells):.4f} %"),
                 ("test users", f"{len(data.split.users('test')):,} (at least 3 interactions)"),
                 ("history length", _spread(lengths)),
-                ("interactions an item", _spread(popularity)),
+                ("interactions per item", _spread(popularity)),
             ]
         ),
         "Users by history length\n" + _histogram(lengths),
@@ -95,7 +95,7 @@ def _dropped(manifest: dict) -> Iterator[tuple[str, str]]:
 def _token_costs(
     data: PreparedData, lengths: np.ndarray, name: str, tokens_per_item: int
 ) -> list[tuple[str, str]]:
-    """An item's cost and a history's: titles, whole texts, and Speeder's tokens."""
+    """Tokens of an item and of a history: as titles, as whole texts, and in Speeder."""
     tokenizer = _load_tokenizer(name)
     rows, interactions = [], data.interactions
     for kind, texts in (("title", data.catalogue.titles), ("whole text", data.catalogue.texts)):
@@ -125,7 +125,7 @@ def _load_tokenizer(name: str):
 
 
 def _count_tokens(tokenizer, texts: list[str]) -> np.ndarray:
-    """`(I,)` float64: tokens of each text, without special ones."""
+    """`(I,)` float64: tokens of each text, without special tokens."""
     counts = np.zeros(len(texts))
     for start in range(0, len(texts), _BATCH):
         batch = texts[start : start + _BATCH]

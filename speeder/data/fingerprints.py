@@ -1,4 +1,4 @@
-"""Hashes by which records say what a model or a feature was fitted on, and which features they speak of."""
+"""Hashes of what a model or a feature was fitted on, and of features themselves, for records."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def training_hash(sequences: Sequence[Sequence[int]]) -> str:
 
 
 def features_hash(features: torch.Tensor, present: torch.Tensor) -> str:
-    """SHA-256 over `(I, F)` features as float32 and `(I,)` presence: which features a record speaks of.
+    """SHA-256 over `(I, F)` features as float32 and `(I,)` presence.
 
-    They are read a few rows at a time, so that memory-mapped ones need not fit into memory.
+    Features are read a few rows at a time, so memory-mapped ones need not fit into memory.
     """
     count, width = features.shape
     digest = hashlib.sha256(b"speeder features v1")

@@ -1,4 +1,4 @@
-"""Who took which item and when, in order; and the leave-one-out split of it."""
+"""Interactions (user, item, time) in order, and their leave-one-out split."""
 
 import copy
 import hashlib
@@ -19,7 +19,7 @@ _MINIMUM = 3
 
 
 class Interactions:
-    """`N` interactions, sorted by user, then time; equal times keep the order in which they were given.
+    """`N` interactions, sorted by user, then time; equal times keep their given order.
 
     Attributes:
         user: `(N,)` int64, index into `user_ids`.
@@ -29,7 +29,7 @@ class Interactions:
     """
 
     def __init__(self, user: np.ndarray, item: np.ndarray, time: np.ndarray, user_ids: Sequence[str]):
-        """Sorts copies of the columns. Raises `TypeError` or `ValueError`, naming what does not fit."""
+        """Sorts copies of the columns. Raises `TypeError` or `ValueError`, naming the argument that does not fit."""
         columns = {"user": np.asarray(user), "item": np.asarray(item), "time": np.asarray(time)}
         for name, column in columns.items():
             if column.size and column.dtype.kind not in "iu":
@@ -48,7 +48,7 @@ class Interactions:
             )
         if len(item) and item.min() < 0:
             raise ValueError(f"item must not be negative, but holds {item.min()}")
-        if not _is_sorted(user, time):  # tens of millions of interactions that are need no second copy
+        if not _is_sorted(user, time):  # saves a copy of tens of millions of sorted interactions
             order = np.lexsort((time, user))  # lexsort is stable
             user, item, time = user[order], item[order], time[order]
         self.user, self.item, self.time = user, item, time
@@ -60,7 +60,7 @@ class Interactions:
         return f"Interactions({len(self)} interactions of {len(self.user_ids)} users)"
 
     def sequences(self) -> list[np.ndarray]:
-        """Item indices of each user, oldest first; entry `u` is user `u`'s, empty for a user without any."""
+        """Item indices of each user, oldest first; entry `u` is user `u`'s, empty without interactions."""
         return np.split(self.item, self._bounds()[1:-1]) if self.user_ids else []
 
     def _bounds(self) -> np.ndarray:
@@ -68,7 +68,7 @@ class Interactions:
 
     def save(self, file: str | Path) -> None:
         """Writes one Parquet row per user (`user_id`, `items`, `times`), atomically."""
-        import pyarrow as pa  # slow to import, and a model alone needs none of it
+        import pyarrow as pa  # slow to import, and not needed by a model
         import pyarrow.parquet as pq
 
         offsets = pa.array(self._bounds(), pa.int64())
@@ -84,7 +84,7 @@ class Interactions:
 
     @classmethod
     def load(cls, file: str | Path) -> "Interactions":
-        """Reads what `save` wrote; raises `SpeederError` where the file is missing or is something else."""
+        """Reads what `save` wrote; raises `SpeederError` if the file is missing or is something else."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -117,21 +117,21 @@ class LeaveOneOut:
         )
 
     def training(self) -> list[np.ndarray]:
-        """Training part of every user, by index; users with fewer than 3 interactions are wholly training."""
+        """Training part of every user, by index; all interactions of users with fewer than 3."""
         return [items[:-2] if len(items) >= _MINIMUM else items for items in self._sequences]
 
     def users(self, split: str) -> np.ndarray:
-        """`(n,)` int64 user indices that `histories` and `targets` speak of, in that order."""
+        """`(n,)` int64 user indices, in the order of `histories` and `targets`."""
         _held_out(split)
         return self._users.copy()
 
     def histories(self, split: str) -> list[np.ndarray]:
-        """What is known before each target: the training part, and for `"test"` the validation item too."""
+        """Items before each target: the training part, and for `"test"` the validation item too."""
         held_out = _held_out(split)
         return [self._sequences[user][:-held_out] for user in self._users]
 
     def targets(self, split: str) -> np.ndarray:
-        """`(n,)` int64 item indices, one a user of `users(split)`."""
+        """`(n,)` int64 item indices, one per user of `users(split)`."""
         held_out = _held_out(split)
         return np.array([self._sequences[user][-held_out] for user in self._users], dtype=np.int64)
 
@@ -142,7 +142,7 @@ class LeaveOneOut:
         return part
 
     def hash(self) -> str:
-        """SHA-256 over users, histories and targets of both splits: equal hashes mean the very same task."""
+        """SHA-256 over users, histories and targets of both splits: equal hashes mean the same task."""
         digest = hashlib.sha256()
         for split in SPLITS:
             histories = self.histories(split)
@@ -153,7 +153,7 @@ class LeaveOneOut:
 
 
 def _held_out(split: str) -> int:
-    """How many items, from the end, the split's histories do not see."""
+    """Number of items at the end that are not in the split's histories."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, but got {split!r}")
     return 2 if split == "validation" else 1

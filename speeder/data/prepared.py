@@ -1,4 +1,4 @@
-"""A prepared data set: a catalogue, its interactions and a manifest that says where they came from."""
+"""A prepared data set: a catalogue, its interactions, and a manifest of their sources."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +29,8 @@ _ENTRIES = {"interactions.parquet", "catalogue", "manifest.json"}
 class PreparedData:
     """What `speeder prepare` writes and `speeder train` reads.
 
-    `manifest` is any JSON object: source hashes, counts kept and dropped with the reason for each, the split
-    rule. Raises `ValueError` where an interaction names an item that the catalogue lacks.
+    `manifest` is any JSON object: source hashes, counts of kept and dropped lines with reasons, the split rule. Raises
+    `ValueError` if an interaction has an item that the catalogue lacks.
     """
 
     catalogue: ItemCatalogue
@@ -58,13 +58,13 @@ class PreparedData:
         made_by: str,
         training_hash: str | None,
     ) -> "PreparedData":
-        """The data with one modality added or replaced, and the record without which training refuses it.
+        """The data with one modality added or replaced, and its record, which training requires.
 
         Args:
-            name, features, present: as `ItemCatalogue.with_features` takes them.
+            name, features, present: as in `ItemCatalogue.with_features`.
             made_by: what made the features, for the record.
-            training_hash: of the interactions that they were fitted on (`fingerprints.training_hash`); it must be that
-                of the split's training part. None declares that no interaction was read to make them.
+            training_hash: hash of the interactions that they were fitted on (`fingerprints.training_hash`). It must be
+                that of the split's training part. None declares that they were made without any interactions.
         """
         catalogue = self.catalogue.with_features(name, features, present)
         record: dict = {"name": made_by}
@@ -79,7 +79,7 @@ class PreparedData:
     def save(self, folder: str | Path) -> None:
         """Writes `interactions.parquet`, `catalogue/` and `manifest.json`, whole or not at all.
 
-        An earlier prepared set there is replaced. Raises `SpeederError` where the folder holds anything else.
+        An earlier prepared set there is replaced. Raises `SpeederError` if the folder has anything else.
         """
         with atomic_folder(folder, check_replaceable(folder)) as temporary:
             self.interactions.save(temporary / "interactions.parquet")
@@ -89,7 +89,7 @@ class PreparedData:
 
     @classmethod
     def load(cls, folder: str | Path, *, verify: bool = True) -> "PreparedData":
-        """Reads what `save` wrote, features memory-mapped; raises `SpeederError` where anything is amiss."""
+        """Reads what `save` wrote, features memory-mapped; raises `SpeederError` if anything is wrong."""
         folder = recover_folder(folder)
         if not _is_prepared(folder):
             raise SpeederError(f"{folder} does not hold a prepared data set ({FORMAT})")
@@ -106,7 +106,7 @@ class PreparedData:
 def check_replaceable(folder: str | Path) -> set[str]:
     """The entries of a folder that `PreparedData.save` may replace; it need not exist.
 
-    Raises `SpeederError` where it holds anything else: better before hours of work than after.
+    Raises `SpeederError` if it has anything else. Called first, so that hours of work are not lost.
     """
     folder = recover_folder(folder)
     owned = _ENTRIES if _is_prepared(folder) else set()

@@ -1,4 +1,4 @@
-"""Where a run's model and data lie, told by its folder."""
+"""Finds a run's model and its data, from the run's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from speeder.io.files import read_json
 
 
 def find_model(run: Path) -> Path:
-    """The recommender's folder of a run, of a demo, or the folder itself."""
+    """The folder of the recommender of a run or a demo; or `run` itself, if it is a saved recommender."""
     for folder in (run / "model", run / "speeder" / "model", run):
         if (folder / "config.json").exists():
             return folder
@@ -18,14 +18,14 @@ def find_model(run: Path) -> Path:
 
 
 def data_folder_of(run: Path, given: Path | None) -> Path:
-    """Where a run's data lie: as given, or as the run itself says.
+    """The folder of a run's data: `given`, or the run's record.
 
     Raises:
-        SpeederError: neither tells.
+        SpeederError: there is neither.
     """
     folder = given or read_json(run / "recipe.json").get("data")
     if folder is None:
-        raise SpeederError(f"{run}: does not know where its data lie; evaluate takes --data DIR")
+        raise SpeederError(f"{run}: the run has no record of its data's folder; use evaluate --data DIR")
     return Path(folder)
 
 
@@ -33,22 +33,22 @@ def run_data(run: Path, folder: Path | None = None) -> PreparedData:
     """The prepared data that a run was trained on.
 
     Args:
-        folder: where it lies; by default where the run's `recipe.json` says.
+        folder: the data's folder; by default the one in the run's `recipe.json`.
 
     Raises:
-        SpeederError: it is not there, or has changed, or its split is not the run's.
+        SpeederError: the data are missing or have changed, or their split is not the run's.
     """
     if not (run / "recipe.json").exists():
-        raise SpeederError(f"{run}: expected a run folder, which knows its data, found no recipe.json")
+        raise SpeederError(f"{run}: expected a run folder, found no recipe.json")
     known = read_json(run / "recipe.json")
     folder = folder or known.get("data")
     if folder is None:
         raise SpeederError(
-            f"{run}: was trained without saying where its data lie (train's data_folder); evaluate takes --data DIR"
+            f"{run}: the run has no record of its data's folder (train's data_folder); use evaluate --data DIR"
         )
     if not Path(folder).exists():
         raise SpeederError(
-            f"{run}: its data are not in {folder}; if they were moved, evaluate takes --data DIR"
+            f"{run}: its data are not in {folder}; if they were moved, use evaluate --data DIR"
         )
     data = PreparedData.load(folder)
     if (split := data.split.hash()) != known.get("split"):

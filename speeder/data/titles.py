@@ -1,4 +1,4 @@
-"""Film titles as people write them: articles moved to the front, and keys to join two lists by."""
+"""Film titles: articles moved to the front, and keys to match two lists of titles."""
 
 import re
 import unicodedata
@@ -28,9 +28,9 @@ def split_year(title: str) -> tuple[str, str | None]:
 
 
 def title_keys(title: str) -> list[str]:
-    """Normalised forms under which a title (without its year) may be found, the most telling first.
+    """Normalised forms of a title (without its year) to match by, the most specific first.
 
-    Case, accents, punctuation and articles do not count. The whole title comes first, then what precedes the
+    Case, accents, punctuation and articles do not count. The whole title comes first, then the part before the
     parentheses, then each name inside them.
     """
     main = _PARENTHESES.sub(" ", title)

@@ -1,1 +1,1 @@
-"""Files, machines, downloads and Ray: what every room builds on."""
+"""Files, machines, downloads and Ray: the base of all other rooms."""

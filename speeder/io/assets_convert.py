@@ -1,4 +1,4 @@
-"""Turns downloaded weights into ordinary folders of safetensors, once. Called by `speeder.io.assets` by name."""
+"""Converts downloaded weights into folders of safetensors. `speeder.io.assets` calls these functions by name."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from speeder.io.progress import showing
 
-# The model_type by which an image encoder's folder is recognised; the rest is for readers.
+# The model_type identifies an image encoder's folder; the rest is for readers.
 EFFICIENTNET_LITE0 = {
     "model_type": "efficientnet-lite0",
     "image_size": 224,
@@ -61,7 +61,7 @@ def _without_a_second_bar() -> Iterator[None]:
 
 
 def efficientnet_lite0(source: Path, target: Path) -> None:
-    """A PyTorch checkpoint, read as tensors alone -> `model.safetensors` and `config.json`."""
+    """A PyTorch checkpoint, read as tensors only -> `model.safetensors` and `config.json`."""
     weights = torch.load(source / "model.pth", map_location="cpu", weights_only=True)
     # the encoder loads them strictly: it would refuse a weight too many or too few
     renamed = {_efficientnet_name(name): tensor.contiguous() for name, tensor in weights.items()}

@@ -1,4 +1,4 @@
-"""What a full disk looks like: one error that names the file, whichever library was writing it."""
+"""One error for a full disk, which names the file, whichever library was writing."""
 
 import errno
 import os
@@ -18,10 +18,10 @@ _TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed")  # 
 
 
 class WriteError(SpeederError):
-    """A file could not be written for want of room, or since the disk fails.
+    """A file could not be written: the disk is full, or it fails.
 
     Attributes:
-        path: what was to be written. reason: the system's word for why.
+        path: the file or folder. reason: the system's message.
     """
 
     def __init__(self, path: Path, reason: str):
@@ -31,9 +31,9 @@ class WriteError(SpeederError):
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Makes one `WriteError` of whatever Python, Arrow, safetensors or torch raises where a disk takes no more.
+    """Turns what Python, Arrow, safetensors or torch raise on a full disk into one `WriteError`.
 
-    Other errors pass, and so does one that names its file already, but for a temporary one inside `path`'s folder.
+    Other errors pass, and so does one that already names its file, unless that is a temporary one in `path`'s folder.
     """
     path = Path(path)
     try:
@@ -50,12 +50,12 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _arrow_errors() -> tuple[type[Exception], ...]:
-    """Arrow's error, where anything has imported Arrow."""
+    """Arrow's error class, if Arrow was imported."""
     return (sys.modules["pyarrow"].ArrowException,) if "pyarrow" in sys.modules else ()
 
 
 def _reason(error: Exception) -> str | None:
-    """Why the disk took no more; None where the error is another one."""
+    """Why the disk cannot be written; None for other errors."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return os.strerror(error.errno)
     text = str(error)

@@ -1,10 +1,10 @@
-"""Files that are whole or not there: hashes, atomic files and folders, reproducible JSON.
+"""Atomic files and folders, which are whole or absent; hashes; reproducible JSON.
 
-What is half written lies beside its target as `.TARGET.xxxxxxxx.partial`, and its writer holds a lock (flock) on
-`.TARGET.xxxxxxxx.writing`. A killed writer holds no lock any more: the next one of the same target removes both.
-It is assumed that locks hold between all machines that share the folder, as on NFS, on CephFS and on Lustre mounted
-with `flock`. Where they hold on one machine alone (NFS with `local_lock` or `nolock`, Lustre with `localflock`), no two
-machines should write one target at the same time. Where there are none, nothing is removed.
+A half-written target is beside it as `.TARGET.xxxxxxxx.partial`, and its writer holds a lock (flock) on
+`.TARGET.xxxxxxxx.writing`. A killed writer holds no lock, so the next writer of the same target removes both.
+Locks must work between all machines that share the folder, as on NFS, CephFS, and Lustre mounted with `flock`. If they
+work on one machine only (NFS with `local_lock` or `nolock`, Lustre with `localflock`), two machines must not write one
+target at the same time. Without locks, nothing is removed.
 """
 
 import fcntl
@@ -23,7 +23,7 @@ from speeder.io.disk_full import writing
 
 
 def safe_name(name: str, keep: str = "-_") -> str:
-    """`name` as part of a file's name: all but letters, digits and the characters of `keep` become `_`."""
+    """`name` as part of a file name: everything except letters, digits and the characters of `keep` becomes `_`."""
     return "".join(letter if letter.isalnum() or letter in keep else "_" for letter in name)
 
 
@@ -50,7 +50,7 @@ def _place_beside(target: Path, told: Path | None = None) -> Iterator[Path]:
     try:
         with writing(told or target):
             yield place
-    finally:  # The lock goes last: what lies beside no lock would never be found.
+    finally:  # The lock is removed last: a partial file without a lock would never be found.
         with suppress(OSError):
             _remove(place)
             lock.unlink()
@@ -63,7 +63,7 @@ def _new_lock(target: Path) -> tuple[Path, int]:
         _lock(handle)
         if _is_at(handle, name):
             return Path(name), handle
-        os.close(handle)  # Another writer found it before it was locked, and took it for abandoned.
+        os.close(handle)  # Another writer found it before it was locked, and removed it as abandoned.
 
 
 def _remove_abandoned(target: Path) -> None:
@@ -82,7 +82,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def _lock(handle: int) -> None:
-    """Waits for the lock, which lasts until `handle` is closed or the process ends, in whatever way."""
+    """Waits for the lock, which lasts until `handle` is closed or the process ends, however it ends."""
     with suppress(OSError):  # No locks on this file system: then no other process can have one either.
         fcntl.flock(handle, fcntl.LOCK_EX)
 
@@ -116,9 +116,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def usual_permissions(path: Path) -> None:
-    """Gives a file, or a folder and all in it, the permissions that the user's umask asks for.
+    """Gives a file, or a folder and everything in it, the permissions of the user's umask.
 
-    Temporary files, and those that safetensors writes, may be read by their owner alone.
+    Temporary files, and those that safetensors writes, are readable only by their owner.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -138,7 +138,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """Reads a JSON object; raises `SpeederError` where the file is missing, unreadable or not an object."""
+    """Reads a JSON object; raises `SpeederError` if the file is missing, unreadable or not an object."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,7 +160,7 @@ def recover_folder(folder: str | Path) -> Path:
     folder = folder if folder.name else folder.resolve()
     if _is_between_renames(folder):
         with _swap_lock(folder):
-            if _is_between_renames(folder):  # Still, and so no living process is about to do the second.
+            if _is_between_renames(folder):  # Still, so no running process is about to do the second rename.
                 os.replace(_previous(folder), folder)
     return folder
 
@@ -171,14 +171,14 @@ def _is_between_renames(folder: Path) -> bool:
 
 @contextmanager
 def _swap_lock(folder: Path) -> Iterator[None]:
-    """Held by one process at a time, others wait: while a folder is swapped there is none under its name."""
+    """A lock of one process at a time: while a folder is swapped, there is none under its name."""
     lock = folder.with_name(f".{folder.name}.swap")
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         _lock(handle)
         if _is_at(handle, lock):
             break
-        os.close(handle)  # Whoever held it has removed it.
+        os.close(handle)  # Its last holder has removed it.
     try:
         yield
     finally:
@@ -187,7 +187,7 @@ def _swap_lock(folder: Path) -> Iterator[None]:
 
 
 def check_owned(folder: Path, owned: set[str]) -> None:
-    """Raises `SpeederError` where `folder` is a file, or holds an entry that is not among `owned`."""
+    """Raises `SpeederError` if `folder` is a file, or has an entry that is not in `owned`."""
     if folder.exists():
         if not folder.is_dir():
             raise SpeederError(f"cannot save to {folder}: it is a file, and a folder was expected")
@@ -203,9 +203,9 @@ def check_owned(folder: Path, owned: set[str]) -> None:
 def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
     """Yields a temporary folder that takes the place of `folder` on a clean exit.
 
-    The old content stays whole until the new one is complete. `owned` names the entries that may be replaced:
-    where `folder` holds anything else, `SpeederError` is raised and nothing is touched, as a swap would lose
-    it. Several processes may write the same folder at once: the last to finish stays.
+    The old content stays whole until the new one is complete. `owned` names the entries that may be replaced. If
+    `folder` has anything else, `SpeederError` is raised and nothing is touched, as a swap would lose it. Several
+    processes may write the same folder at once: the last to finish stays.
     """
     folder = recover_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -221,9 +221,9 @@ def atomic_folder(folder: str | Path, owned: set[str]) -> Iterator[Path]:
 
 @contextmanager
 def replaced_files(folder: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder, whose files then take the place of those of their names in `folder`; others stay.
+    """Yields a temporary folder; its files then replace those of the same names in `folder`, and others stay.
 
-    Each is replaced whole, and none before all are written, so that a full disk changes nothing.
+    Each file is replaced whole, and none before all are written, so a full disk changes nothing.
     """
     folder = Path(folder)
     with _place_beside(folder / "files", told=folder) as temporary:
@@ -247,7 +247,7 @@ def _swap(new: Path, folder: Path) -> None:
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict]:
-    """Size in bytes and SHA-256 of each named file, as a manifest keeps them."""
+    """Size in bytes and SHA-256 of each named file, for a manifest."""
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         for name in names
@@ -255,7 +255,7 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, dict]:
 
 
 def check_files(folder: Path, files: object, *, verify: bool) -> None:
-    """Compares files with a manifest's record: sizes always, hashes where `verify`. Raises `SpeederError`."""
+    """Compares files with a manifest's record: sizes always, hashes with `verify`. Raises `SpeederError`."""
     if not isinstance(files, dict):
         raise SpeederError(f"{folder / 'manifest.json'} lists no files")
     for name, record in files.items():

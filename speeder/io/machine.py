@@ -1,4 +1,4 @@
-"""The machine that a run or a measurement belongs to."""
+"""The machine of a run or a measurement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TRIES, _SECONDS = 8, 0.2  # at most, of what `shortest` measures
 
 
 def describe(threads: int) -> dict[str, object]:
-    """What a reader must know to compare with another machine."""
+    """Facts about this machine, for comparison with others."""
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
@@ -32,7 +32,7 @@ def describe(threads: int) -> dict[str, object]:
 
 
 def processor() -> str:
-    """The model's name, with family and model where the name is cut short (as virtual machines do)."""
+    """The processor's name, with family and model if the name is cut short (as on virtual machines)."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
@@ -42,7 +42,7 @@ def processor() -> str:
 
 
 def shortest(work: Callable[[], object]) -> float:
-    """The shortest time of some calls, two at least, in seconds: what disturbs only slows down."""
+    """The shortest time of at least two calls, in seconds: disturbances only slow down."""
     times, end = [], time.perf_counter() + _SECONDS
     while len(times) < 2 or (len(times) < _TRIES and time.perf_counter() < end):
         start = time.perf_counter()

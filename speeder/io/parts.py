@@ -1,7 +1,7 @@
-"""A table in numbered parts, in a folder that outlives whoever computes them: what is done is not done again.
+"""Work on a table in numbered parts, kept in a folder, so that finished parts are not computed again after a stop.
 
-The driver writes each part's input once. Whoever computes a part reads that file and writes another, whole or not at
-all, so a part that is computed twice (its first worker was killed) gives the same file again.
+The driver writes each part's input once. A worker reads that file and writes another, whole or not at all. A part that
+is computed twice (its first worker was killed) gives the same file again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from speeder.io.progress import showing
 log = logging.getLogger(__name__)
 
 Work = Callable[[pa.Table], pa.Table]
-"""What is made of a part: one row for each of its rows, in their order."""
+"""Computes a part: one result row per input row, in order."""
 
 
 class Parts:
@@ -35,24 +35,24 @@ class Parts:
         self.folder = Path(folder)
 
     def input(self, part: int) -> Path:
-        """The file of a part's rows."""
+        """The file of a part's input."""
         return self.folder / "input" / f"{part:06d}.parquet"
 
     def output(self, part: int) -> Path:
-        """The file of what was made of them; it is there once the part is done."""
+        """The file of a part's result; it exists once the part is done."""
         return self.folder / "output" / f"{part:06d}.parquet"
 
     @property
     def count(self) -> int:
-        """How many parts there are."""
+        """The number of parts."""
         return read_json(self.folder / "job.json")["parts"]
 
     def missing(self) -> list[int]:
-        """The parts that are still to be computed."""
+        """The parts without a result."""
         return [part for part in range(self.count) if not self.output(part).exists()]
 
     def stage(self, identity: dict, tables: Iterable[pa.Table]) -> None:
-        """Write the inputs, unless they are there already."""
+        """Write the inputs, unless they exist already."""
         job = self.folder / "job.json"
         if job.exists():
             return
@@ -66,10 +66,10 @@ class Parts:
         write_json(job, {"identity": identity, "parts": parts})
 
     def compute(self, part: int, work: Work) -> None:
-        """Read a part, work, and write what came of it.
+        """Read a part, compute its result, and write it.
 
         Raises:
-            ValueError: there are not as many rows as the part has.
+            ValueError: the result does not have as many rows as the part.
         """
         table = pq.read_table(self.input(part))
         made = work(table)
@@ -79,7 +79,7 @@ class Parts:
             pq.write_table(made, temporary)
 
     def outputs(self) -> Iterator[pa.Table]:
-        """What was made of every part, in order.
+        """The results of all parts, in order.
 
         Raises:
             SpeederError: a part is missing, or has lost rows.
@@ -95,18 +95,18 @@ class Parts:
 
 
 def job_parts(folder: Path, identity: dict) -> Parts:
-    """A job's parts, in a subfolder of its own: a lost worker of an earlier job may still be writing."""
+    """A job's parts, in a subfolder of its own, since a lost worker of an earlier job may still be writing."""
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return Parts(folder / name)
 
 
 Runner = Callable[[Callable[[], Work], Parts, list[int]], Iterator[int]]
-"""Called with what makes the work (once a process), the parts and which of them are missing: computes these, and
-yields each one's number when it is done."""
+"""Called with a function that makes the `Work` (once per process), the parts, and the numbers of the missing ones.
+Computes these, and yields each number when it is done."""
 
 
 def here(make: Callable[[], Work], parts: Parts, missing: list[int]) -> Iterator[int]:
-    """The runner that computes part after part in this process."""
+    """The runner that computes the parts one by one in this process."""
     work = make()
     for part in missing:
         parts.compute(part, work)
@@ -122,17 +122,17 @@ def computed(
     runner: Runner,
     what: str,
 ) -> Iterator[Iterator[pa.Table]]:
-    """What was made of all tables, in order; stopped in whatever way, the same call goes on with what is missing.
+    """The results of all tables, in order; after any stop, the same call computes only the missing parts.
 
     Args:
-        folder: for the job; it is removed on a clean exit. Every worker must see it under this path.
-        identity: JSON; an unfinished job of another identity is thrown away.
-        tables: the parts' rows, read only when a job begins.
-        make: gives the work, which is made once in each process.
-        what: of the progress bar.
+        folder: the job's folder, removed on a clean exit. Every worker must see it under this path.
+        identity: JSON; an unfinished job of another identity is discarded.
+        tables: the parts' inputs, read only when a job begins.
+        make: makes the `Work`, once per process.
+        what: the progress bar's label.
 
     Raises:
-        SpeederError: another process is at it, a worker failed, or a part is damaged.
+        SpeederError: another process is computing this job, a worker failed, or a part is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts, lock = job_parts(folder, identity), FileLock(folder / "lock")

@@ -1,4 +1,4 @@
-"""Pictures of items for people to look at: made small, and written anew from their pixels alone."""
+"""Small pictures of items for display, encoded again from their pixels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MAX_PIXELS = 50_000_000
 def small_jpeg(path: str | Path, size: tuple[int, int], quality: int, formats: tuple[str, ...]) -> bytes:
     """A file's picture as JPEG, upright, of at most `size` pixels (width, height).
 
-    A file is decoded and written anew, so that one which is something else than a picture shows nothing of it.
+    The file is decoded and encoded again, so nothing but pixels is shown, whatever the file is.
 
     Args:
         quality: of the JPEG, 1 to 95.
-        formats: that the file may have, as Pillow calls them.
+        formats: allowed formats of the file, as Pillow names them.
 
     Raises:
         OSError, ValueError: the file cannot be read as such a picture, or has more than `MAX_PIXELS`.

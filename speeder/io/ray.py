@@ -1,4 +1,4 @@
-"""Parts computed by Ray Data: each row of its dataset names a part, and a pool of actors computes them."""
+"""Parts computed by Ray Data: each row of its dataset is a part's number, and a pool of actors computes them."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _RETRIES = 3  # of a part whose worker was killed: one that kills every worker m
 
 @dataclass(frozen=True)
 class OnRay:
-    """The runner that hands parts to Ray Data.
+    """The runner that computes parts with Ray Data.
 
-    A killed worker is started anew, and its part done again, three times at most. Ray is joined, or started, for the
-    time of a job, unless the process has it already.
+    A killed worker is started again and repeats its part, at most three times. Ray is joined or started for the
+    duration of a job, unless this process has already joined it.
 
     Attributes:
-        address: None joins the cluster that `RAY_ADDRESS` names, or starts Ray on this machine; else as `ray.init`
-            takes it, such as `"auto"` or `"host:6379"`.
-        workers: how many at most; None is one for each of the cluster's CPUs. Each has one CPU and its own model.
+        address: None joins the cluster of `RAY_ADDRESS`, or starts Ray on this machine; else as in `ray.init`, such as
+            `"auto"` or `"host:6379"`.
+        workers: most workers; None: one per CPU of the cluster. Each has one CPU and its own model.
     """
 
     address: str | None = None
@@ -38,8 +38,8 @@ class OnRay:
     def __post_init__(self) -> None:
         """Checked before there is any work.
 
-        Raises `SpeederError` where Ray is not installed, or the cluster does not answer within seconds, `ValueError`
-        for a wrong number of workers.
+        Raises `SpeederError` if Ray is not installed or the cluster does not answer within seconds, `ValueError` for a
+        wrong number of workers.
         """
         if find_spec("ray") is None:
             raise SpeederError('ray: expected Ray Data, which is not installed: pip install "speeder[ray]"')
@@ -49,7 +49,7 @@ class OnRay:
             check_reachable(self.address)
 
     def __call__(self, make: Callable[[], Work], parts: Parts, missing: list[int]) -> Iterator[int]:
-        """See `Runner`; raises `SpeederError` where no Ray can be reached, or a worker failed."""
+        """See `Runner`; raises `SpeederError` if Ray cannot be reached or a worker failed."""
         with _ray(self.address) as ray:
             workers = self.workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
             rows = [{"part": part} for part in missing]
@@ -72,13 +72,13 @@ class OnRay:
 
 
 class _Worker:
-    """An actor: its work, such as a loaded model, is made once."""
+    """An actor; its `Work`, such as a loaded model, is made once."""
 
     def __init__(self, make: Callable[[], Work], folder: str):
         self._make, self._work, self._parts = make, None, Parts(Path(folder))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What fails comes back as a line: Ray would start again what a mistake ends, and wrap its message."""
+        """Errors are returned as text: Ray would retry after an exception, and wrap its message."""
         try:
             self._work = self._work or self._make()
             for part in batch["part"]:

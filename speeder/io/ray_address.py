@@ -1,4 +1,4 @@
-"""Whether a Ray cluster answers at all, found out in seconds: Ray itself tries for minutes, then ends the process."""
+"""Checks within seconds that a Ray cluster answers: Ray itself tries for minutes, then ends the process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SETTINGS = 4
 
 
 def cluster_address(given: str | None) -> tuple[str, str] | None:
-    """Which cluster `ray.init` would join: the given one, `RAY_ADDRESS`, or the last that `ray start` started here.
+    """The cluster that `ray.init` would join: the given one, `RAY_ADDRESS`, or the last that `ray start` started here.
 
     Returns:
-        `host:port`, perhaps behind `ray://`, and who says so; None where Ray is to be started on this machine, or to
-        say itself what is wrong.
+        `host:port`, perhaps with `ray://`, and its source; None if Ray will be started on this machine, or will report
+        the error itself.
     """
     if given not in (None, "auto", "local"):
-        return given, "as asked for"
+        return given, "as given"
     told = os.environ.get("RAY_ADDRESS")
     if given == "local" or told == "local":
         return None
@@ -34,14 +34,14 @@ def cluster_address(given: str | None) -> tuple[str, str] | None:
 
 
 def check_reachable(given: str | None, timeout: float = TIMEOUT) -> None:
-    """Check that something speaks gRPC, as Ray does, where a cluster is to be joined.
+    """Check that the cluster to join speaks gRPC, as Ray does.
 
     Args:
-        given: as `ray.init` takes it.
-        timeout: in seconds, for the connection and again for the answer.
+        given: as in `ray.init`.
+        timeout: seconds for the connection, and again for the answer.
 
     Raises:
-        SpeederError: nobody does.
+        SpeederError: nothing answers, or not by gRPC.
     """
     found = cluster_address(given)
     if found is None:
@@ -59,7 +59,7 @@ def check_reachable(given: str | None, timeout: float = TIMEOUT) -> None:
                 connection.sendall(_HELLO)
                 answer = connection.recv(9, socket.MSG_WAITALL)
                 if len(answer) < 9 or answer[3] != _SETTINGS:
-                    raise SpeederError(f"{where}: what answers there is no Ray")
+                    raise SpeederError(f"{where}: something other than Ray answers there")
     except (OSError, OverflowError) as error:
         reason = "no answer" if isinstance(error, TimeoutError) else getattr(error, "strerror", None) or error
         raise SpeederError(f"{where}: {reason}") from error

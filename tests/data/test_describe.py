@@ -37,7 +37,7 @@ def test_sizes_lengths_and_coverage(data: PreparedData) -> None:
     assert found["sparsity"] == f"{100 * (1 - 7 / 9):.4f} %"
     assert found["test users"].startswith("1 ")
     assert found["history length"].startswith("1 / 2 / 2.33 / 4 ")
-    assert found["interactions an item"].startswith("2 / 2 / 2.33 / 3 ")
+    assert found["interactions per item"].startswith("2 / 2 / 2.33 / 3 ")
     assert re.search(r"1-2 +2 +#{40}\n +3-5 +1 +#{20}\n +6-10 +0\n", report)
     assert found["text"] == "2 of 3 items (66.7%), 5 features"
     assert found["with a title"] == "2 of 3 items (66.7%)"

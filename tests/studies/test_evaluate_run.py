@@ -130,7 +130,7 @@ def test_data_that_moved(run, capsys):
     moved = run.parent / "elsewhere"
     shutil.move(run.parent / "data", moved)
     assert main(["evaluate", str(run)]) == 1
-    assert "evaluate takes --data DIR" in one_line(capsys)
+    assert "use evaluate --data DIR" in one_line(capsys)
     assert main(["evaluate", str(run), "--data", str(moved)]) == 0
     assert "| popularity" in capsys.readouterr().out
     synthetic_world(num_users=40, history=8, seed=1).save(run.parent / "other")

@@ -1,4 +1,4 @@
-"""One file that holds all that SASRec's training needs to go on after a stop, to the same result."""
+"""SASRec's training checkpoint: one file to resume from, with the same result."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -16,11 +16,11 @@ from speeder.io.files import atomic_path
 
 @dataclass
 class FitState:
-    """How far training has come.
+    """The progress of training.
 
     Attributes:
-        epoch, step: finished ones. best, best_epoch: the highest validation NDCG@10 and its epoch.
-        records: what was logged after each epoch.
+        epoch, step: finished epochs and steps. best, best_epoch: the highest validation NDCG@10 and its epoch.
+        records: the log record of each epoch.
     """
 
     epoch: int = 0
@@ -42,7 +42,7 @@ def save_checkpoint(
     """Write everything, random states included, into one safetensors file, whole or not at all.
 
     Args:
-        identity: tells this training from others; `load_checkpoint` wants the same.
+        identity: identifies this training; `load_checkpoint` requires the same.
     """
     groups = {"model": model.state_dict(), "best": best_weights or {}}
     for number, weight in enumerate(model.parameters()):
@@ -68,10 +68,10 @@ def load_checkpoint(
     rng: np.random.Generator,
     identity: str,
 ) -> tuple[FitState, dict[str, Tensor] | None]:
-    """Put a model, an optimizer and both random states where `save_checkpoint` found them.
+    """Restore a model, an optimizer and both random states from `save_checkpoint`'s file.
 
     Returns:
-        the progress, and the best epoch's weights (None where there was no validation).
+        the progress, and the best epoch's weights (None without validation).
 
     Raises:
         SpeederError: the file is damaged, or of another training.
@@ -81,7 +81,7 @@ def load_checkpoint(
             state = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
         if state["identity"] != identity:
-            raise SpeederError(f"{path}: is of another training (settings, seed or data differ)")
+            raise SpeederError(f"{path}: is a checkpoint of another training (settings, seed or data differ)")
         device = next(model.parameters()).device
         model.load_state_dict(_group(tensors, "model"))
         for number, weight in enumerate(model.parameters()):

@@ -1,4 +1,4 @@
-"""How SASRec is trained: windows of long histories, batches of like length, early stopping on validation."""
+"""Trains SASRec: windows of long histories, batches of similar lengths, early stopping on validation."""
 
 import copy
 import json
@@ -40,17 +40,17 @@ def fit_sasrec(
     """Train a new model: every item of every sequence is predicted from those before it.
 
     Args:
-        training_sequences: users' items, oldest first. Sequences longer than ``max_length`` are cut into
-            windows, so that every interaction is learned from.
-        validation: histories and their targets. With it, training stops ``patience`` epochs after the best
-            NDCG@10 (seen items masked) and returns the best epoch's weights; without it, it runs all epochs.
-        epochs: most epochs to run; ``config.epochs`` where None.
-        seed: fixes initial weights, dropout and order. The caller's random state is left as it was.
-        log: called after each epoch with ``epoch``, ``loss`` and, with validation, ``NDCG@10``; epochs before a stop
-            are told again.
-        checkpoint: a file, written after each epoch. Where it is there already, training goes on from it and ends
-            as if it had never stopped. It is left for the caller to remove, once the model is saved.
-        description: what the progress display calls it.
+        training_sequences: users' items, oldest first. Sequences longer than ``max_length`` are cut into windows, so
+            that every interaction is used.
+        validation: histories and their targets. With it, training stops ``patience`` epochs after the best NDCG@10
+            (seen items masked) and returns the best epoch's weights; without it, it runs all epochs.
+        epochs: most epochs; None: ``config.epochs``.
+        seed: fixes initial weights, dropout and order. The caller's random state is not changed.
+        log: called after each epoch with ``epoch``, ``loss`` and, with validation, ``NDCG@10``. After a resume it is
+            called for the earlier epochs too.
+        checkpoint: a file, written after each epoch. If it exists, training resumes from it, with the same result. The
+            caller removes it once the model is saved.
+        description: label of the progress display.
 
     Returns:
         The trained model in evaluation mode.
@@ -145,7 +145,7 @@ def _train_epoch(
     now: FitState,
     steps: int,
 ) -> float:
-    """Once over all windows; returns the mean loss of an item and counts ``now.step`` on."""
+    """One pass over all windows; returns the mean loss per item and advances ``now.step``."""
     model.train()
     total, count = 0.0, 0
     for batch in length_batches(windows, model.config.batch_size, rng):
@@ -162,13 +162,13 @@ def _train_epoch(
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate in a step: up in a line over the first twentieth, then down in a line to zero."""
+    """Share of the peak learning rate in a step: linear warm-up over the first twentieth, then linear decay to zero."""
     warmup = max(1, round(_WARMUP * steps))
     return min((step + 1) / warmup, max(0.0, (steps - step) / max(1, steps - warmup)))
 
 
 def _loss(model: SASRec, batch: list[np.ndarray]) -> tuple[Tensor, int]:
-    """Summed cross-entropy of every next item in a batch of windows, and how many were predicted."""
+    """Summed cross-entropy of every next item in a batch of windows, and the number of predictions."""
     device = model.items.weight.device
     lengths = torch.tensor([len(window) - 1 for window in batch])
     items_BL = pad(batch)
@@ -206,7 +206,7 @@ def cut_windows(sequences: Sequence[np.ndarray], max_length: int) -> list[np.nda
 def length_batches(
     windows: list[np.ndarray], batch_size: int, rng: np.random.Generator
 ) -> Iterator[list[np.ndarray]]:
-    """Shuffled batches that hold each window once, like lengths together so that little is padding."""
+    """Shuffled batches with each window once; similar lengths are together, so that there is little padding."""
     order = rng.permutation(len(windows))
     batches = []
     for start in range(0, len(order), _BUCKET_BATCHES * batch_size):

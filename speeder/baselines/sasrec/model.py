@@ -1,9 +1,8 @@
 """SASRec trained with cross-entropy over the whole catalogue: the sequential baseline, tuned to be strong.
 
-A causal pre-norm transformer over item embeddings with learned positions; scores are dot products with the
-same item embeddings. The architecture is that of Kang and McAuley (2018, arXiv 1808.09781); the full softmax
-in place of its sampled binary loss is what makes it a hard baseline to beat (Klenitskiy and Vasilev 2023,
-arXiv 2309.07602).
+A causal pre-norm transformer over item embeddings with learned positions; scores are dot products with the same item
+embeddings. The architecture is that of Kang and McAuley (2018, arXiv 1808.09781). The full softmax in place of its
+sampled binary loss makes it a strong baseline (Klenitskiy and Vasilev 2023, arXiv 2309.07602).
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class SASRec(nn.Module):
     """The model. ``fit_sasrec`` makes a trained one.
 
     Attributes:
-        label: what its row in a table is called.
-        training_hash: what it was fitted on, for the leak check; None where it was not fitted by ``fit_sasrec``.
+        label: the name of its row in tables.
+        training_hash: hash of what it was fitted on, for the leak check; None if ``fit_sasrec`` did not fit it.
     """
 
     label = "SASRec (cross-entropy)"
@@ -53,9 +52,8 @@ class SASRec(nn.Module):
     def forward(self, items_BL: Tensor, lengths_B: Tensor) -> Tensor:
         """Items (B, L) int64, padded on the right with any item -> hidden states (B, L, hidden_size).
 
-        Attention is causal, so what stands on the right of a position, padding included, does not touch it.
-        Positions count from a sequence's end, so that the place from which the future is predicted is always
-        one that training has met, however much longer histories have become since.
+        Attention is causal, so padding on the right does not affect a position. Positions count from a sequence's end,
+        so the predicting position is always one that occurs in training, even if histories have become longer.
         """
         steps_L = torch.arange(items_BL.shape[1], device=items_BL.device)
         from_end_BL = (lengths_B[:, None] - 1 - steps_L).clamp_min(0)
@@ -94,8 +92,7 @@ class SASRec(nn.Module):
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``model.safetensors`` and ``config.json`` into a folder, each atomically.
 
-        The configuration holds the weights' SHA-256, so that an interrupted save is noticed when it is
-        loaded.
+        The configuration has the weights' SHA-256, so that an interrupted save is noticed on loading.
         """
         folder = Path(folder)
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}

@@ -1,7 +1,7 @@
-"""What the three text baselines share: the backbone that Speeder wraps, reading items as titles in place of tokens.
+"""The base of the three text baselines: Speeder's backbone, which reads items as titles instead of tokens.
 
-They run through Speeder's own packed forward pass, attention kernel, losses and trainer, with SPAE's tables left out.
-What separates them from Speeder is therefore how an item is read and how an answer is given, and nothing else.
+They use Speeder's packed forward pass, attention kernel, losses and trainer, without SPAE's tables. So they differ from
+Speeder only in how an item is read and how an answer is given.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TextBaselineConfig(SpeederConfig):
     """Configuration of a text baseline.
 
     Args:
-        baseline: which one: `text-prompt`, `title-generation` or `yes-no`.
-        template: the prompt, with the fields of its baseline in braces.
-        max_title_tokens: a longer title is cut.
-        num_candidates: items to choose from, target included, in the examples that title generation trains on.
+        baseline: `text-prompt`, `title-generation` or `yes-no`.
+        template: the prompt, with the baseline's fields in braces.
+        max_title_tokens: longer titles are cut.
+        num_candidates: candidates, with the target, in title generation's training examples.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -53,13 +53,13 @@ class TextBaselineConfig(SpeederConfig):
 
 
 class TextBaseline(SpeederForCausalLM):
-    """A causal language model over titles. Subclasses say what a prompt looks like and how it is answered.
+    """A causal language model over titles. Subclasses define the prompt and the answer.
 
     Attributes:
-        name: as recipes call it.
-        label: as tables call it.
-        fields: of the template, in order.
-        usual_template: the prompt where the recipe gives none.
+        name: its name in recipes.
+        label: its name in tables.
+        fields: fields of the template, in order.
+        usual_template: the prompt if the recipe has none.
     """
 
     config_class = TextBaselineConfig
@@ -89,8 +89,8 @@ class TextBaseline(SpeederForCausalLM):
         """Wrap a causal language model, as `SpeederForCausalLM.from_backbone` does.
 
         Args:
-            tokenizer: the backbone's; by default the one that lies with it.
-            template: the prompt; `"{history}"` alone means the baseline's usual one.
+            tokenizer: the backbone's; by default the one in its folder.
+            template: the prompt; `"{history}"` alone means `usual_template`.
 
         Raises:
             SpeederError: as there, or the template lacks a field of the baseline.
@@ -105,10 +105,10 @@ class TextBaseline(SpeederForCausalLM):
     # ---- titles and prompts ---------------------------------------------------------------------------------
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the tokenizer, and with it the prompt's pieces and the titles' tokens.
+        """Set the tokenizer, and tokenize the prompt's text and the titles.
 
         Raises:
-            SpeederError: it has no token that could end a title, or the template lacks a field.
+            SpeederError: it has no token to end a title, or the template lacks a field.
         """
         self.tokenizer, self.title_end = tokenizer, line_end(tokenizer)
         rest, self.pieces = self.config.template, []
@@ -122,13 +122,13 @@ class TextBaseline(SpeederForCausalLM):
         self._titles = []
 
     def title(self, item: int) -> list[int]:
-        """An item's title (its id, where it has none) as token ids, and the line's end after it."""
+        """An item's title (or its id, without a title) as token ids, and a line end."""
         if not self._titles:
             self._titles = title_rows(self.tokenizer, self.catalogue, self.config.max_title_tokens)
         return self._titles[item]
 
     def lines(self, items: Sequence[int]) -> list[int]:
-        """Titles one a line; of a history, give the newest `config.max_history` items."""
+        """Titles, one per line; of a history, pass the newest `config.max_history` items."""
         return [token for item in items for token in self.title(item)]
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
@@ -137,7 +137,7 @@ class TextBaseline(SpeederForCausalLM):
         self.config.num_items = 0  # no item is a token: the vocabulary is the backbone's
 
     def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
-        """None: no modality is weighed."""
+        """Empty: there is no gate."""
         return {}
 
     # ---- saving and loading ---------------------------------------------------------------------------------
@@ -164,13 +164,13 @@ class TextBaseline(SpeederForCausalLM):
 
 
 def text_sequence(prompt: Sequence[int], answer: Sequence[int] = ()) -> TokenSequence:
-    """A prompt, and in training the text that is to follow it."""
+    """A prompt, and in training its target text."""
     ids = [*prompt, *answer]
     return TokenSequence(ids, [-1] * len(ids), [IGNORED] * len(prompt) + list(answer))
 
 
 def packs(sequences: Sequence[TokenSequence], tokens: int = _PACK_TOKENS) -> Iterator[list[TokenSequence]]:
-    """Sequences in order, as many at a time as have no more than so many tokens together (but at least one)."""
+    """Batches of sequences, in order, of at most `tokens` tokens each (but at least one sequence)."""
     pack, size = [], 0
     for sequence in sequences:
         if pack and size + len(sequence.ids) > tokens:

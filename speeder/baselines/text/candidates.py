@@ -1,4 +1,4 @@
-"""What title generation and yes/no share: they choose among candidates, so they train and are checked on some."""
+"""The base of title generation and yes/no: they train on candidates, and are validated on candidates."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ VALIDATION_USERS = 100  # of those that checkpoints are chosen by: one user cost
 
 
 class CandidateBaseline(TextBaseline):
-    """A text baseline that cannot rank a whole catalogue."""
+    """A text baseline that ranks candidates, not a whole catalogue."""
 
     ranks_catalogue = False
 
     def training_negatives(self, number: int, count: int, whole: np.ndarray) -> list[int]:
-        """Negatives of the training example of that number: the same in every epoch and after every resume.
+        """Negatives of a training example, by its number: the same in every epoch and after a resume.
 
-        They lie outside what the user's training part holds; that a held-out item may be among them is right, since
-        leaving it out would tell of it.
+        They are outside the user's training part. A held-out item may be among them: leaving it out would reveal it.
         """
         known = set(whole.tolist())
         count = min(count, len(self.catalogue) - len(known))
         return draw_items(0, "training", number, count, len(self.catalogue), known)
 
     def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
-        """NDCG@10 and HR@10 among 1 + 19 candidates of some validation users, evenly taken."""
+        """NDCG@10 and HR@10 among 1 + 19 candidates, for evenly spaced validation users."""
         targets, histories = np.asarray(split.targets("validation")), split.histories("validation")
         count = min(self.config.num_candidates - 1, len(self.catalogue) - max(map(len, histories)) - 1)
         if count < 1:

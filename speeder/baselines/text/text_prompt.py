@@ -1,8 +1,8 @@
 """text-prompt: the history's titles as text, one forward pass, and a head over a learned table of items.
 
-The strong and efficient rival of item tokens. It reads titles packed without padding through the same kernels, scores
-the whole catalogue by the same head and loss, and learns from every item of a window in one pass: the state at the end
-of each title is asked for the next item. Only what it reads is longer.
+The strong and efficient alternative to item tokens. It reads titles, packed without padding, through the same kernels,
+and scores the whole catalogue by the same head and loss. It learns from every item of a window in one pass: the state
+at the end of each title predicts the next item. Only its input is longer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from speeder.model.sequences import IGNORED, TokenSequence
 
 
 class TextPrompt(TextBaseline):
-    """Ranks the catalogue by the final state's dot products with one learned vector an item."""
+    """Ranks the catalogue by the final state's dot products with one learned vector per item."""
 
     name = "text-prompt"
     label = "text prompt"
@@ -47,8 +47,8 @@ class TextPrompt(TextBaseline):
     ) -> TokenSequence:
         """Titles of the newest `config.max_history` items within the prompt.
 
-        A label stands one token after the state that is asked, as in any causal LM: at the first token of the title
-        that follows, and for the target at one more line's end, the only token that reading it costs.
+        A label is one token after the predicting state, as in any causal LM: at the first token of the next title. For
+        the target it is at one more line end, the only token that the target costs.
         """
         before, after = self.pieces
         ids, labels = list(before), [IGNORED] * len(before)
@@ -67,7 +67,7 @@ class TextPrompt(TextBaseline):
         return TokenSequence(ids, [-1] * len(ids), labels)
 
     def training_examples(self, supervision: str) -> dict:
-        """How `TrainingSequences` makes examples of windows."""
+        """Arguments of `TrainingSequences` for this baseline's examples."""
         return {"example": partial(self._example, supervision)}
 
     def _example(self, supervision: str, window: list[int], number: int, whole: np.ndarray) -> TokenSequence:

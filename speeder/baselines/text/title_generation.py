@@ -1,6 +1,6 @@
-"""title-generation: the language model reads history and candidates as titles and writes one, as LLaRA's does.
+"""title-generation: the language model reads history and candidates as titles and writes one, as in LLaRA.
 
-Only the way of asking and answering is LLaRA's; it has no item embeddings beside the titles.
+Only the prompt and the answer are LLaRA's; there are no item embeddings beside the titles.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from speeder.model.title_writer import written_titles
 
 
 class TitleGeneration(CandidateBaseline):
-    """Writes the title of one of the candidates, or whatever else it comes to: validity is measured, not enforced."""
+    """Writes the title of one candidate, or any other text: validity is measured, not enforced."""
 
     name = "title-generation"
     label = "title generation"
@@ -31,7 +31,7 @@ class TitleGeneration(CandidateBaseline):
         return [*before, *self.lines(self._newest(history)), *between, *self.lines(candidates), *after]
 
     def training_examples(self, supervision: str) -> dict:
-        """How `TrainingSequences` makes examples of windows."""
+        """Arguments of `TrainingSequences` for this baseline's examples."""
         return {"example": self._example}
 
     def _example(self, window: list[int], number: int, whole: np.ndarray) -> TokenSequence:
@@ -42,11 +42,11 @@ class TitleGeneration(CandidateBaseline):
         return text_sequence(self.prompt(history, candidates), self.title(target))
 
     def generate_titles(self, histories: Sequence[Sequence[int]], candidates: np.ndarray) -> list[str]:
-        """Let the model write, greedily, up to a line's end.
+        """Generate greedily, up to a line end.
 
         Args:
             histories: item indices, oldest first.
-            candidates: `(n, C)` items, in the order in which the prompt lists them.
+            candidates: `(n, C)` items, in the order of the prompt.
 
         Returns:
             `n` texts.
@@ -60,7 +60,7 @@ class TitleGeneration(CandidateBaseline):
     def target_places(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, targets: np.ndarray
     ) -> np.ndarray:
-        """1 where the target's title was written, else the last place."""
+        """Rank 1 if the target's title was written, else the last rank."""
         ranks = []
         texts = self.generate_titles(histories, candidates)
         for text, row, target in zip(texts, candidates, targets, strict=True):

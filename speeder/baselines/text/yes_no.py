@@ -1,8 +1,8 @@
-"""yes-no: the language model is asked of each candidate whether it comes next, as MLLM-MSR's is.
+"""yes-no: one prompt per candidate, whether it comes next, as in MLLM-MSR.
 
-A candidate's score is the log-odds of "yes" against "no" after the prompt, and costs a pass over the whole history.
-Trained on one positive and one negative example for each target. Only the way of asking is MLLM-MSR's: histories are
-titles, not summaries, and there are no pictures.
+A candidate's score is the log-odds of "yes" against "no" after the prompt; it needs a pass over the whole history. Each
+target gives one positive and one negative training example. Only the prompt is MLLM-MSR's: histories are titles, not
+summaries, and there are no pictures.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class YesNo(CandidateBaseline):
     usual_template = "Chosen so far:\n{history}Candidate:\n{candidate}Is it chosen next?"
 
     def set_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Take the tokenizer, and find the tokens that begin "yes" and "no".
+        """Set the tokenizer, and find the first tokens of "yes" and "no".
 
         Raises:
-            SpeederError: as the base class, or it tells no such tokens apart.
+            SpeederError: as the base class, or these tokens are the same.
         """
         super().set_tokenizer(tokenizer)
         for answers in _ANSWERS:
@@ -51,7 +51,7 @@ class YesNo(CandidateBaseline):
         return [*before, *self.lines(self._newest(history)), *between, *self.title(candidate), *after]
 
     def training_examples(self, supervision: str) -> dict:
-        """How `TrainingSequences` makes examples of windows: each window's target, then one negative."""
+        """Arguments of `TrainingSequences` for this baseline's examples: each window's target, then one negative."""
         return {"example": self._example, "per_window": 2}
 
     def _example(self, window: list[int], number: int, whole: np.ndarray) -> TokenSequence:
@@ -90,7 +90,7 @@ class YesNo(CandidateBaseline):
     def target_places(
         self, histories: Sequence[np.ndarray], candidates: np.ndarray, targets: np.ndarray
     ) -> np.ndarray:
-        """Each target's rank by the scores, ties against it."""
+        """Each target's rank by the scores, with ties against it."""
         return candidate_ranks(self.score_candidates(histories, candidates), candidates == targets[:, None])[
             0
         ]
