@@ -1,4 +1,4 @@
-"""SpeederConfig: everything that shapes a Speeder model, saved as its `config.json`."""
+"""SpeederConfig: the configuration of a Speeder model, saved as its `config.json`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ATTENTION_NAME = "spae"  # the name under which SPAE registers with transformers' attention interface
 ITEM = "item"  # gate column of the learned per-item embedding
-FITTED = ("collaborative", ITEM)  # modalities that interactions make, so that a new item has none of them
+FITTED = ("collaborative", ITEM)  # modalities that are fitted on interactions, which a new item lacks
 
 NEGATIVES = ("full", "in-batch", "sampled")
 
@@ -31,29 +31,30 @@ class SpeederConfig(PretrainedConfig):
         tokens_per_item: positions that one item takes in the sequence, `K`.
         expert_hidden_size: width of an expert's hidden layer; None takes the backbone's hidden size.
         item_embedding: whether a learned embedding per item joins the features as one more modality ("item").
-        num_warm_items: items that own a row of that embedding; items added later have none.
-        modality_dropout: chance, in training, that an item is read without one of its modalities.
-        cold_dropout: chance, in training, that an item is read as a new one is: without all that interactions made
-            (`FITTED`), by its text and picture alone. New items are recommended well only by a model that saw such.
+        num_warm_items: items with a row of that embedding; items added later have none.
+        modality_dropout: probability, in training, that an item is read without one of its modalities.
+        cold_dropout: probability, in training, that an item is read like a new item: without the modalities that are
+            fitted on interactions (`FITTED`), by its text and picture only. It makes recommendations of new items
+            better.
         embedding_rms: root mean square of the backbone's text embedding rows, to which item tokens are scaled.
-        initial_logit_scale: what a cosine between state and item is multiplied by at the start of training.
+        initial_logit_scale: factor of the cosine between state and item at the start of training.
         dropout: dropout on the input embeddings and on the states that score items.
-        max_history: items of a history that are read, the newest ones.
+        max_history: number of newest items of a history that are read.
         position_prompts: SPAE, absolute: learned prompts by rank, added to item tokens.
         absolute_bias: SPAE, absolute: a learned key-side attention bias per layer, head and rank.
         relative_bias: SPAE, relative: a learned attention bias per layer, head and bucket of rank distance.
-        max_rank: ranks that have an entry of their own in the absolute tables; later ones share the last.
+        max_rank: number of ranks in the absolute tables; later ranks share the last entry.
         num_distance_buckets: log-spaced buckets of the relative bias.
-        max_distance: distances that are told apart, in items; greater ones share the last bucket.
-        position_proxy_weight: weight of SPAE's position proxy loss in training; 0 leaves the task out.
-        negatives: what a target is compared with in training: `"full"`, the whole catalogue; `"sampled"`, items drawn
-            for each batch; `"in-batch"`, the targets of the batch, of all processes. With these two, features stay
-            where the catalogue has them (memory-mapped, on the CPU), and items are compressed as far as a batch needs
-            them. In evaluation the loss is always the full one.
-        num_negatives: draws of a batch with `"sampled"`; an item that is drawn twice counts once.
-        negatives_exponent: `"sampled"` draws an item in proportion to the power of how often it is a target: 0 is
+        max_distance: distance, in items, from which all distances share the last bucket.
+        position_proxy_weight: weight of SPAE's position proxy loss in training; 0 turns the task off.
+        negatives: negatives of the training loss: `"full"`, the whole catalogue; `"sampled"`, items drawn for each
+            batch; `"in-batch"`, the targets of the batch, of all processes. With the last two, features stay in the
+            catalogue (memory-mapped, on the CPU), and only the items of a batch are compressed. In evaluation the loss
+            is always the full one.
+        num_negatives: draws per batch with `"sampled"`; an item that is drawn twice counts once.
+        negatives_exponent: `"sampled"` draws an item in proportion to this power of its frequency as a target: 0 is
             uniform, 0.75 word2vec's, 1 by popularity.
-        negatives_seed: of the draws, which follow from it and from the optimizer step.
+        negatives_seed: seed of the draws, which depend on it and on the optimizer step.
         lora: arguments of `peft.LoraConfig` for adapters in the backbone; None: no adapters.
         training_hash: hash of the interactions that the model was trained on; evaluation checks it.
         catalogue_hash: hash of the catalogue that the model was saved with (`saved_hash`); loading checks it.
@@ -169,12 +170,12 @@ class SpeederConfig(PretrainedConfig):
 
     @property
     def gate_names(self) -> list[str]:
-        """Names of the gate's columns: the modalities, then "item" where a learned embedding is one of them."""
+        """Names of the gate's columns: the modalities, then "item" if there is a learned embedding."""
         return [*self.modalities, *(["item"] if self.item_embedding else [])]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
-        """The backbone's configuration where a decoder is asked for (caches are built from it); else this one,
-        because `generate` and beam search read the extended `vocab_size` from what this returns."""
+        """The backbone's configuration with `decoder` (caches are built from it); else this one, since `generate` and
+        beam search read the extended `vocab_size` from it."""
         return self.text_config if decoder and not encoder else self
 
 

@@ -1,8 +1,7 @@
-"""Why an item is recommended: what its token is made of, and which items of the history its score rests on.
+"""Why an item is recommended: the modality weights of its token, and the effect of each history item on its score.
 
-Both are exact, and neither is an approximation of the model by another one: the gate's weights are those that mixed
-the item's token, and what a history item matters is how far the score falls when the model reads the history
-without it.
+Both are exact, not approximations by another model. The gate's weights are those of the item's token. The effect of a
+history item is how far the score falls when the model reads the history without it.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HistoryEffect:
-    """What one entry of the history does to an item's score.
+    """The effect of one entry of the history on an item's score.
 
     Attributes:
         item, id, title: the entry's.
-        change: the score with the whole history less the score without this entry; above 0 it speaks for the item.
-            None where nothing would be left to read without it.
+        change: the score with the whole history minus the score without this entry; above 0 if the entry raises the
+            score. None for the only entry.
     """
 
     item: int
@@ -41,7 +40,7 @@ class Explanation:
         item, id, title: the scored item's.
         score: its logit after the whole history.
         gates: modality -> its share of the item's token, from 0 to 1; they sum to 1, and are 0 where absent.
-        history: one effect an entry of the history that is read (the newest `config.max_history`), oldest first.
+        history: the effect of each entry that is read (the newest `config.max_history`), oldest first.
     """
 
     item: int
@@ -61,22 +60,22 @@ def leave_one_out(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How items' scores change when one entry of a history is left out.
 
-    The model reads the history once whole and once without each entry, `n + 1` sequences. Entries after the one left
-    out move up by a rank, as if it had never been; one that occurs twice is left out once at a time; and no older entry
-    takes its place where the history is longer than the model reads.
+    The model reads the history once whole and once without each entry: `n + 1` sequences. Entries after the one left
+    out move up by a rank. An item that occurs twice is left out once at a time. If the history is longer than the
+    model reads, no older entry takes the place.
 
     Args:
         history: item indices or ids, oldest first; the newest `config.max_history` are read.
-        items: the `m` item indices or ids whose scores are asked for.
-        batch_size: sequences that run at once.
+        items: the `m` item indices or ids to explain.
+        batch_size: sequences per batch.
 
     Returns:
-        scores `(m,)` after the whole history, and changes `(n, m)`: that score less the one without entry `j`; both
-        float32 on the CPU, in the logits' unit. NaN where nothing would be left to read.
+        scores `(m,)` after the whole history, and changes `(n, m)`: that score minus the one without entry `j`; both
+        float32 on the CPU, in the unit of logits. NaN for the only entry of a history.
 
-    Raises:
-        ValueError: the history or `items` is empty, an index is out of range, or a score is no finite number.
-        KeyError: no such id.
+        Raises:
+            ValueError: the history or `items` is empty, an index is out of range, or a score is not finite.
+            KeyError: an unknown id.
     """
     if isinstance(history, str) or isinstance(items, str):
         raise ValueError("history, items: expected lists of item indices or ids, got one string")
@@ -91,8 +90,8 @@ def leave_one_out(
     states = torch.cat(list(model.user_states(histories if readable else histories[:1], batch_size)))
     vectors = model._vectors()[asked.to(states.device)]
     scores = (states @ vectors.float().T).cpu()
-    if not scores.isfinite().all():  # in an explanation NaN would read as "nothing left to read"
-        raise ValueError("the model gave a score that is no finite number")
+    if not scores.isfinite().all():  # in an explanation NaN means the only entry
+        raise ValueError("the model gave a score that is not finite")
     if not readable:
         return scores[0], torch.full((1, len(asked)), torch.nan)
     return scores[0], scores[0] - scores[1:]
@@ -105,13 +104,13 @@ def explain(
     items: Sequence[int | str],
     batch_size: int = 64,
 ) -> list[Explanation]:
-    """Why each of some items gets its score after a history; see `leave_one_out` for what is computed.
+    """Explain the scores of items after a history; see `leave_one_out`.
 
     Args:
-        history, items, batch_size: as `leave_one_out` takes them.
+        history, items, batch_size: as in `leave_one_out`.
 
     Returns:
-        one explanation an item, in the order of `items`.
+        one explanation per item, in the order of `items`.
 
     Raises:
         ValueError, KeyError: as `leave_one_out`.

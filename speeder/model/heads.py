@@ -14,8 +14,8 @@ from speeder_kernels import item_cross_entropy
 
 
 def next_labels(labels: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    """`(B, S)` labels, each at its own token, moved to the token before it, which is asked for them; -100 at the end
-    of each row or packed sequence."""
+    """`(B, S)` labels, moved from their own token to the token before it, which predicts them; -100 at the end of each
+    row or packed sequence."""
     moved = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     return moved if cu_seqlens is None else moved.index_fill(1, last_positions(cu_seqlens), IGNORED)
 
@@ -24,18 +24,18 @@ class ScoringMixin:
     """Logits and losses of [`SpeederForCausalLM`]."""
 
     def item_queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """States to the vectors whose dot products with `item_vectors` are the item logits: `(N, H)` float32."""
+        """Queries of states, `(N, H)` float32: their dot products with `item_vectors` are the item logits."""
         queries = self.item_head(self.dropout(hidden))
         scale = self.logit_scale.exp() / self.config.hidden_size
         return F.rms_norm(queries.float(), queries.shape[-1:], eps=1e-6) * scale
 
     def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
-        """`(I, K, H)` tokens to the `(I, H)` vectors, in their dtype, that items are scored by: the token itself, or
-        the RMS-normalised mean of several."""
+        """`(I, K, H)` item tokens to `(I, H)` scoring vectors, in their dtype: the token itself, or the RMS-normalised
+        mean of several."""
         return scoring_vectors(item_table)
 
     def item_logits(self, queries: torch.Tensor, item_table: torch.Tensor | ItemStore) -> torch.Tensor:
-        """`(N, H)` queries to `(N, I)` float32 logits of all items, a part of the items at a time."""
+        """`(N, H)` queries to `(N, I)` float32 logits of all items, computed for a part of the items at a time."""
         if isinstance(item_table, torch.Tensor):
             parts = self.item_vectors(item_table).split(PIECE)
         else:
@@ -82,9 +82,9 @@ class ScoringMixin:
 
         Args:
             hidden: `(B, S, H)` states.
-            targets: `(B, S)` what each of them is asked for, see `next_labels`.
-            item_table, candidates: where there are candidates, of the items that are needed, and items' targets are
-                compared with the candidates alone.
+            targets: `(B, S)` the target of each state, see `next_labels`.
+            item_table: item tokens; with `candidates`, only those of the items that are needed.
+            candidates: if given, item targets are compared with these instead of the whole catalogue.
         """
         states, targets = hidden.flatten(0, 1), targets.flatten()
         text = self.config.text_vocab_size
@@ -95,7 +95,7 @@ class ScoringMixin:
             here if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=hidden.device)
         )
         count = count.clamp(min=1)
-        total = states[:0].float().sum()  # 0 with gradients, also where nothing is asked
+        total = states[:0].float().sum()  # 0 with gradients, also without any target
         if is_item.any():
             total = (
                 total
@@ -118,7 +118,7 @@ class ScoringMixin:
         item_table: torch.Tensor | ItemRows | ItemStore,
         candidates: Candidates | None,
     ) -> torch.Tensor:
-        """`(N, H)` states and the `(N,)` items that they are asked for, to `(N,)` losses."""
+        """`(N, H)` states and their `(N,)` target items to `(N,)` losses."""
         queries = self.item_queries(states)
         device, dtype = queries.device.type, torch.float32
         if torch.is_autocast_enabled(device):  # as the backbone's own head would be computed

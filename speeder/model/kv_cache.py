@@ -1,8 +1,8 @@
-"""Packed forward passes that continue from kept keys and values, and how it is known that these still hold.
+"""Packed forward passes that continue from kept keys and values, and the check that these are still valid.
 
-A pass computes the last tokens of its sequences alone. Every sequence's keys are the kept ones and its own new ones,
-end to end and without padding, which is the form that `spae_attention` reads; places and ranks are those of the whole
-sequence. So the states equal those of a pass over everything, but for rounding.
+A pass computes only the last tokens of its sequences. Every sequence's keys are the kept ones and its new ones, end to
+end without padding, as `spae_attention` reads them; positions and ranks are those of the whole sequence. So the states
+equal those of a pass over everything, but for rounding.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Rows = tuple[torch.Tensor, torch.Tensor]  # keys (N, Hkv, D) and values (N, Hkv,
 
 
 class PackedCache(Cache):
-    """What the backbone's layers see as their cache in such a pass.
+    """The cache that the backbone's layers get in such a pass.
 
     Args:
-        write: takes a layer's number and its new tokens' rows, and returns the rows, kept and new, to choose from.
-        order: `(Tk,)` int64, which of those rows are the packed sequences' keys; None: all, as they come.
+        write: called with a layer's number and its new tokens' rows; returns all rows, kept and new.
+        order: `(Tk,)` int64, the rows of the packed sequences' keys; None: all, in order.
     """
 
     def __init__(self, write: Callable[[int, torch.Tensor, torch.Tensor], Rows], order: torch.Tensor | None):
@@ -47,7 +47,7 @@ class PackedCache(Cache):
         return tuple(part.transpose(0, 1)[None] for part in rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """0: sequences differ in length, and positions are given to the backbone."""
+        """0: sequences differ in length, and the backbone gets explicit positions."""
         return 0
 
 
@@ -62,7 +62,7 @@ def prefix_tokens(model: SpeederForCausalLM) -> np.ndarray:
 
 
 def common_length(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens `(2, S)` two sequences have in common from the start, ranks included."""
+    """Length of the common prefix of two `(2, S)` sequences, ranks included."""
     shorter = min(one.shape[1], other.shape[1])
     differ = (one[:, :shorter] != other[:, :shorter]).any(axis=0)
     return int(differ.argmax()) if differ.any() else shorter
@@ -79,9 +79,9 @@ def continued_states(
     """Run the tokens of whole sequences that are not kept, and return each sequence's last final state.
 
     Args:
-        item_table: `(I, K, H)` item tokens, or where they are read from.
+        item_table: `(I, K, H)` item tokens, or a store of them.
         sequences: `(2, S)` ids and ranks of each whole sequence.
-        kept: how many of each sequence's first tokens have their keys and values in `cache`; fewer than all.
+        kept: number of each sequence's first tokens whose keys and values are in `cache`; fewer than all.
 
     Returns:
         `(B, H)`.
@@ -118,9 +118,9 @@ def continued_states(
 class ModelState:
     """What kept keys and values depend on: weights, item tokens, autocast's dtype and the prompt.
 
-    To be made in evaluation mode. Weights that were made in inference mode keep no version, so no two states of such
-    a model are the same. Fused optimizers change weights without a new version; what tells of them is the table of
-    item tokens, which a model forgets whenever its mode changes or gradients are recorded.
+    Make it in evaluation mode. Weights made in inference mode have no version, so no two states of such a model are the
+    same. Fused optimizers change weights without a new version. They are noticed by the table of item tokens, which a
+    model drops whenever its mode changes or gradients are recorded.
     """
 
     def __init__(self, model: SpeederForCausalLM):
@@ -136,7 +136,7 @@ class ModelState:
         )
 
     def same(self, other: ModelState | None) -> bool:
-        """Whether what was kept in the other state still holds in this one."""
+        """Whether what was kept in the other state is still valid in this one."""
         return other is not None and self.item_table is other.item_table and self._facts == other._facts
 
 
@@ -154,16 +154,16 @@ class KeyValuePool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes reserved: 0 before the first pass. A CPU's system hands them out as they are first written."""
+        """Bytes reserved: 0 before the first pass. On a CPU, the system provides pages as they are first written."""
         return sum(part.nbytes for rows in self._layers.values() for part in rows)
 
     def take(self, count: int) -> np.ndarray:
-        """`count` free slots; there must be as many. Those given back last come first."""
+        """`count` free slots, of which there must be enough. Those freed last come first."""
         self.free -= count
         return self._stack[self.free : self.free + count][::-1].copy()
 
     def give_back(self, slots: np.ndarray) -> None:
-        """Free slots again."""
+        """Free slots."""
         self._stack[self.free : self.free + len(slots)] = slots[::-1]
         self.free += len(slots)
 
@@ -181,7 +181,7 @@ class KeyValuePool:
 
 
 class SharedPrefix:
-    """Keys and values of the tokens that every sequence begins with, computed once for a state of the model."""
+    """Keys and values of the text before every history, computed once per state of the model."""
 
     def __init__(self, model: SpeederForCausalLM):
         self.state = ModelState(model)
@@ -191,7 +191,7 @@ class SharedPrefix:
         self._last = continued_states(model, self.state.item_table, [self.tokens], [0], cache)
 
     def states(self, model: SpeederForCausalLM, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        """The final states of sequences' last tokens, `(B, H)`, as `last_states` gives them."""
+        """The final states of the sequences' last tokens, `(B, H)`, as from `last_states`."""
         whole = [as_tokens(sequence) for sequence in sequences]
         length = self.tokens.shape[1]
         kept = [length if common_length(self.tokens, tokens) == length else 0 for tokens in whole]

@@ -1,9 +1,10 @@
-"""Where only some states are read, the last layer computes only those.
+"""Lets the last layer compute only the states that are read.
 
-Ranking reads one state a history. All layers but the last must compute every token, because the next layer's keys and
-values come of them; of the last layer's output all but one token a history would be thrown away, with four fifths of
-the layer's products. No model code is patched: the layer is run on all tokens until it hands its keys and values to
-the cache, where it is stopped, and then on the tokens that are read, with a cache that answers with those of all.
+Ranking reads one state per history. All layers but the last must compute every token, since the next layer's keys and
+values need them. Of the last layer's output all but one token per history would be discarded, with four fifths of the
+layer's products. No model code is patched. The layer runs on all tokens until it passes its keys and values to the
+cache, where it is stopped. Then it runs on the tokens that are read, with a cache that returns the keys and values of
+all tokens.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ CACHE_NAMES = (
 
 
 class _Taken(Exception):
-    """Stops a layer that has handed over its keys and values."""
+    """Stops a layer that has passed on its keys and values."""
 
 
 class _Taker:
-    """In a cache's place: takes the keys and values, and stops the layer."""
+    """A cache that stores the keys and values, and stops the layer."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args, **kwargs) -> None:
         self.states = keys, values
@@ -38,7 +39,7 @@ class _Taker:
 
 
 class _Giver:
-    """In a cache's place: answers with the keys and values of all tokens."""
+    """A cache that returns the keys and values of all tokens."""
 
     def __init__(self, states: tuple[torch.Tensor, torch.Tensor]):
         self.states = states
@@ -49,14 +50,14 @@ class _Giver:
 
 @contextmanager
 def last_layer_computes(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None]:
-    """Within it, a pass of the decoder over one packed row ends with the states of `rows` alone.
+    """In this context, a pass of the decoder over one packed row returns only the states of `rows`.
 
     Args:
-        decoder: with `layers`, as every decoder of transformers has.
+        decoder: has `layers`, as every decoder of transformers.
         rows: `(B,)` the last token of each sequence.
 
     Raises:
-        TypeError: the layers take no cache by a known name.
+        TypeError: the layers have no cache argument of a known name.
     """
     name = _cache_name(type(decoder.layers[-1]))
 
@@ -100,7 +101,7 @@ def _cache_name(layer: type[nn.Module]) -> str:
 
 
 def _of_rows(value: Any, rows: torch.Tensor, tokens: int) -> Any:
-    """Of tensors `(1, T, ...)`, such as rotary angles, and tuples of them, what belongs to `rows`."""
+    """The `rows` of tensors `(1, T, ...)`, such as rotary angles, and of tuples of them."""
     if isinstance(value, tuple):
         return tuple(_of_rows(entry, rows, tokens) for entry in value)
     if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[:2] == (1, tokens):

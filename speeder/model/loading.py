@@ -1,4 +1,4 @@
-"""Where a Speeder model comes from: a pretrained backbone wrapped afresh, or a saved recommender's folder."""
+"""Loads backbones and saved recommenders, and wraps a backbone as a new recommender."""
 
 from __future__ import annotations
 
@@ -37,23 +37,23 @@ def from_backbone(
     random_weights: bool = False,
     **config,
 ):
-    """Wrap a pretrained causal language model as a fresh recommender over a catalogue.
+    """Wrap a pretrained causal language model as a new recommender over a catalogue.
 
     Args:
-        name_or_model: a Hub id, a folder, an asset's name (`smollm2-135m`), or a loaded causal language model,
-            which is taken over, not copied.
+        name_or_model: a Hub id, a folder, an asset's name (`smollm2-135m`), or a loaded causal language model, which is
+            used itself, not copied.
         catalogue: the items, with at least one modality's features.
-        layers: keep only the backbone's first so many layers.
-        modalities: which of the catalogue's modalities the model reads; all by default.
-        random_weights: keep the backbone's architecture but draw its weights afresh (for ablations).
+        layers: keep only this many of the backbone's first layers.
+        modalities: the catalogue's modalities that the model reads; all by default.
+        random_weights: keep the backbone's architecture but initialise its weights (for ablations).
         config: further arguments of [`SpeederConfig`].
 
     Returns:
         the model, in evaluation mode, float32 unless the given model is not.
 
     Raises:
-        SpeederError: the backbone cannot be loaded or cut, computes something that Speeder would not (such as state
-            beside attention), the catalogue lacks a modality, or a setting is unknown.
+        SpeederError: the backbone cannot be loaded or cut, or computes something that Speeder does not support (such as
+            state beside attention); the catalogue lacks a modality; or a setting is unknown.
         ValueError: a setting is out of its range.
     """
     kinds = (cls.config_class, PretrainedConfig)
@@ -125,10 +125,10 @@ def probe_logits(backbone: PreTrainedModel) -> torch.Tensor:
 
 @torch.no_grad()
 def check_probe(model, backbone: PreTrainedModel, expected: torch.Tensor) -> None:
-    """Hold a wrapped backbone to what it computed alone, so that one that Speeder cannot serve is refused.
+    """Compare a wrapped backbone's logits with its own, so that an unsupported one is refused.
 
     Raises:
-        SpeederError: the logits differ, by what the dtype does not explain.
+        SpeederError: the logits differ by more than the dtype's rounding.
     """
     ids = probe_ids(backbone)
     packed = cu_seqlens(torch.tensor(PROBE_LENGTHS, device=ids.device))
@@ -151,7 +151,7 @@ def load_backbone(name: str | Path) -> PreTrainedModel:
     """Load a causal language model in float32 by Hub id, folder or asset name.
 
     Raises:
-        SpeederError: it is not there, or is not a causal language model.
+        SpeederError: it is missing, or is not a causal language model.
     """
     from speeder.io.assets import resolve_backbone
 
@@ -189,7 +189,7 @@ def cut_layers(backbone: PreTrainedModel, layers: int) -> None:
     """Keep the first `layers` decoder layers, in place.
 
     Raises:
-        SpeederError: it has fewer, or keeps its layers elsewhere than in `layers`.
+        SpeederError: it has fewer, or its layers are not in `layers`.
     """
     decoder, config = backbone.get_decoder(), backbone.config
     if not hasattr(decoder, "layers"):
@@ -226,10 +226,10 @@ def _lies_askew(tensor: torch.Tensor) -> bool:
 
 
 def check_saved_model(name_or_path: str | Path, model_type: str, **kwargs) -> None:
-    """Refuse a local folder that holds another kind of model before its weights are read.
+    """Refuse a local folder with another kind of model, before its weights are read.
 
     Args:
-        model_type: the kind that is expected, as `config.json` names it.
+        model_type: the expected `model_type` of `config.json`.
 
     Raises:
         SpeederError: its `config.json` names another `model_type`, or a file of weights is missing or cut.
@@ -246,7 +246,7 @@ def check_saved_model(name_or_path: str | Path, model_type: str, **kwargs) -> No
 
 
 def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
-    """The catalogue's folder of a saved recommender, fetched from the Hub where it is not a local one.
+    """The catalogue's folder of a saved recommender, downloaded from the Hub if it is not local.
 
     Raises:
         SpeederError: there is none.

@@ -1,4 +1,4 @@
-"""LoRA adapters in the backbone, by PEFT, which is imported only where there are any: it takes a quarter second."""
+"""LoRA adapters in the backbone, by PEFT, which is imported only if there are any: it takes a quarter second."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from speeder.errors import SpeederError
 
 
 def add_lora(self, settings: dict) -> None:
-    """Inject LoRA adapters, without effect until trained, into the backbone.
+    """Add LoRA adapters to the backbone; they have no effect until trained.
 
     Args:
         settings: arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules`.
 
     Raises:
-        SpeederError: PEFT does not take the settings, or they adapt the text embedding, whose rows are read raw.
+        SpeederError: PEFT refuses the settings, or they adapt the text embedding, whose rows are read directly.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,5 +40,5 @@ def merge_lora(self) -> None:
             module.merge()
             self.backbone.set_submodule(name, module.get_base_layer())
     self.config.lora = None
-    # PEFT writes past autograd's versions: whatever was kept of the old weights is void
+    # PEFT writes past autograd's versions, so what was kept of the old weights is dropped here
     self._item_cache = None

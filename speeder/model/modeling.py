@@ -1,7 +1,7 @@
-"""SpeederForCausalLM: a Hugging Face causal language model whose vocabulary ends in a catalogue of items.
+"""SpeederForCausalLM: a Hugging Face causal language model whose vocabulary includes a catalogue of items.
 
-Ids `0 .. V-1` are the backbone's text; id `V + i` is item `i`. Embedding an item id means MRC, scoring one means a
-dot product with the same compressed token, so `input_ids`, `labels`, `generate` and beams work as in any causal LM.
+Ids `0 .. V-1` are the backbone's text; id `V + i` is item `i`. MRC embeds an item id, and a dot product with the same
+item token scores it. So `input_ids`, `labels`, `generate` and beam search work as in any causal LM.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ VOCABULARIES = ("all", "items", "text")
 class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, GenerationMixin):
     """A decoder language model that reads and predicts catalogue items as single tokens.
 
-    Build one from a pretrained backbone with [`from_backbone`], load a saved one with `from_pretrained`.
+    Make one from a pretrained backbone with [`from_backbone`]; load a saved one with `from_pretrained`.
     """
 
     config_class = SpeederConfig
@@ -90,7 +90,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Weights that a checkpoint lacks: SPAE's tables zero, the item head the identity, gates even."""
+        """Initialise weights that a checkpoint lacks: SPAE's tables to zero, the item head to the identity, gates to
+        equal."""
         if isinstance(module, SPAE):
             for table in (module.position_prompts, module.absolute_bias, module.relative_bias):
                 if table is not None:
@@ -119,10 +120,10 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     # ---- the catalogue -------------------------------------------------------------------------------------
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
-        """Attach the catalogue whose items the ids from `V` on mean.
+        """Set the catalogue of the items with ids from `V` on.
 
         Raises:
-            SpeederError: it lacks a modality that this model reads, or an item has none at all.
+            SpeederError: it lacks a modality that this model reads, or an item has no modality.
         """
         self.mrc.set_catalogue(catalogue)
         self.catalogue = catalogue
@@ -130,25 +131,25 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self._item_cache = self.item_store = None
 
     def use_item_store(self, store: ItemStore | None) -> None:
-        """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, in place of compressing the catalogue.
+        """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.
 
-        It serves evaluation mode; training mode, another catalogue or None ends it.
+        It is used in evaluation mode, until training mode, another catalogue or None.
 
         Raises:
-            SpeederError: it is of other weights or another catalogue.
+            SpeederError: the store was made with other weights or another catalogue.
         """
         if store is not None:
             store.check(self)
         self._item_cache, self.item_store = None, None if self.training else store
 
     def item_table(self) -> torch.Tensor | ItemStore:
-        """Where items are read from: the store, if one is in use, else the whole catalogue's `(I, K, H)` tokens."""
+        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens."""
         return self.item_tokens()[0] if self.item_store is None else self.item_store
 
     def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compress the whole catalogue.
 
-        Out of training the result is kept until a weight of MRC changes.
+        In evaluation mode the result is kept until a weight of MRC changes.
 
         Returns:
             tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
@@ -173,7 +174,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return self._item_cache[1:]
 
     def train(self, mode: bool = True) -> SpeederForCausalLM:
-        """As every module's; item tokens kept from the other mode are forgotten."""
+        """As in `nn.Module`; item tokens kept in the other mode are dropped."""
         if mode != self.training:
             self._item_cache = None
         if mode:
@@ -205,28 +206,28 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """Run the model.
 
         Args:
-            input_ids: `(B, S)` ids of the extended vocabulary; `(1, T)` where `cu_seqlens` packs sequences.
+            input_ids: `(B, S)` ids of the extended vocabulary; `(1, T)` with `cu_seqlens`, for packed sequences.
             attention_mask: `(B, S)`, 0 at padding on either side; with a cache `(B, past + S)`.
-            cache, past_key_values: the cache to continue, by its name since transformers 5.24 or before. Given
-                one that is not empty, give `ranks` too.
-            labels: `(B, S)`, shifted inside as in any causal LM, -100 where nothing is asked. Item labels are
+            cache, past_key_values: the cache to continue: the first name since transformers 5.24, the second before.
+                With a cache that is not empty, `ranks` are required.
+            labels: `(B, S)`, shifted inside as in any causal LM, -100 at positions without a label. Item labels are
                 scored against the items, text labels against the text.
             ranks: `(B, past + S)` item ranks, -1 at text; by default items are counted from 0 in each row.
-            cu_seqlens: `(N + 1,)` int32, borders of packed sequences; excludes a mask and a cache.
+            cu_seqlens: `(N + 1,)` int32, starts of packed sequences and the end; not with a mask or a cache.
             use_cache: return the cache; by default in evaluation without labels.
-            logits_to_keep: score only the last so many positions (0: all).
-            vocabulary: `"all"`, or `"items"` / `"text"`, which leave the other part at -inf uncomputed.
-            num_items_in_batch: labels in the whole optimizer step, by which the loss is divided (`Trainer`).
-            output_attentions: not served: attention weights are never formed.
-            inputs_embeds, position_ids: not served: ids carry the items, and positions follow from the mask.
+            logits_to_keep: score only the last `logits_to_keep` positions (0: all).
+            vocabulary: `"all"`, or only `"items"` or `"text"`; the other part is -inf and not computed.
+            num_items_in_batch: labels of the whole optimizer step, by which the loss is divided (`Trainer`).
+            output_attentions: not supported: attention weights are never formed.
+            inputs_embeds, position_ids: not supported: items are in the ids, and positions follow from the mask.
 
-        Returns:
-            `logits` `(B, S, V + I)` (None in training with labels, where they would be all the memory), `loss`
-            float32, `cache` (`past_key_values` before transformers 5.24), and with `output_hidden_states` the
-            final states as `hidden_states[-1]`.
+            Returns:
+                `logits` `(B, S, V + I)` (None in training with labels, to save memory), `loss` float32, `cache`
+                (`past_key_values` before transformers 5.24), and with `output_hidden_states` the final states as
+                `hidden_states[-1]`.
 
-        Raises:
-            ValueError: shapes do not fit, an id is out of range, or a combination is not served.
+            Raises:
+                ValueError: shapes do not fit, an id is out of range, or a combination is not supported.
         """
         if vocabulary not in VOCABULARIES:
             raise ValueError(f"vocabulary: expected one of {', '.join(VOCABULARIES)}, got {vocabulary!r}")
@@ -234,11 +235,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             if value is not None:
                 raise ValueError(f"{name}: expected None (see forward's documentation), got a tensor")
         if output_attentions:
-            raise ValueError(
-                "output_attentions: expected False, since SPAE never forms attention weights, got True"
-            )
+            raise ValueError("output_attentions: expected False (SPAE forms no attention weights), got True")
         if cache is not None and past_key_values is not None:
-            raise ValueError("cache: expected one of cache and past_key_values, two names of it, got both")
+            raise ValueError("cache: expected one of cache and past_key_values, got both")
         cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and labels is None and cu_seqlens is None
@@ -280,7 +279,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     def last_states(
         self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        """The final states of packed sequences' last tokens, from which the next item is read: `(B, H)`."""
+        """The final states of packed sequences' last tokens, which predict the next item: `(B, H)`."""
         self._check_arguments(input_ids, cu_seqlens, None, None)
         item_table = self.item_table() if self._needs_items(input_ids, None, "items") else None
         last = cu_seqlens[1:].long() - 1
@@ -363,12 +362,12 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
     @staticmethod
     def _as_row(layout: SequenceLayout) -> SequenceLayout:
-        """The same sequences once padding has been taken out: one row of `Tq` tokens."""
+        """The layout of the same sequences without padding: one row of `Tq` tokens."""
         return replace(layout, query_index=None, key_index=None, key_width=None)
 
     @staticmethod
     def _unpack(packed: torch.Tensor, layout: SequenceLayout, batch: int, new: int) -> torch.Tensor:
-        """`(Tq, ...) -> (B, S, ...)`, zeros at padding; of a packed row what is there, `(1, ...)`."""
+        """`(Tq, ...) -> (B, S, ...)`, zeros at padding; for a packed row `(1, ...)`."""
         if layout.query_index is not None and len(packed) != batch * new:
             grid = packed.new_zeros(batch * new, *packed.shape[1:])
             packed = grid.index_copy(0, layout.query_index, packed)
@@ -385,13 +384,13 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     def _read_rows(
         self, input_ids: torch.Tensor, targets: torch.Tensor
     ) -> tuple[ItemRows | None, Candidates | None]:
-        """Compress the items that a batch reads, is asked for or compares these with; and which the last are."""
+        """Compress the items that a batch reads, predicts or draws as negatives; also return the negatives."""
         text = self.config.text_vocab_size
         if self.config.num_items == 0:
             return None, None
         read, asked = input_ids[input_ids >= text] - text, targets[targets >= text] - text
         candidates = self.negatives.candidates(asked)
-        if not len(asked):  # nothing of this process's share is compared with them
+        if not len(asked):  # this process has no target
             candidates = None
         items = torch.cat([read, asked, *([] if candidates is None else [candidates.items])]).unique()
         return (ItemRows(items, self.mrc(items)[0]) if len(items) else None), candidates
@@ -402,7 +401,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         layout: SequenceLayout,
         item_table: torch.Tensor | ItemRows | ItemStore | None,
     ) -> torch.Tensor:
-        """`(T,)` ids to `(T, H)`: text rows, or item tokens with their position prompt, in one pass."""
+        """`(T,)` ids to `(T, H)` embeddings: text rows, or item tokens with their position prompt, in one pass."""
         words = self.backbone.get_input_embeddings()
         if hasattr(
             words, "unshard"
@@ -430,7 +429,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         rows = torch.where(item_mask, read * k + item_slots(item_mask, layout.rank_q, k), -1)
         if item_table is not None and bool(item_mask.any()):
             tokens = item_table.flatten(0, 1)
-            if len(ids) < len(tokens):  # a few histories: only what they read is scaled, not the catalogue
+            if len(ids) < len(
+                tokens
+            ):  # a few histories: scale only the items that they read, not the catalogue
                 tokens = F.embedding(rows.clamp(min=0), tokens)
                 rows = torch.where(item_mask, torch.arange(len(ids), device=ids.device), -1)
             items = (tokens * self.config.embedding_rms).to(table.dtype)
@@ -453,7 +454,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         Items seen in the prompt are left out with `no_repeat_ngram_size=1`.
 
         Raises:
-            ValueError: items are asked of a model with several tokens an item (use `recommend`).
+            ValueError: items are to be generated with several tokens per item (use `recommend`).
         """
         if vocabulary != "text" and self.config.tokens_per_item > 1:
             raise ValueError(
@@ -463,12 +464,12 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, ranks=None, **kwargs):
-        """Give every step the ranks of all tokens so far, which the attention needs beside the cache."""
+        """Give every step the ranks of all tokens so far, which attention needs besides the cache."""
         item_mask = input_ids >= self.config.text_vocab_size
         if attention_mask is not None:
             item_mask = item_mask & attention_mask.bool()
         all_ranks = item_ranks(item_mask, self.config.tokens_per_item)
-        if ranks is not None:  # the prompt's own ranks stand, where it gives an answer position the next one
+        if ranks is not None:  # keep the prompt's ranks: its last position may carry the next item's rank
             all_ranks[:, : ranks.shape[1]] = ranks
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         inputs["ranks"] = all_ranks
@@ -480,10 +481,10 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     def save_pretrained(self, save_directory: str | Path, *, save_catalogue: bool = True, **kwargs) -> None:
         """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender.
 
-        What the folder held before stays whole until all is written.
+        The folder's old content stays whole until everything is written.
 
         Raises:
-            SpeederError: the disk is full; or `catalogue/` holds anything else.
+            SpeederError: the disk is full; or `catalogue/` has anything else.
         """
         whole = save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True)
         catalogue = Path(save_directory) / CATALOGUE_FOLDER
@@ -509,11 +510,11 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """Load a saved recommender, its catalogue included, from a folder or the Hub. Safetensors only.
 
         Args:
-            catalogue: in place of the saved one, and for checkpoints, which hold none.
+            catalogue: used instead of the saved one; needed for checkpoints, which have none.
 
-        Raises:
-            SpeederError: it is no Speeder model, a file of it is missing, cut or damaged, or the catalogue is not the
-                one that it was saved with.
+            Raises:
+                SpeederError: it is no Speeder model; a file is missing, cut or damaged; or the catalogue is not the
+                    one that it was saved with.
         """
         check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
@@ -532,7 +533,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return (model, info) if with_info else model
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """As in transformers, without the reentrant variant: SPAE's tables reach every layer from outside it."""
+        """As in transformers, without the reentrant variant: SPAE's tables come from outside of every layer."""
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
         super().gradient_checkpointing_enable(
@@ -540,23 +541,24 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         )
 
     def resize_token_embeddings(self, *args, **kwargs) -> None:
-        """Not served: item ids begin where the text vocabulary ends."""
+        """Not supported: item ids begin where the text vocabulary ends."""
         raise NotImplementedError(
             "resize the backbone's embeddings before from_backbone: item ids begin after them"
         )
 
     @property
     def training_hash(self) -> str | None:
-        """What the model was trained on (`data.fingerprints.training_hash`), for the leak check; None if untold."""
+        """Hash of what the model was trained on (`data.fingerprints.training_hash`), for the leak check; None if
+        unknown."""
         return self.config.training_hash
 
 
 def without_last(
     input_ids: torch.Tensor, targets: torch.Tensor, ranks: torch.Tensor | None, cu_seqlens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Packed sequences without their last tokens, which predict nothing and which nothing else reads.
+    """Packed sequences without their last tokens, which predict nothing and which no other token reads.
 
-    A sequence of one token stays as it is.
+    A sequence of one token is not changed.
 
     Raises:
         ValueError: `ranks` has another length than the row.

@@ -1,8 +1,8 @@
-"""MRC, multimodal representation compression: an item's text, image and collaborative features become one token.
+"""MRC, Multimodal Representation Compression: an item's text, image and collaborative features become one token.
 
-The paper names a Mixture of Modality Experts; the form below is this project's own reading of that. One expert (a
-small MLP) per modality maps its frozen features to the backbone's hidden size; a gate weighs the experts of the
-modalities that the item has; the weighted sum, RMS-normalised, is the item's token.
+The paper names a Mixture of Modality Experts; its form here is this project's own reading. One expert (a small MLP) per
+modality maps its frozen features to the backbone's hidden size. A gate weights the experts of the modalities that the
+item has. The weighted sum, RMS-normalised, is the item's token.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from speeder.errors import SpeederError
 from speeder.model.config import FITTED, ITEM, SpeederConfig
 from speeder_kernels import compress_items
 
-# A closed modality's gate logit is lowered by this much: weight e^-30 beside any open one, yet an item that has
-# nothing but closed modalities still gets a token, since the softmax ignores a common shift.
+# A closed modality's gate logit is lowered by this much: its weight is e^-30 of an open one. An item with only closed
+# modalities still gets a token, since the softmax ignores a common shift.
 CLOSED = -30.0
 PIECE = 1 << 16  # items that are compressed at once where the whole catalogue is, without gradients
 
@@ -40,9 +40,9 @@ class Expert(nn.Module):
 class MRC(nn.Module):
     """The mixture of modality experts over a catalogue.
 
-    Features are held as buffers that are not part of the state dict: they belong to the catalogue, which is saved
-    beside the weights. Where training takes its negatives from a part of the catalogue (`config.negatives`), they stay
-    in the catalogue, memory-mapped, and rows are normalised as they are read.
+    Features are buffers that are not in the state dict: they belong to the catalogue, which is saved beside the
+    weights. If training takes negatives from a part of the catalogue (`config.negatives`), features stay in the
+    catalogue, memory-mapped, and rows are normalised as they are read.
     """
 
     def __init__(self, config: SpeederConfig):
@@ -71,10 +71,10 @@ class MRC(nn.Module):
         self.register_buffer("gate_offset", torch.zeros(len(self.names)))
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
-        """Take a catalogue's features, normalised once, and its presence mask.
+        """Set a catalogue's features, normalised once, and its presence mask.
 
         Raises:
-            SpeederError: a modality is missing or has another width, or an item has none at all.
+            SpeederError: a modality is missing or has another width, or an item has no modality.
         """
         device, dtype = self.norm_weight.device, self.norm_weight.dtype
         columns, buffers = [], {}
@@ -103,13 +103,13 @@ class MRC(nn.Module):
                 f"(for one: {named}); give them features or leave them out"
             )
         buffers["present"] = present.to(device)
-        for name, buffer in buffers.items():  # nothing is changed before everything was checked
+        for name, buffer in buffers.items():  # change nothing before everything is checked
             self.register_buffer(name, buffer, persistent=False)
         self.num_items = len(catalogue)
         self.catalogue = catalogue if self.reads_rows else None
 
     def _features(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
-        """A modality's normalised features of items, `(U, F)`."""
+        """A modality's normalised features of some items, `(U, F)`."""
         if self.reads_rows:
             features = self.catalogue.features[name]
             features = normalised(features if rows is None else features[rows.to(features.device)])
@@ -166,13 +166,14 @@ class MRC(nn.Module):
         return tokens.unflatten(0, (-1, k)), gates.unflatten(0, (-1, k))[:, 0]
 
     def pieces(self, items: int = PIECE) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Compress the whole catalogue so many items at a time, without gradients, in order."""
+        """Compress the whole catalogue piece by piece, in order, without gradients."""
         with torch.no_grad():
             for rows in torch.arange(self.num_items, device=self.norm_weight.device).split(items):
                 yield self(rows)
 
     def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compress the whole catalogue; without gradients piece by piece, so that little but the tokens is held."""
+        """Compress the whole catalogue; without gradients piece by piece, which needs little memory beyond the
+        tokens."""
         if torch.is_grad_enabled() or self.num_items <= PIECE:
             return self()
         found: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -187,16 +188,16 @@ class MRC(nn.Module):
 
 
 def normalised(features: torch.Tensor) -> torch.Tensor:
-    """`(U, F)` features with mean 0 and variance 1 in each row, float32."""
+    """`(U, F)` float32 features with mean 0 and variance 1 in each row."""
     return F.layer_norm(features.float(), features.shape[1:])
 
 
 def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Tensor) -> torch.Tensor:
-    """Hide each present modality of each item with the given chance, but never an item's last open one.
+    """Drop each present modality of each item with the given probability, but never an item's last open one.
 
     Args:
         present: `(U, M)` bool.
-        is_open: `(M,)` bool; an item must not be left to experts that have not been trained.
+        is_open: `(M,)` bool; an item must not depend only on untrained experts.
     """
     kept = present & (torch.rand(present.shape, device=present.device) >= probability)
     return torch.where((kept & is_open).any(dim=1, keepdim=True), kept, present)
@@ -205,13 +206,13 @@ def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Te
 def drop_fitted(
     present: torch.Tensor, probability: float, fitted: torch.Tensor, is_open: torch.Tensor
 ) -> torch.Tensor:
-    """Read items as new ones with the given chance: without any of the modalities that interactions make.
+    """Read items as new ones with the given probability: without the modalities that are fitted on interactions.
 
-    An item that has nothing else, or nothing else that is open, stays as it is.
+    An item without any other open modality is not changed.
 
     Args:
         present: `(U, M)` bool.
-        fitted: `(M,)` bool, made by interactions.
+        fitted: `(M,)` bool, fitted on interactions.
         is_open: `(M,)` bool, as in `drop_modalities`.
     """
     content = present & ~fitted

@@ -1,10 +1,9 @@
-"""Negatives: what a target is compared with in training where the catalogue is too large to score whole.
+"""Negatives: the items that a target is compared with in training, if the catalogue is too large to score whole.
 
 `full` is the softmax over all items. `sampled` draws items from one distribution for a whole batch; `in-batch` takes
-the targets of the batch. Either way the sum over the catalogue in the softmax's denominator is estimated: each drawn
-item stands for all that might have been drawn in its place, which is what the log-Q correction says (Bengio and
-Senécal 2003; Yi et al. 2019). The denominator's estimate is unbiased (Horvitz and Thompson 1952), so that the loss and
-its gradient approach those of the full softmax as more items are drawn.
+the targets of the batch. Both estimate the sum over the catalogue in the softmax's denominator: each drawn item is
+weighted by 1 / q, the log-Q correction (Bengio and Senécal 2003; Yi et al. 2019). The denominator's estimate is
+unbiased (Horvitz and Thompson 1952), so loss and gradient approach those of the full softmax as more items are drawn.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _LEAST = 1e-12  # of a loss whose logarithm is taken
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items that every target of a batch is compared with.
+    """The negatives of a batch's targets.
 
     Attributes:
-        items: `(C,)` int64 item indices, rising; each once, however often it was drawn.
+        items: `(C,)` int64 item indices, ascending, each once.
         log_q: `(C,)` float32, the log of the probability that the item is among them.
     """
 
@@ -38,12 +37,12 @@ class Candidates:
 class NegativeSampler(nn.Module):
     """Draws a batch's candidates; it has no weights.
 
-    Draws follow from seed, step and the number of the draw within the step, and from nothing else: a resumed run and
-    every process of a distributed one draw the same. `in-batch` takes the targets of all processes. A loss is
-    therefore that of one process with the same global batch, however many there are.
+    Draws depend only on the seed, the step and the number of the draw within the step. So a resumed run and every
+    process of a distributed one draw the same. `in-batch` takes the targets of all processes. A loss is therefore that
+    of one process with the same global batch, whatever the number of processes.
 
     Args:
-        config: `negatives`, `num_negatives`, `negatives_exponent`, `negatives_seed` and `num_items` are read.
+        config: uses `negatives`, `num_negatives`, `negatives_exponent`, `negatives_seed` and `num_items`.
     """
 
     def __init__(self, config: SpeederConfig):
@@ -53,11 +52,11 @@ class NegativeSampler(nn.Module):
         self._cumulative: np.ndarray | None = None  # (I,) float64, of how often a draw takes each item
 
     def seek(self, step: int) -> None:
-        """Say which optimizer step comes; forwards in training count the draws within it."""
+        """Set the optimizer step; training passes count the draws within it."""
         self.step, self.draw = step, 0
 
     def set_counts(self, counts: np.ndarray | torch.Tensor) -> None:
-        """Say how often each item is a target in training: `(I,)`, at least 0. None at all counts as once.
+        """Set how often each item is a target in training: `(I,)`, at least 0. A count of 0 is raised to 1.
 
         Raises:
             ValueError: another shape, or a count below 0.
@@ -69,18 +68,18 @@ class NegativeSampler(nn.Module):
         self._cumulative = np.cumsum(np.maximum(counts, 1.0) ** exponent)
 
     def candidates(self, targets: torch.Tensor) -> Candidates:
-        """The candidates of this forward's targets. With `in-batch` all processes call this.
+        """The candidates for the targets of this pass. With `in-batch`, all processes must call it.
 
         Args:
-            targets: `(n,)` int64 item indices of this process, also none.
+            targets: `(n,)` int64 item indices of this process; may be empty.
 
         Raises:
-            ValueError: counts are needed and were not set, or are of another number of items.
+            ValueError: counts are needed and were not set, or have another length.
         """
         if self.config.negatives == "in-batch":
             everyone = gather_ids(targets)
             items = torch.unique(everyone)
-            draws = max(len(everyone) - 1, 1)  # a row's own target is among the candidates in any case
+            draws = max(len(everyone) - 1, 1)  # a row's own target is always among the candidates
         else:
             draws = self.config.num_negatives
             items = torch.from_numpy(np.unique(self._drawn(draws))).to(targets.device)
@@ -97,7 +96,7 @@ class NegativeSampler(nn.Module):
         return np.searchsorted(cumulative, points, side="right").clip(max=len(cumulative) - 1)
 
     def _probability(self, items: torch.Tensor) -> torch.Tensor:
-        """The chance of one draw to take each of the items: float64, below 1."""
+        """The probability that one draw takes each of the items: float64, below 1."""
         if self._is_uniform():
             share = torch.full(items.shape, 1.0 / self.config.num_items, dtype=torch.float64)
         else:
@@ -113,8 +112,8 @@ class NegativeSampler(nn.Module):
         known = 0 if self._cumulative is None else len(self._cumulative)
         if known != self.config.num_items:
             raise ValueError(
-                f"negatives: {self.config.negatives!r} needs how often each of {self.config.num_items} items is a "
-                f"target, got counts of {known}: call model.negatives.set_counts"
+                f"negatives: {self.config.negatives!r} needs target counts of {self.config.num_items} items, got "
+                f"{known}: call model.negatives.set_counts"
             )
         return self._cumulative
 
@@ -126,12 +125,12 @@ def candidate_cross_entropy(
     places: torch.Tensor,
     log_q: torch.Tensor,
 ) -> torch.Tensor:
-    """Each row's target against the candidates, of which each stands for `1 / q` items.
+    """Cross-entropy of each row's target against the candidates, each weighted by `1 / q`.
 
         loss[n] = log(e^s(n, target) + sum over candidates c other than the target of e^s(n, c) / q[c]) - s(n, target)
 
-    The target itself stands for one item, since it is always there; where it is among the candidates ("accidental
-    hit"), it is not counted again. No `(N, C)` matrix is held.
+    The target has weight 1, since it is always there; if it is among the candidates ("accidental hit"), it is not
+    counted again. No `(N, C)` matrix is held.
 
     Args:
         queries: `(N, H)`, whose dot products with `vectors` are the scores s.
@@ -146,7 +145,7 @@ def candidate_cross_entropy(
     negatives = vectors[places]
     column = torch.searchsorted(places, targets).clamp(max=len(places) - 1)
     hit = places[column] == targets
-    # The op scores a target among the candidates. Where there is none, column 0 serves, whose logit is added again.
+    # The op needs the target among the candidates. If it is not, column 0 is used, and its logit is added again.
     column = torch.where(hit, column, 0)
     loss = item_cross_entropy(queries, negatives, column, scale=1.0, log_q=log_q)
     precise = queries.float()
@@ -160,9 +159,9 @@ def candidate_cross_entropy(
 
 
 def gather_ids(ids: torch.Tensor) -> torch.Tensor:
-    """The ids of all processes, one process's after another's: `(n,)` to `(N,)` int64. All processes call this.
+    """The ids of all processes, in the order of processes: `(n,)` to `(N,)` int64. All processes must call it.
 
-    Where no process group was joined there is one process.
+    Without a process group there is one process.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return ids

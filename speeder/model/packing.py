@@ -1,4 +1,4 @@
-"""Where the tokens of a batch lie: padded, packed or cached, all brought to the packed form that the ops read."""
+"""Layouts of a batch's tokens: padded, packed and cached batches in the packed form of the ops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 class SequenceLayout:
     """The packed view of a batch: `Tq` new tokens and `Tk` keys of `B` sequences, end to end.
 
-    `query_index` / `key_index` are flat positions in the padded `(B, S)` grid, or None where nothing is padded.
+    `query_index` / `key_index` are flat positions in the padded `(B, S)` grid, or None without padding.
     """
 
     cu_seqlens_q: torch.Tensor  # (B + 1,) int32
@@ -67,7 +67,7 @@ def packed_layout(
 
 
 def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Check borders of packed sequences.
+    """Check `cu_seqlens` of packed sequences.
 
     Raises:
         ValueError: `cu_seqlens` does not run from 0 to `tokens` without falling.
@@ -79,25 +79,23 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
 
 
 def last_positions(cu_seqlens: torch.Tensor, at_least: int = 1) -> torch.Tensor:
-    """Positions of the last tokens of packed sequences that have at least so many tokens, int64."""
+    """Positions of the last tokens of packed sequences with at least this many tokens, int64."""
     return (cu_seqlens[1:].long() - 1)[cu_seqlens.diff() >= at_least]
 
 
 def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> SequenceLayout:
-    """The layout of a padded batch whose last `new_tokens` columns are new and whose others lie in the cache.
+    """The layout of a padded batch whose last `new_tokens` columns are new; the others are in the cache.
 
     Args:
         mask: `(B, S)` bool, False at padding, on either side.
         ranks: `(B, S)` int32.
 
     Raises:
-        ValueError: a row is padding alone.
+        ValueError: a row has only padding.
     """
     lengths = mask.sum(dim=-1)
     if (lengths == 0).any():
-        raise ValueError(
-            f"attention_mask: row {int((lengths == 0).nonzero()[0])} has no token that is not padding"
-        )
+        raise ValueError(f"attention_mask: row {int((lengths == 0).nonzero()[0])} has only padding")
     positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
     new_mask, new_ranks = mask[:, -new_tokens:], ranks[:, -new_tokens:]
     whole = bool(mask.all())
@@ -128,7 +126,7 @@ def cu_seqlens(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def item_slots(item_mask: torch.Tensor, ranks: torch.Tensor, tokens_per_item: int) -> torch.Tensor:
-    """Which of its item's `K` tokens each position holds: 0 .. K-1 within each run of one rank.
+    """The number of each position's token within its item, 0 .. K-1 in each run of one rank.
 
     Args:
         item_mask, ranks: `(T,)`; a run starts where the rank changes or the token before is no item.

@@ -25,7 +25,7 @@ def template_ids(tokenizer: PreTrainedTokenizerBase | None, template: str) -> tu
         template: text with `{history}` once, such as `"The user watched {history} and then"`.
 
     Raises:
-        ValueError: `{history}` is not in it exactly once, or text needs a tokenizer that is not there.
+        ValueError: `{history}` is not in it exactly once, or there is text and no tokenizer.
     """
     if template.count(HISTORY) != 1:
         raise ValueError(f"template: expected {HISTORY} exactly once, got {template!r}")
@@ -67,11 +67,11 @@ class SpeederProcessor(ProcessorMixin):
         padding_side: str | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """Lay histories out as model inputs.
+        """Turn histories into model inputs.
 
         Args:
             histories: item indices (int) or ids (str), oldest first.
-            targets: each history's next item; then `labels` come too.
+            targets: each history's next item; then there are `labels` too.
             packed: one row with `cu_seqlens` instead of a padded batch.
             supervision: `"all"` or `"last"`, see `build_sequence`.
             padding_side: `"left"` (default without targets, as `generate` wants) or `"right"`.
@@ -80,7 +80,7 @@ class SpeederProcessor(ProcessorMixin):
             `input_ids`, `ranks`, `attention_mask` or `cu_seqlens`, with targets `labels`: tensors for the model.
 
         Raises:
-            ValueError: nothing to lay out, or counts differ. KeyError: no such id.
+            ValueError: there is no history, or the numbers differ. KeyError: an unknown id.
         """
         if targets is not None and len(targets) != len(histories):
             raise ValueError(f"targets: expected {len(histories)}, one a history, got {len(targets)}")
@@ -95,7 +95,7 @@ class SpeederProcessor(ProcessorMixin):
         return BatchFeature(pad_batch(sequences, self.tokenizer.pad_token_id or 0, side, with_labels))
 
     def batch_decode(self, sequences: torch.Tensor | Sequence[Sequence[int]], **kwargs) -> list[str]:
-        """Ids of the extended vocabulary to text, an item as its title (its id without one) in angle brackets."""
+        """Ids of the extended vocabulary to text; an item is its title (or its id) in angle brackets."""
         return [self.decode(sequence, **kwargs) for sequence in sequences]
 
     def decode(self, token_ids: torch.Tensor | Sequence[int], **kwargs) -> str:
@@ -115,7 +115,7 @@ class SpeederProcessor(ProcessorMixin):
         return " ".join(pieces)
 
     def to_dict(self) -> dict:
-        """What `processor_config.json` holds: configuration and catalogue have files of their own."""
+        """The content of `processor_config.json`; configuration and catalogue have their own files."""
         return {"processor_class": type(self).__name__}
 
     def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
@@ -130,7 +130,7 @@ class SpeederProcessor(ProcessorMixin):
         """Load the processor of a saved recommender, from a folder or the Hub.
 
         Raises:
-            SpeederError: the tokenizer needs code of its own, which is not run; or the catalogue is damaged.
+            SpeederError: the tokenizer needs its own code, which is not run; or the catalogue is damaged.
         """
         kwargs["trust_remote_code"] = False  # None would ask on the terminal
         try:

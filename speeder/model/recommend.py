@@ -1,4 +1,4 @@
-"""What a recommender does with a model: score histories, recommend items, take in new ones."""
+"""A model as a recommender: score histories, recommend items, add new items."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RecommenderMixin:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode inside, the mode as it was afterwards."""
+        """Evaluation mode in this context, the earlier mode afterwards."""
         if not self.training:
             yield
             return
@@ -62,15 +62,15 @@ class RecommenderMixin:
     def sequence(
         self, history: Sequence[int], target: int | None = None, supervision: str = "all"
     ) -> TokenSequence:
-        """A history of item indices, and in training the item that follows, as tokens; see `build_sequence`."""
+        """A history of item indices, and in training its next item, as tokens; see `build_sequence`."""
         return build_sequence(history, self.config, target, supervision)
 
     def training_examples(self, supervision: str) -> dict:
-        """How `TrainingSequences` makes examples of windows, as its arguments; by default as it does by itself."""
+        """Arguments of `TrainingSequences` for this model's examples; by default none."""
         return {}
 
     def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
-        """NDCG@10 and HR@10, by which checkpoints are chosen: the validation items among all items."""
+        """NDCG@10 and HR@10 of the validation items among all items, by which checkpoints are chosen."""
         if self.config.negatives != "full":  # the tokens of all items may be too many
             from speeder.model.streamed_ranking import streamed_ranks
 
@@ -85,10 +85,10 @@ class RecommenderMixin:
     ) -> Iterator[torch.Tensor]:
         """Run histories through the backbone, packed, a batch at a time.
 
-        The instruction before the history is computed once and kept until a weight or the catalogue changes.
+        The text before the history is computed once and kept until a weight or the catalogue changes.
 
         Yields:
-            `(n, H)` float32 queries of up to `batch_size` users, whose dot products with `item_vectors` rank items.
+            `(n, H)` float32 queries of up to `batch_size` users; their dot products with `item_vectors` rank items.
         """
         with self.evaluating():
             for start in range(0, len(histories), batch_size):
@@ -137,11 +137,12 @@ class RecommenderMixin:
 
         Args:
             histories: item indices or ids, oldest first; the newest `config.max_history` are read.
-            k: how many items, at most the catalogue's size (less the seen ones).
+            k: number of items, at most the catalogue's size (minus the seen ones).
             exclude_seen: leave out every item of the history, also those too old to be read.
 
-        Raises:
-            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: no such id.
+            Raises:
+                ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: an unknown
+                id.
         """
         self._check_histories(histories)
         vectors = self._vectors()
@@ -162,7 +163,7 @@ class RecommenderMixin:
         """The gate's weights: modality -> `(I,)` float32 on the CPU; they sum to 1 over the modalities.
 
         Args:
-            sample: of so many items alone, evenly spread over the catalogue.
+            sample: only this many items, evenly spaced over the catalogue.
         """
         with self.evaluating():
             if sample is not None and sample < self.config.num_items:
@@ -175,7 +176,7 @@ class RecommenderMixin:
         return dict(zip(self.config.gate_names, weights.unbind(dim=1), strict=True))
 
     def add_items(self, new_items: ItemCatalogue) -> range:
-        """Append items to the catalogue, without training: they can be read and recommended at once.
+        """Append items to the catalogue without training; they can be read and recommended at once.
 
         Args:
             new_items: ids that the catalogue does not have, with features of at least one modality each.
@@ -184,14 +185,14 @@ class RecommenderMixin:
             the new items' indices.
 
         Raises:
-            ValueError: an id is taken, or features have another width. SpeederError: an item has no modality.
+            ValueError: an id exists already, or features have another width. SpeederError: an item has no modality.
         """
         before = len(self.catalogue)
         self.set_catalogue(self.catalogue.concat(new_items))
         return range(before, len(self.catalogue))
 
     def _vectors(self) -> torch.Tensor | ItemStore:
-        """What `_best` searches."""
+        """The scoring vectors, or the store, that `_best` searches."""
         if self.item_store is not None:
             return self.item_store
         with self.evaluating():
@@ -206,7 +207,7 @@ class RecommenderMixin:
     ) -> list[list[Recommendation]]:
         """The `k` best items of each of `(n, H)` queries, without the items that each user has seen.
 
-        The catalogue is read in the item tokens' own dtype, sums are float32: a bfloat16 model reads half the bytes.
+        The catalogue is read in the item tokens' dtype, with float32 sums: a bfloat16 model reads half the bytes.
         """
         if not isinstance(vectors, torch.Tensor):
             scores, items = vectors.topk(states, k, seen)

@@ -1,4 +1,4 @@
-"""The files of a saved recommender: whether they are whole, belong together, and which a new save replaces."""
+"""The files of a saved recommender: checks that they are complete and belong together, and removal of old ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from speeder.io.files import read_json
 
 
 def check_weight_files(folder: Path) -> None:
-    """Look at the headers of a folder's safetensors files, which tell how long each must be.
+    """Check the lengths of a folder's safetensors files against their headers.
 
     Raises:
-        SpeederError: naming the first that is missing, or not whole.
+        SpeederError: naming the first that is missing or incomplete.
     """
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
@@ -35,13 +35,13 @@ def check_weight_files(folder: Path) -> None:
             with safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise SpeederError(f"{path} is no whole safetensors file: {error}") from error
+            raise SpeederError(f"{path} is no complete safetensors file: {error}") from error
 
 
 def check_loaded(name_or_path: str | Path, config_class: type, info: dict, **kwargs) -> None:
-    """Refuse a model some of whose weights were in no file, so that they were drawn afresh.
+    """Refuse a model with weights that were in no file and were initialised.
 
-    Where the caller changes the configuration, such as to add a task, fresh weights are what is wanted.
+    If the caller changes the configuration, such as to add a task, initialised weights are expected.
 
     Args:
         info: transformers' loading info.
@@ -58,15 +58,15 @@ def check_loaded(name_or_path: str | Path, config_class: type, info: dict, **kwa
 
 
 def check_catalogue_hash(folder: Path, expected: str | None) -> None:
-    """Hold a saved recommender's catalogue to the hash in its configuration; earlier versions wrote none.
+    """Check a saved recommender's catalogue against the hash in its configuration; earlier versions wrote none.
 
     Raises:
-        SpeederError: it is another one.
+        SpeederError: it is another catalogue.
     """
     if expected is not None and saved_hash(folder) != expected:
         raise SpeederError(
-            f"{folder} is not the one that this recommender was saved with: its manifest has another SHA-256 than"
-            " config.json tells (catalogue_hash); copy the folder again, or give the catalogue that is meant"
+            f"{folder} is not the one that this recommender was saved with: its manifest's SHA-256 is not the"
+            " catalogue_hash of config.json; copy the folder again, or pass the catalogue"
             " (from_pretrained(..., catalogue=...))"
         )
 
@@ -75,7 +75,7 @@ _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 def remove_other_weights(folder: Path, new: Path) -> None:
-    """Remove weights' files that `new` replaces by others, such as shards of a larger model that was saved there."""
+    """Remove weight files that are not part of `new`, such as shards of a larger model that was saved there."""
     names = {path.name for path in new.iterdir() if _WEIGHTS.fullmatch(path.name)}
     for path in folder.iterdir() if names else ():
         if _WEIGHTS.fullmatch(path.name) and path.name not in names:

@@ -1,4 +1,4 @@
-"""From a history to a sequence: the prompt's text around item tokens, with ranks and labels."""
+"""From a history to a token sequence: the prompt's text around item tokens, with ranks and labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IGNORED = -100
 
 @dataclass
 class TokenSequence:
-    """One user's tokens: ids, item ranks (-1 at text) and labels (-100 where nothing is asked), equally long."""
+    """One user's tokens: ids, item ranks (-1 at text) and labels (-100 without a target), of equal length."""
 
     ids: list[int]
     ranks: list[int]
@@ -28,17 +28,17 @@ def build_sequence(
     target: int | None = None,
     supervision: str = "all",
 ) -> TokenSequence:
-    """Lay out `prefix, items, suffix, target` for a history of item indices, oldest first.
+    """The sequence `prefix, items, suffix, target` for a history of item indices, oldest first.
 
-    The last token of a suffix, from which the answer is read, carries the rank that the answer will have.
+    The last token of a suffix predicts the next item, and carries that item's rank.
 
     Args:
         history: item indices; the newest `config.max_history` are kept.
-        target: the item that follows, in training.
-        supervision: `"all"`: every item but the first is asked for; `"last"`: the target alone.
+        target: the next item, in training.
+        supervision: `"all"`: every item but the first is a target; `"last"`: only `target` is.
 
     Raises:
-        ValueError: `supervision` is another word, or there is neither a history nor a prompt to read it from.
+        ValueError: `supervision` is unknown, or there is neither a history nor a prompt.
     """
     if supervision not in ("all", "last"):
         raise ValueError(f"supervision: expected 'all' or 'last', got {supervision!r}")
@@ -94,7 +94,7 @@ def pad_batch(
         side: `"left"` (for `generate`) or `"right"`.
 
     Raises:
-        ValueError: there is no sequence, or `side` is another word.
+        ValueError: there is no sequence, or `side` is unknown.
     """
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")

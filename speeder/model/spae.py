@@ -1,10 +1,10 @@
-"""SPAE, sequential position awareness enhancement: attention that knows where in a long history an item stands.
+"""SPAE, Sequential Position Awareness Enhancement: attention with the items' positions in a long history.
 
-The paper names relative and absolute position and a proxy task; the forms below are this project's own reading.
+The paper names relative and absolute position and a proxy task; their form here is this project's own reading.
 *Absolute*: a learned prompt per rank, added to the item's token, and a key-side bias per head and rank.
 *Relative*: a bias per layer, head and log-spaced bucket of the distance in items between query and key.
-*Position proxy task*: an auxiliary loss that asks the final states for an item's rank bucket and for which of two
-items came first. Everything starts at zero, so that a fresh model reads text exactly as its backbone does.
+*Position proxy task*: an auxiliary loss; the final states predict an item's rank bucket, and which of two items came
+first. Everything starts at zero, so a new model reads text exactly as its backbone does.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def log_buckets(values: torch.Tensor, num_buckets: int, max_value: int) -> torch
 
 @dataclass
 class SpaeContext:
-    """What one forward pass hands to every attention layer, through the backbone's keyword arguments."""
+    """What one forward pass gives to every attention layer, through the backbone's keyword arguments."""
 
     layout: SequenceLayout
     relative_bias: torch.Tensor | None  # (L, Hq, R) float32, one entry per rank distance
@@ -78,7 +78,7 @@ class SPAE(nn.Module):
         return SpaeContext(layout, relative, None if absolute is None else absolute.float())
 
     def proxy_heads(self) -> list[nn.Linear]:
-        """The heads of the position proxy task; none where it is off."""
+        """The heads of the position proxy task; empty if it is off."""
         return [self.rank_head, self.order_head] if hasattr(self, "rank_head") else []
 
     def proxy_loss(self, hidden: torch.Tensor, ranks: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
@@ -87,10 +87,10 @@ class SPAE(nn.Module):
         Args:
             hidden: `(N, H)` final states at item positions.
             ranks: `(N,)` their ranks.
-            sequence: `(N,)` the number of the sequence that each belongs to; equal numbers are adjacent.
+            sequence: `(N,)` the number of each one's sequence; equal numbers are adjacent.
 
-        Returns:
-            scalar float32: the mean of the two cross-entropies (of the first alone where no pair exists).
+            Returns:
+                scalar float32: the mean of the two cross-entropies (only the first if there is no pair).
         """
         target = log_buckets(ranks, self.num_buckets, self.max_rank)
         rank_loss = F.cross_entropy(self.rank_head(hidden).float(), target)
@@ -121,24 +121,24 @@ def spae_attention_forward(
     softcap: float | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers' attention interface calls in place of `sdpa`.
+    """SPAE's attention for transformers' attention interface, called instead of `sdpa`.
 
     Args:
         query: `(B, Hq, Sq, D)`; key, value: `(B, Hkv, Sk, D)`, the cache's part first.
         attention_mask: None; masking follows from `spae.layout`.
-        spae: the pass's context, which the backbone hands through unread.
+        spae: the pass's context, which the backbone passes on.
 
     Returns:
         `(B, Sq, Hq, D)` (zeros at padding), and None for the attention weights, which are never formed.
 
     Raises:
-        ValueError: no context came, or the layer asks for what SPAE does not compute.
+        ValueError: there is no context, or the layer needs something that SPAE does not compute.
     """
     if spae is None:
         raise ValueError("spae: expected a SpaeContext from SpeederForCausalLM, got None")
     if attention_mask is not None:
         raise ValueError(
-            "attention_mask: expected a 2-D mask (compiled static caches are not served), got a 4-D mask"
+            "attention_mask: expected a 2-D mask (compiled static caches are not supported), got a 4-D mask"
         )
     layout = spae.layout
     if sliding_window is not None and layout.max_seqlen_k > sliding_window:

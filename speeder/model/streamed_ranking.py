@@ -1,4 +1,4 @@
-"""Ranks of targets among all items by one pass over the catalogue, of which a piece at a time is compressed."""
+"""Ranks of targets among all items, by one pass that compresses the catalogue piece by piece."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROWS = 1024  # users whose scores of a piece are held at once
 
 
 class ReadOnDemand:
-    """A store for reading histories alone: their items are compressed as they occur."""
+    """A store for reading histories only: their items are compressed as they occur."""
 
     def __init__(self, model: SpeederForCausalLM):
         self._model = model
@@ -34,8 +34,8 @@ def streamed_ranks(
 ) -> np.ndarray:
     """The rank of each history's target among all items that are not in the history, 1 being best.
 
-    As `evaluate`'s "masked" ranks, but for other items whose score is the target's to the last bits: these may fall on
-    either side. Memory grows with the number of histories, not with the catalogue.
+    As `evaluate`'s "masked" ranks, except that other items with the target's score, up to rounding, may fall on either
+    side. Memory grows with the number of histories, not with the catalogue.
 
     Args:
         histories: item indices, oldest first.

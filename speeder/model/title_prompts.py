@@ -1,6 +1,6 @@
-"""Asking Speeder for a title: history and candidates as item tokens, and the title of one candidate as the answer.
+"""Prompts for titles: history and candidates as item tokens, and the title of one candidate as the answer.
 
-The prompt begins as a ranking sequence does, so that the usual template leaves the states over a history as they are.
+The prompt begins as a ranking sequence does, so with the default template the states over a history are the same.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TitlePrompts:
         tokenizer: the backbone's.
         config: the model's: vocabulary, history length.
         catalogue: the items.
-        template: text with `{history}`, then `{candidates}`, which item tokens take the place of.
+        template: text with `{history}`, then `{candidates}`, which are replaced by item tokens.
 
-    Raises:
-        SpeederError: the template lacks a field, or the tokenizer has nothing that could end a title.
+        Raises:
+            SpeederError: the template lacks a field, or the tokenizer has no token to end a title.
     """
 
     def __init__(
@@ -48,21 +48,21 @@ class TitlePrompts:
         self._titles = title_rows(tokenizer, catalogue, MAX_TITLE_TOKENS)
 
     def title(self, item: int) -> list[int]:
-        """An item's title (its id, where it has none) as token ids, and the line's end after it."""
+        """An item's title (or its id, without a title) as token ids, and a line end."""
         return self._titles[item]
 
     def sequence(
         self, history: Sequence[int], candidates: Sequence[int], target: int | None = None
     ) -> TokenSequence:
-        """Lay out a prompt, and in training the target's title after it, which is all that is asked for.
+        """A prompt, and in training the target's title after it, which has the only labels.
 
-        Items of the history have their ranks; candidates have none. The prompt's last token, from which the title's
-        first is read, carries the rank that the answer would have.
+        Items of the history have their ranks; candidates have none. The prompt's last token, which predicts the
+        title's first token, carries the next item's rank.
 
         Args:
             history: item indices, oldest first; the newest `config.max_history` are kept. May be empty.
-            candidates: item indices in the order in which they are listed.
-            target: the item whose title is to be written.
+            candidates: item indices, in the order of the prompt.
+            target: the item whose title is the answer.
         """
         items = [int(item) for item in history][-self.config.max_history :]
         k, first = self.config.tokens_per_item, self.config.text_vocab_size
@@ -79,17 +79,17 @@ class TitlePrompts:
 
 
 class TitleExamples(Dataset):
-    """Training sequences of which a share, drawn anew in each epoch, ask for a title in place of items.
+    """Training sequences of which a share, drawn again in each epoch, have a title as the target instead of items.
 
-    Half of these choose: a target of the user's training part, what came before it, and candidates. The other half
-    only name: no history, and any item of the catalogue as the one candidate. Naming costs a few tokens, and without it
-    most titles would be asked for a few times at best.
+    Half of these choose: a target of the user's training part, the items before it, and candidates. The other half only
+    name: no history, and any item of the catalogue as the only candidate. Naming costs a few tokens; without it most
+    titles would be a target a few times at most.
 
     Args:
-        sequences: the usual ones, with `whole`: each one's user's whole training part.
-        share: of title examples, in (0, 1].
-        seed: with the epoch and an example's number it decides on everything drawn.
-        stream: names the stage, so that stages draw differently.
+        sequences: the ranking sequences, with `whole`: the whole training part of each one's user.
+        share: share of title examples, in (0, 1].
+        seed: seed of all draws, with the epoch and an example's number.
+        stream: the stage's name, so that stages draw differently.
     """
 
     def __init__(self, sequences: Dataset, share: float, prompts: TitlePrompts, seed: int, stream: str):
@@ -97,7 +97,7 @@ class TitleExamples(Dataset):
         self.seed, self.stream, self.epoch = seed, stream, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which pass over the data this is."""
+        """Set the number of the pass over the data."""
         self.epoch = epoch
         if hasattr(self.sequences, "set_epoch"):
             self.sequences.set_epoch(epoch)
@@ -127,15 +127,14 @@ class TitleExamples(Dataset):
 def training_candidates(
     target: int, count: int, known: Collection[int], num_items: int, number: int, seed: int, stream: str
 ) -> list[int]:
-    """The target and negatives of a training example, the target at any place: it must say nothing.
+    """The target and negatives of a training example, with the target at a random position.
 
-    Negatives lie outside what the user's training part holds; that a held-out item may be among them is right, since
-    leaving it out would tell of it.
+    Negatives are outside the user's training part. A held-out item may be among them: leaving it out would reveal it.
 
     Args:
-        count: of candidates; fewer where a user has taken nearly all items.
+        count: number of candidates; fewer for a user who has nearly all items.
         known: the user's training part.
-        number, seed, stream: what the draw follows from.
+        number, seed, stream: what the draw depends on.
     """
     known = set(known)
     free = min(count - 1, num_items - len(known))
@@ -163,7 +162,7 @@ def template_pieces(template: str) -> list[str]:
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """A text's token ids, and nothing around them."""
+    """A text's token ids, without special tokens."""
     return tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
 
@@ -175,16 +174,14 @@ def line_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     ends = text_ids(tokenizer, "\n") or [tokenizer.eos_token_id]
     if ends[-1] is None:
-        raise SpeederError(
-            "tokenizer: expected a token for a line's end, or an end-of-text token, got neither"
-        )
+        raise SpeederError("tokenizer: expected a token for a line end, or an end-of-text token, got neither")
     return ends[-1]
 
 
 def title_rows(
     tokenizer: PreTrainedTokenizerBase, catalogue: ItemCatalogue, max_tokens: int
 ) -> list[list[int]]:
-    """Every item's title (its id, where it has none), cut at so many token ids, and the line's end after it."""
+    """Every item's title (or its id, without a title), cut at `max_tokens` token ids, and a line end."""
     # all at once: a fast tokenizer takes a second for 10,000
     names = [title or name for title, name in zip(catalogue.titles, catalogue.ids, strict=True)]
     rows, end = tokenizer(names, add_special_tokens=False)["input_ids"], line_end(tokenizer)

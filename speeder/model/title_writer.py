@@ -1,4 +1,4 @@
-"""Writing titles: greedy decoding up to a line's end, for Speeder (`TitleWriter`) and the title-generation baseline."""
+"""Writing titles: greedy decoding up to a line end, for Speeder (`TitleWriter`) and the title-generation baseline."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _BATCH = 16  # prompts that are continued at once
 
 
 class TitleTokens(Protocol):
-    """Who knows the titles of a catalogue as tokens."""
+    """The titles of a catalogue as tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     catalogue: ItemCatalogue
     title_end: int
 
     def title(self, item: int) -> list[int]:
-        """An item's title as token ids, possibly cut, and the line's end after it."""
+        """An item's title as token ids, possibly cut, and a line end."""
 
 
 class TitleWriter:
-    """A trained Speeder that answers with a title, as `evaluate_titles` asks it to.
+    """A trained Speeder that answers with a title, for `evaluate_titles`.
 
-    It is no method of the model, which is measured by ranking: the two are told apart.
+    It is not a method of the model, which is evaluated by ranking, so that the two are separate rows.
 
     Args:
         model: trained by a recipe with `titles` in a stage.
@@ -51,10 +51,10 @@ class TitleWriter:
 
     @classmethod
     def of_run(cls, run: Path, model: SpeederForCausalLM) -> TitleWriter:
-        """The writer of a run's model, with the prompt that the run's recipe has.
+        """The writer of a run's model, with the prompt of the run's recipe.
 
         Raises:
-            SpeederError: the model is no Speeder, or the recipe trained it for no titles.
+            SpeederError: the model is not Speeder's, or its recipe has no titles.
         """
         if type(model) is not SpeederForCausalLM:
             name = getattr(model, "label", type(model).__name__)
@@ -64,8 +64,8 @@ class TitleWriter:
         recipe = recipe_from_dict(read_json(run / "recipe.json")["recipe"])
         if not isinstance(recipe, Recipe) or not any(stage.titles for stage in recipe.stages):
             raise SpeederError(
-                f"{run}: expected a recipe with 'titles' above 0 in a stage, got none: the model never learned to "
-                "write one (see the recipe ml-100k-titles)"
+                f"{run}: expected a recipe with 'titles' above 0 in a stage, got none: the model was not trained to "
+                "write titles (see the recipe ml-100k-titles)"
             )
         tokenizer = AutoTokenizer.from_pretrained(run / "model", trust_remote_code=False)
         return cls(model, TitlePrompts(tokenizer, model.config, model.catalogue, recipe.title_template))
@@ -77,7 +77,7 @@ class TitleWriter:
 
     @property
     def catalogue(self) -> ItemCatalogue:
-        """The model's, whose features are checked before an evaluation."""
+        """The model's catalogue, whose features are checked before an evaluation."""
         return self.model.catalogue
 
     @property
@@ -86,11 +86,11 @@ class TitleWriter:
         return self.model.training_hash
 
     def generate_titles(self, histories: Sequence[Sequence[int]], candidates: np.ndarray) -> list[str]:
-        """Let the model write, greedily, up to a line's end.
+        """Generate greedily, up to a line end.
 
         Args:
             histories: item indices, oldest first.
-            candidates: `(n, C)` items, in the order in which the prompt lists them.
+            candidates: `(n, C)` items, in the order of the prompt.
 
         Returns:
             `n` texts.
@@ -108,7 +108,7 @@ def written_titles(
     titles: TitleTokens,
     max_title_tokens: int,
 ) -> list[str]:
-    """Continue each prompt greedily up to a line's end: the text, or the title of the candidate that it is."""
+    """Continue each prompt greedily up to a line end; returns the text, or the candidate's title that it matches."""
     written = write_greedily(model, prompts, titles, max_title_tokens + 1)
     return [written_title(ids, row, titles) for ids, row in zip(written, candidates.tolist(), strict=True)]
 
@@ -117,10 +117,10 @@ def written_titles(
 def write_greedily(
     model: SpeederForCausalLM, prompts: Sequence[TokenSequence], titles: TitleTokens, max_tokens: int
 ) -> list[list[int]]:
-    """Continue each prompt greedily with text, up to a line's end or `max_tokens`.
+    """Continue each prompt greedily with text, up to a line end or `max_tokens`.
 
     Returns:
-        each prompt's new token ids; what comes after a line's end means nothing.
+        each prompt's new token ids; ids after a line end are to be ignored.
     """
     texts: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row].ids))  # prompts alike in length
@@ -148,7 +148,7 @@ def write_greedily(
 
 
 def written_title(ids: list[int], candidates: Sequence[int], titles: TitleTokens) -> str:
-    """Written ids as text; a title that had to be cut counts as written whole, if it is one candidate's."""
+    """Written ids as text; a cut title of a candidate becomes the whole title."""
     end = titles.title_end
     line = ids[: ids.index(end) + 1] if end in ids else [*ids, end]
     shown = [int(item) for item in candidates if titles.title(int(item)) == line]

@@ -245,7 +245,7 @@ def test_counts_that_are_missing_or_do_not_fit_are_named():
     with pytest.raises(ValueError, match="set_counts"):
         model(HISTORY, labels=HISTORY)
     model.negatives.set_counts(np.ones(19))
-    with pytest.raises(ValueError, match="20 items is a target, got counts of 19"):
+    with pytest.raises(ValueError, match="target counts of 20 items, got 19"):
         model(HISTORY, labels=HISTORY)
     with pytest.raises(ValueError, match="counts: expected"):
         model.negatives.set_counts(np.array([1, -1]))
