@@ -1,4 +1,4 @@
-"""Checked dataclasses from plain data, such as YAML gives: unknown keys and wrong types are named."""
+"""Validated dataclasses from plain data, such as YAML: errors name unknown keys and wrong types."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from speeder.errors import SpeederError
 
 
 def build(cls: type, data: Any, where: str):
-    """A dataclass from plain data, its keys and types checked; `where` opens the message of a `SpeederError`."""
+    """A dataclass from plain data, with checked keys and types; messages of `SpeederError` begin with `where`."""
     if not isinstance(data, dict):
         raise SpeederError(f"{where}: expected a mapping, got {type(data).__name__}")
     known = {entry.name: entry for entry in dataclasses.fields(cls)}

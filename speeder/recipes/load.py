@@ -1,4 +1,4 @@
-"""Recipes from YAML files: one's own, or one that comes with the package."""
+"""Loads recipes from YAML files: your own, or bundled ones."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 
 
 def bundled_recipe(name: str) -> Path:
-    """A recipe that comes with the package, by file name without suffix."""
+    """The file of a bundled recipe, by its name without suffix."""
     return Path(str(files("speeder") / "recipes" / f"{name}.yaml"))
 
 
 def recipe_file(name: str | Path) -> Path:
-    """The file of a recipe: a path as it is, or the file of a bundled one by its name.
+    """The file of a recipe: the given path, or the file of a bundled recipe by its name.
 
     Raises:
         SpeederError: neither a YAML file nor a bundled recipe.
@@ -45,7 +45,7 @@ def load_recipe(path: str | Path) -> Recipe | SASRecRecipe:
         path: a YAML file, or the name of a bundled recipe, such as `"ml-100k"`.
 
     Raises:
-        SpeederError: the file is missing, is not YAML, or has a key or value that is not known.
+        SpeederError: the file is missing, is not YAML, or has an unknown key or value.
     """
     path = recipe_file(path)
     try:
@@ -75,6 +75,6 @@ def recipe_from_dict(data: Any) -> Recipe | SASRecRecipe:
 
 
 def settings_for(training_sequences: Sequence[Sequence[int]]) -> SASRecConfig:
-    """The bundled settings that suit the data, by the median length: for many short histories, or for few long ones."""
+    """The bundled SASRec settings for the data, by the median history length: for short or for long histories."""
     short = np.median([len(items) for items in training_sequences]) < _SHORT_HISTORY
     return load_recipe(bundled_recipe("sasrec-beauty" if short else "sasrec-ml-100k")).config

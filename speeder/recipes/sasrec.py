@@ -14,9 +14,9 @@ class SASRecConfig:
     recipe ``sasrec-beauty``; ``speeder.recipes.load.settings_for`` picks by the data.
 
     Attributes:
-        max_length: how many of a history's last items are read.
-        learning_rate: its peak; it rises over the first twentieth of the steps, then falls in a line to zero.
-        weight_decay: of AdamW, on every parameter that is a matrix.
+        max_length: number of newest items of a history that are read.
+        learning_rate: peak rate; linear warm-up over the first twentieth of the steps, then linear decay to zero.
+        weight_decay: of AdamW, for every matrix parameter.
         patience: epochs without a better validation NDCG@10 before training stops.
     """
 
@@ -50,7 +50,7 @@ class SASRecConfig:
 
 @dataclass
 class SASRecRecipe:
-    """What a YAML file with `baseline: sasrec` holds.
+    """The content of a YAML file with `baseline: sasrec`.
 
     Attributes:
         sasrec: arguments of `SASRecConfig`.
@@ -70,9 +70,9 @@ class SASRecRecipe:
         self.sasrec = asdict(self.config)  # checked, and with every setting written out
 
     def for_modalities(self, available: list[str]) -> tuple[SASRecRecipe, list[str]]:
-        """The recipe as it is: SASRec knows items by their numbers alone."""
+        """The recipe itself: SASRec uses no modality."""
         return self, []
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as YAML holds it."""
+        """Plain data for YAML."""
         return asdict(self)

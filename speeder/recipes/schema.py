@@ -1,4 +1,4 @@
-"""A training recipe: a YAML file of MPO stages, read into checked dataclasses."""
+"""A training recipe: a YAML file of MPO stages, read into validated dataclasses."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ AUTO = "auto"  # `precision`: the faster one on the machine at hand
 PRECISIONS = ("bf16", "fp16", "fp32")
 MODALITIES = ("text", "image", "collaborative")  # what the encoders make; prepared data may have more
 
-# How a title is asked for. It begins as a ranking sequence does, so that what was learned there serves.
+# The prompt for titles. It begins as a ranking sequence does, so what ranking learned is used.
 TITLE_TEMPLATE = "{history}\nCandidates:\n{candidates}\nChosen next:\n"
 
 # What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
 PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
 
-# The text baselines (`speeder/baselines/`): what they have to train, and how they may be supervised.
+# The text baselines (`speeder/baselines/`): their trainable parts, and the supervision that they support.
 BASELINES = {
     "text-prompt": (("item", "head", "lora", "backbone", "embeddings"), ("all", "last")),
     "title-generation": (("lora", "backbone", "embeddings"), ("last",)),
@@ -27,26 +27,26 @@ BASELINES = {
 
 
 class NoStageLeft(SpeederError):
-    """A recipe opens only modalities that the data do not have."""
+    """A recipe opens only modalities that the data lack."""
 
 
 @dataclass
 class Stage:
-    """One stage of multimodal progressive optimization (MPO).
+    """One stage of MPO, Modality-aware Progressive Optimization.
 
     Attributes:
         name: shown in logs, tables and plots.
         open: modalities whose gates are open ("item" is the learned item embedding).
-        train: parts that learn, of [`PARTS`]; all else is frozen.
-        epochs: passes over the training sequences (fractions allowed); or
-        steps: optimizer steps, which wins over epochs.
+        train: parts that learn, of [`PARTS`]; everything else is frozen.
+        epochs: passes over the training sequences (fractions are allowed); or
+        steps: optimizer steps, which override epochs.
         learning_rate: peak rate of the new parts.
-        item_learning_rate: peak rate of the learned item embedding; None: `learning_rate`. Each item has its own row to
-            learn from few targets, which wants a higher rate than weights that all items share.
+        item_learning_rate: peak rate of the learned item embedding; None: `learning_rate`. Each item's row is trained
+            by few targets, so it needs a higher rate than weights that all items share.
         backbone_learning_rate: peak rate of the backbone's own weights and of LoRA.
         ramp_steps: steps in which a newly opened modality's gate goes from nearly closed to open.
-        titles: share of the examples that ask for a title in place of items, see `TitleExamples`.
-        batch_users: in place of the recipe's.
+        titles: share of the examples with a title as the target instead of items, see `TitleExamples`.
+        batch_users: overrides the recipe's.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Stage:
         for key, least in (
             ("open", 0),
             ("train", 1),
-        ):  # a baseline has nothing to open; `Recipe` sees to the rest
+        ):  # a baseline has nothing to open; `Recipe` checks the rest
             names = getattr(self, key)
             if len(names) < least or not all(isinstance(name, str) for name in names):
                 raise SpeederError(f"stage {self.name!r}: {key}: expected at least one name, got {names}")
@@ -98,11 +98,11 @@ class Recipe:
 
     Attributes:
         backbone: Hub id, folder, or an asset's name.
-        baseline: one of [`BASELINES`], which is trained in place of Speeder; stages then open nothing, and parts that
-            the baseline does not have are left out of what they train.
-        layers: keep the backbone's first so many layers; None keeps all.
-        random_weights: draw the backbone's weights afresh (for ablations).
-        template: the prompt around the history; `"{history}"` is items only.
+        baseline: one of [`BASELINES`], to train instead of Speeder; stages then open nothing, and parts that the
+            baseline lacks are not trained.
+        layers: keep only this many of the backbone's first layers; None keeps all.
+        random_weights: initialise the backbone's weights (for ablations).
+        template: the prompt around the history; `"{history}"` means items only.
         title_template: the prompt of stages with `titles`, around `{history}` and `{candidates}`.
         model: further arguments of [`SpeederConfig`].
         lora: arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None leaves adapters out.
@@ -111,13 +111,13 @@ class Recipe:
         gradient_accumulation_steps: batches per optimizer step.
         precision: `"bf16"` (autocast), `"fp16"`, `"fp32"`, or `"auto"`
         weight_decay, warmup_ratio, max_grad_norm: of AdamW, its cosine schedule, and gradient clipping.
-        ema_decay: of the moving average of the weights, which is evaluated and kept in their place; 0 leaves it out.
+        ema_decay: decay of the moving average of the weights, which is evaluated and saved in their place; 0: none.
         checkpoint_steps: steps between checkpoints, each with a validation ranking.
-        skip_bad_batches: how many steps of a stage may be skipped, their loss or gradient not being finite; one more is
-            an error. A run may be resumed with another number.
+        skip_bad_batches: steps of a stage that may be skipped because loss or gradient are not finite; one more is an
+            error. A run may be resumed with another number.
         keep_best: end a stage with its checkpoint of the best validation NDCG@10.
         log_steps: steps between log lines.
-        seed: of everything drawn at random.
+        seed: seed of everything random.
         stages: in order.
     """
 
@@ -193,24 +193,23 @@ class Recipe:
             stage.train, stage.open = train, ["item"] if "item" in parts else []
 
     def for_modalities(self, available: list[str], keep_stages: bool = False) -> tuple[Recipe, list[str]]:
-        """The recipe over the modalities at hand: others are left out, and stages that then open nothing new.
+        """The recipe for the available modalities, without others, and without stages that then open nothing new.
 
         Args:
-            keep_stages: leave out only stages that open nothing at all, so that recipes that had as many steps still
-                have.
+            keep_stages: leave out only stages that open nothing at all, so that recipes keep their number of steps.
 
         Returns:
-            the recipe, and one readable line for each stage left out or narrowed.
+            the recipe, and one line for each stage that is left out or changed.
 
         Raises:
-            NoStageLeft: none of what it opens is at hand.
-            SpeederError: a stage opens something that is no modality.
+            NoStageLeft: none of its modalities is available.
+            SpeederError: a stage opens an unknown modality.
         """
-        if self.baseline is not None:  # reads titles, whatever features there are
+        if self.baseline is not None:  # reads titles, not features
             return self, []
         stages, notes, noted = [], [], set()
         opened: set[str] = set()
-        wanted: set[str] = set()  # to be open so far, had the data all modalities
+        wanted: set[str] = set()  # what would be open by now if the data had all modalities
         known = {*available, *MODALITIES, "item"}
         for stage in self.stages:
             for name in stage.open:
@@ -221,7 +220,7 @@ class Recipe:
         for stage in self.stages:
             there = [name for name in stage.open if name in available or name == "item"]
             missing = [name for name in stage.open if name not in there]
-            # for nothing but what is missing
+            # the stage is only for missing modalities
             idle = set(there) <= opened and not set(stage.open) <= wanted and not stage.titles
             wanted |= set(stage.open)
             if missing and (not there or (idle and not keep_stages)):
@@ -236,14 +235,14 @@ class Recipe:
             stages.append(dataclasses.replace(stage, open=there))
         if not stages:
             raise NoStageLeft(
-                f"recipe: no stage is left with the modalities at hand: {', '.join(available) or 'none'}"
+                f"recipe: no stage is left with the available modalities: {', '.join(available) or 'none'}"
             )
         return dataclasses.replace(self, stages=stages), notes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as YAML holds it; without the keys of a stage that it does not use.
+        """Plain data for YAML, without a stage's unused keys.
 
-        A run that began before there were such keys can thus still be resumed.
+        So a run of a version without these keys can still be resumed.
         """
         plain = dataclasses.asdict(self)
         if not any(stage.titles for stage in self.stages):

@@ -1,1 +1,1 @@
-"""Large catalogues: item tokens on disk, and an index over them."""
+"""Large catalogues: item tokens on disk, and a search index over them."""

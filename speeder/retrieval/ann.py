@@ -1,8 +1,7 @@
-"""Retrieval through faiss (`pip install "speeder[ann]"`): an index over item tokens, and how much of the exact top k it
-finds.
+"""Retrieval through faiss (`pip install "speeder[ann]"`): an index over item tokens, and its recall of the exact top k.
 
-An index finds candidates, which are then scored exactly by their tokens from the shards: scores are those of the model,
-and what an index loses is items alone.
+An index finds candidates, which are then scored exactly by their tokens from the shards. So scores are the model's; an
+index can only miss items.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _PER_LIST = 40  # training vectors for each of an IVF's lists; faiss asks for 39
 
 
 def load_faiss():
-    """faiss, on as many threads as torch has; raises `SpeederError` where it is not installed."""
+    """faiss, with torch's number of threads; raises `SpeederError` if it is not installed."""
     try:
         import faiss
     except ImportError:
@@ -57,16 +56,16 @@ def build_index(
     seed: int = 0,
     search: Mapping[str, int] | None = None,
 ) -> ItemIndex:
-    """Build an index over the shards' items, shard after shard, and write it to a folder, whole or not at all.
+    """Build an index over the shards' items, shard by shard, and write it to a folder, whole or not at all.
 
     Args:
         kind: `"exact"` (all vectors, in float32), `"hnsw"` (the same and a graph), `"ivf-pq"` (codes of a few bytes).
-        m: hnsw: neighbours of an item in the graph (twice as many in its lowest layer).
-        ef_construction: hnsw: candidates that are looked at to find them.
-        nlist: ivf-pq: lists that items are shared out to; None takes about twice the root of their number.
-        pq_bytes: ivf-pq: bytes of an item's code, a divisor of the hidden size; None takes about a quarter of that.
-        seed: of the items that an ivf-pq is trained on.
-        search: what `ItemIndex` shall take of `SEARCH` when it is not told otherwise.
+        m: hnsw: neighbours per item in the graph (twice as many in its lowest layer).
+        ef_construction: hnsw: candidates while building.
+        nlist: ivf-pq: number of lists; None: about twice the root of the number of items.
+        pq_bytes: ivf-pq: bytes per item's code, a divisor of the hidden size; None: about a quarter of it.
+        seed: seed of the sample that an ivf-pq is trained on.
+        search: default search settings of `ItemIndex`, with the names of `SEARCH`.
 
     Raises:
         SpeederError: faiss is not installed, a setting does not fit, or the folder holds something else.
@@ -133,17 +132,16 @@ def _sample(shards: TokenShards, count: int, seed: int) -> np.ndarray:
 
 
 class ItemIndex:
-    """A faiss index beside the token shards that it was built over.
+    """A faiss index, with the token shards that it was built over.
 
     Args:
         folder: as `build_index` wrote it.
-        shards: None opens those that the index was built over, where they lay then.
-        search: how much is looked at, of `SEARCH`'s names: `ef_search` (hnsw: candidates of the walk through the
-            graph), `nprobe` (ivf-pq: lists), `refine` (candidates for each of the `k` items, to be scored exactly).
-            What is not given is taken from the build, or else from `SEARCH`.
+        shards: None opens the shards of the build, at their path at that time.
+        search: search settings: `ef_search` (hnsw: candidates in the graph), `nprobe` (ivf-pq: lists), `refine`
+            (candidates per requested item that are scored exactly). Defaults are those of the build, or else `SEARCH`.
 
     Raises:
-        SpeederError: faiss is not installed, a file is missing, truncated or something else, or the shards are others.
+        SpeederError: faiss is not installed; a file is missing, truncated or something else; or the shards differ.
     """
 
     def __init__(self, folder: str | Path, shards: TokenShards | None = None, **search: int):
@@ -156,7 +154,7 @@ class ItemIndex:
         self.shards = TokenShards(manifest["shards"]) if shards is None else shards
         if manifest["identity"] != self.shards.identity:
             raise SpeederError(
-                f"{self.folder}: it is an index of other tokens than those in {self.shards.folder}"
+                f"{self.folder}: the index was built over other tokens than those in {self.shards.folder}"
             )
         self.kind = manifest["kind"]
         try:
@@ -167,7 +165,7 @@ class ItemIndex:
         self.search(**manifest.get("search", {}) | search)
 
     def search(self, **settings: int) -> None:
-        """Look at so much from now on; what is not given becomes `SEARCH`'s."""
+        """Set the search settings; those not given become `SEARCH`'s."""
         chosen = SEARCH | _checked_search(settings)
         self.refine = chosen["refine"]
         if self.kind == "hnsw":
@@ -180,11 +178,11 @@ class ItemIndex:
 
     @property
     def nbytes(self) -> int:
-        """Of the index's file, which is about what it takes in memory."""
+        """Bytes of the index's file, which is about its size in memory."""
         return (self.folder / INDEX_FILE).stat().st_size
 
     def check(self, model) -> None:
-        """Raise `SpeederError` unless the index is of this model's weights and catalogue."""
+        """Raise `SpeederError` unless the index was built with this model's weights and catalogue."""
         self.shards.check(model)
 
     def rows(self, items: torch.Tensor) -> ItemRows:
@@ -198,8 +196,8 @@ class ItemIndex:
     def topk(
         self, queries: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `TokenShards.topk`, but for items that the index does not find; a query for which it finds fewer than `k`
-        is answered exactly."""
+        """As `TokenShards.topk`, without items that the index does not find. A query with fewer than `k` candidates is
+        answered exactly."""
         hidden = seen_table(seen, len(queries), queries.device)
         check_k(k, len(self), hidden)
         at_once = max(1, _SCORED_BYTES // (4 * (k * self.refine + hidden.shape[1]) * queries.shape[1]))
@@ -216,13 +214,13 @@ class ItemIndex:
     def _found(
         self, queries: torch.Tensor, hidden: torch.Tensor, k: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The `k` best of what the index finds, -inf where it finds fewer."""
+        """The `k` best of the index's candidates, -inf if there are fewer."""
         count = min(k * self.refine + hidden.shape[1], len(self))
         found = self._index.search(_as_numpy(queries.detach().cpu()), count)[1]
         items = torch.from_numpy(found).to(queries.device)
         rows = self.shards.rows(items.clamp(min=0).flatten())
         vectors = scoring_vectors(rows.tokens)
-        # rounded as the shards' own top k rounds them
+        # rounded as in the shards' top k
         rounded = queries.to(vectors.dtype).float()
         scores = torch.einsum("nh,nch->nc", rounded, vectors[rows.places(items.clamp(min=0))].float())
         scores = hide(scores.masked_fill(items < 0, -torch.inf), items, hidden)
@@ -230,7 +228,7 @@ class ItemIndex:
 
 
 def recall_at_k(index: ItemIndex, queries: torch.Tensor, k: int) -> float:
-    """The share of the exact `k` best items of `(n, H)` queries that the index finds."""
+    """Recall@k: the share of the exact `k` best items of `(n, H)` queries that the index finds."""
     exact, found = index.shards.topk(queries, k)[1], index.topk(queries, k)[1]
     return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
 

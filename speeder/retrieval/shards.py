@@ -1,7 +1,7 @@
 """Item tokens on disk: memory-mapped shards, so that a catalogue's tokens need not fit into memory.
 
-A folder holds `tokens-00000-of-00016.safetensors`, ... (`tokens` `(n, K, H)`, items in order) and `manifest.json`,
-which is written last: without it the folder is unfinished, and writing goes on with the shards that are missing.
+A folder has `tokens-00000-of-00016.safetensors`, ... (`tokens` `(n, K, H)`, items in order) and `manifest.json`, which
+is written last. Without a manifest the folder is unfinished, and the missing shards are written next.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NAME = re.compile(r"tokens-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def token_identity(model: SpeederForCausalLM) -> dict[str, str]:
-    """What tokens follow from, as SHA-256: MRC's weights, and the catalogue's ids and features that it reads."""
+    """SHA-256 of what tokens depend on: MRC's weights, and the catalogue's ids and features."""
     weights = hashlib.sha256()
     for name, tensor in sorted(model.mrc.state_dict().items()):
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -56,18 +56,18 @@ def write_token_shards(
     shard_items: int = SHARD_ITEMS,
     progress: bool = False,
 ) -> TokenShards:
-    """Compress the whole catalogue into shards, a piece at a time.
+    """Compress the whole catalogue into shards, piece by piece.
 
-    Each shard is whole or not there. Called again after a stop it writes what is missing; shards of other weights, of
-    another catalogue or of another cut are written anew.
+    Each shard is whole or absent. After a stop, the same call writes the missing ones. Shards of other weights, another
+    catalogue or another size are written again.
 
     Args:
-        folder: new, or with shards alone.
+        folder: new, or with shards only.
         dtype: one of `DTYPES`; None takes the model's.
-        shard_items: items of a shard.
+        shard_items: items per shard.
 
     Raises:
-        SpeederError: the folder holds something else, or a setting is out of its range.
+        SpeederError: the folder has something else, or a setting is out of its range.
     """
     folder = Path(folder)
     dtype = str(model.dtype).removeprefix("torch.") if dtype is None else dtype
@@ -101,7 +101,7 @@ def write_token_shards(
 
 
 def _clear(folder: Path, names: list[str], plan: dict) -> None:
-    """Remove what belongs to other shards; the manifest goes first, since without it none of them counts."""
+    """Remove other shards; the manifest first, since no shard counts without it."""
     there = {entry.name for entry in folder.iterdir()}
     strangers = sorted(
         name
@@ -109,9 +109,7 @@ def _clear(folder: Path, names: list[str], plan: dict) -> None:
         if name != "manifest.json" and not name.startswith(".") and not _NAME.fullmatch(name)
     )
     if strangers:
-        raise SpeederError(
-            f"{folder}: expected a folder for token shards alone, but it holds {strangers[0]!r}"
-        )
+        raise SpeederError(f"{folder}: expected a folder with token shards only, found {strangers[0]!r}")
     (folder / "manifest.json").unlink(missing_ok=True)
     for name in there - set(names):
         if _NAME.fullmatch(name):
@@ -130,7 +128,7 @@ def _write_shard(
 
 
 def _is_whole(path: Path, about: dict[str, str]) -> bool:
-    """Whether a shard of this very content is there; safetensors compares the file's length with its header."""
+    """Whether a shard with this content exists; safetensors compares the file's length with its header."""
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() == about
@@ -143,13 +141,13 @@ class TokenShards:
 
     Args:
         folder: as `write_token_shards` wrote it.
-        verify: compare the files' SHA-256 too, which reads all of them; sizes are always compared.
+        verify: also compare the files' SHA-256, which reads them all; sizes are always compared.
 
     Attributes:
         num_items, tokens_per_item, hidden_size, identity: of the manifest.
 
     Raises:
-        SpeederError: the folder is unfinished or something else, or a shard is missing, truncated or changed.
+        SpeederError: the folder is unfinished or something else; or a shard is missing, truncated or changed.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False):
@@ -179,8 +177,8 @@ class TokenShards:
     def _manifest(self) -> dict:
         if not (self.folder / "manifest.json").is_file():
             raise SpeederError(
-                f"{self.folder}: expected finished token shards, found no manifest.json; write them, or go on writing, "
-                "with: speeder index RUN --kind shards"
+                f"{self.folder}: expected finished token shards, found no manifest.json; write them with: "
+                "speeder index RUN --kind shards"
             )
         manifest = read_json(self.folder / "manifest.json")
         if manifest.get("format") != FORMAT:
@@ -204,16 +202,17 @@ class TokenShards:
         return self.num_items
 
     def check(self, model: SpeederForCausalLM) -> None:
-        """Raise `SpeederError` unless the shards are of this model's weights and catalogue; reads its features."""
+        """Raise `SpeederError` unless the shards were made with this model's weights and catalogue; reads its
+        features."""
         for what, value in token_identity(model).items():
             if self.identity.get(what) != value:
                 raise SpeederError(
-                    f"{self.folder}: its tokens are of other {what} than the recommender's; write them again with: "
-                    "speeder index RUN --kind shards"
+                    f"{self.folder}: its tokens were made with other {what} than the recommender's; write them again "
+                    "with: speeder index RUN --kind shards"
                 )
 
     def vectors(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Shard after shard: its first item, and the `(n, H)` vectors that its items are scored by."""
+        """Shard by shard: its first item, and the `(n, H)` scoring vectors of its items."""
         for number, tokens in enumerate(self._shards):
             yield number * self.shard_items, scoring_vectors(tokens)
 
@@ -237,11 +236,11 @@ class TokenShards:
 
         Args:
             queries: `(n, H)`.
-            k: how many.
-            seen: for each query items that it never gets, each once.
+            k: number of items.
+            seen: items to exclude for each query, each once.
 
-        Returns:
-            scores `(n, k)` float32, falling, and items `(n, k)` int64; equal scores come in the order of items.
+            Returns:
+                scores `(n, k)` float32, descending, and items `(n, k)` int64; equal scores are in the order of items.
 
         Raises:
             ValueError: a query cannot have `k` items.
@@ -263,14 +262,14 @@ class TokenShards:
 
 
 def check_k(k: int, num_items: int, hidden: torch.Tensor) -> None:
-    """Raise `ValueError` where some row cannot have `k` items."""
+    """Raise `ValueError` if a row cannot have `k` items."""
     most = num_items - (int((hidden >= 0).sum(dim=1).max()) if hidden.shape[1] else 0)
     if not 1 <= k <= most:
-        raise ValueError(f"k: expected 1..{most}, the items that each query may be given, got {k}")
+        raise ValueError(f"k: expected 1..{most}, the items that each query can have, got {k}")
 
 
 def hide(scores: torch.Tensor, items: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`(n, c)` scores, -inf where the item is among the row's `(n, L)` hidden ones."""
+    """`(n, c)` scores, -inf for each row's `(n, L)` hidden items."""
     for column in hidden.unbind(dim=1):
         scores = scores.masked_fill(items == column[:, None], -torch.inf)
     return scores
