@@ -1,1 +1,1 @@
-"""A recipe's stages, run one after another."""
+"""Training: runs a recipe's stages one after another."""

@@ -1,7 +1,7 @@
-"""Batches whose loss or gradient is not finite: an error, or so many that are skipped, never a step into NaN.
+"""Batches whose loss or gradient is not finite: an error, or skipped up to a limit, but never an optimizer step.
 
-One NaN in a gradient makes every weight NaN in a single step, and a checkpoint of them takes the last good one's place.
-Losses and gradients are therefore looked at before each optimizer step, on all processes together.
+One NaN in a gradient makes every weight NaN in a single step, and a checkpoint of them would replace the last good one.
+So losses and gradients are checked before each optimizer step, on all processes together.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SKIPPED = "skipped_batches"  # in a stage's log: how many so far, at the step of
 
 
 class BadBatches(TrainerCallback):
-    """Looks at a stage's losses and gradients, and lets no optimizer step be made with any that is not finite.
+    """Checks a stage's losses and gradients, and skips optimizer steps with any that is not finite.
 
     A skipped step changes no weight, no moment of the optimizer and no moving average; it counts as a step of the
-    schedule. With gradient accumulation all batches of the step are skipped together, and count as one. In fp16
-    infinite gradients are the loss scale's affair, which skips such steps by itself: losses alone are looked at.
+    schedule. With gradient accumulation all batches of the step are skipped together, and count as one. In fp16, the
+    loss scale itself skips steps with infinite gradients, so only losses are checked.
 
     Args:
         stage: its name, for messages.
-        allowed: how many may be skipped in the stage, those before a resume included; one more is an error.
+        allowed: skipped steps allowed in the stage, including those before a resume; one more is an error.
 
     Attributes:
-        skipped_steps: the steps of this process's life that were skipped, counted from 1.
+        skipped_steps: numbers of the skipped steps of this process, from 1.
     """
 
     def __init__(self, stage: str, allowed: int = 0):
@@ -43,10 +43,11 @@ class BadBatches(TrainerCallback):
         self._batch, self._epoch = 0, 1
 
     def see_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Take in the loss of one batch, which is looked at with the others of its step, so as not to wait for it.
+        """Record the loss of one batch. It is checked together with the others of its step, to avoid waiting for the
+        device.
 
         Returns:
-            what the curve shall show: the loss, or that of the batch before, where it is not finite.
+            the loss for the log: this one, or that of the batch before if it is not finite.
         """
         self._losses.append(loss.detach())
         if self._shown is None:
@@ -77,7 +78,7 @@ class BadBatches(TrainerCallback):
         count = self.skipped_before(state) + 1
         if count > self.allowed:
             limit = (
-                f"{self.allowed} batches were skipped already" if self.allowed else "none is to be skipped"
+                f"{self.allowed} batches were already skipped" if self.allowed else "no batch may be skipped"
             )
             raise SpeederError(
                 f"stage {self.stage!r}, step {step}: {what} is not finite, and {limit} (skip_bad_batches:"
@@ -104,22 +105,22 @@ class BadBatches(TrainerCallback):
 
     @staticmethod
     def skipped_before(state) -> int:
-        """How many were skipped in the stage; the log tells, since it comes back with a checkpoint."""
+        """Number of skipped steps in the stage, from the log, since that is restored with a checkpoint."""
         return max((entry[SKIPPED] for entry in state.log_history if SKIPPED in entry), default=0)
 
     def tell(self, state) -> int:
-        """Say at the stage's end how many batches were skipped, if any; and return it."""
+        """At the stage's end, log the number of skipped steps, if any, and return it."""
         count = self.skipped_before(state)
         if count and state.is_world_process_zero:
             log.warning(
-                "stage %r: %d of %d steps were skipped, their losses or gradients not being finite",
+                "stage %r: %d of %d steps were skipped, because losses or gradients were not finite",
                 self.stage, count, state.global_step,
             )  # fmt: skip
         return count
 
 
 def _gradient_norm(model: nn.Module) -> torch.Tensor:
-    """Of this process's gradients or shards of them: a scalar, not finite where one number is not."""
+    """The norm of this process's gradients, or of its shards: a scalar, not finite if any number is not."""
     gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
@@ -135,6 +136,6 @@ def check_weights(named: dict[str, torch.Tensor], what: str) -> None:
     for name, tensor in named.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(local(tensor)).all()):
             raise SpeederError(
-                f"{what}: the weights {name} are no longer finite, and are not saved; the last checkpoint stays."
+                f"{what}: the weights {name} are no longer finite, and are not saved; the last checkpoint is kept."
                 " Lower the learning rates"
             )

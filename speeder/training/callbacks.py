@@ -1,4 +1,4 @@
-"""What the `Trainer` calls as it goes: epochs and steps told, draws of one's own, checkpoints marked as whole."""
+"""`Trainer` callbacks: pass on epochs and steps, seed each process, mark complete checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from speeder.training.distributed import processes
 
 
 class EpochTeller(TrainerCallback):
-    """Tells a dataset its epoch by `set_epoch`, after a resume too (where accelerate's own way fails)."""
+    """Calls `set_epoch` with the epoch, also after a resume (where Accelerate's own mechanism fails)."""
 
     def __init__(self, set_epoch: Callable[[int], None]):
         self.set_epoch = set_epoch
@@ -22,17 +22,17 @@ class EpochTeller(TrainerCallback):
 
 
 class NegativesClock(TrainerCallback):
-    """Tells the model's sampler which optimizer step comes."""
+    """Sets the optimizer step of the model's sampler of negatives."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         model.negatives.seek(state.global_step)
 
 
 class OwnDraws(TrainerCallback):
-    """Gives each process its own dropout; and a resumed one other draws than it began with.
+    """Seeds each process differently for dropout, and a resumed run differently from its start.
 
-    The first process's first start keeps the `Trainer`'s seed; a resume by as many processes goes on with the draws
-    that its checkpoint holds.
+    The first process keeps the `Trainer`'s seed at its first start. A resume by the same number of processes continues
+    with the random state of its checkpoint.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -41,10 +41,10 @@ class OwnDraws(TrainerCallback):
 
 
 class CheckpointMarker(TrainerCallback):
-    """Marks a checkpoint as whole after every process wrote its last file of it; only then older ones go.
+    """Marks a checkpoint as complete after every process has written its files; only then removes older ones.
 
-    The best one so far and the newest stay, and never fewer than two. The `Trainer` itself would remove them before the
-    new one is marked, so that a kill could leave none whole.
+    The best one so far and the newest are kept, and never fewer than two. The `Trainer` itself would remove old ones
+    before the new one is marked, so a kill could leave no complete one.
     """
 
     def on_save(self, args, state, control, **kwargs):

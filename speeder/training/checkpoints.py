@@ -1,4 +1,4 @@
-"""Checkpoints that count: marked when whole, looked at before they are read, and never read as code."""
+"""Checkpoints: marked when complete, checked before they are read, and never read as code."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ COMPLETE = "COMPLETE"  # written last: the sizes of a checkpoint's files, by the
 
 
 def mark_whole(folder: Path) -> None:
-    """Mark a checkpoint all of whose files are written."""
+    """Mark a checkpoint as complete, after all its files are written."""
     with writing(folder):
         sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
         write_json(folder / COMPLETE, sizes)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, which no longer counts as whole from the first file on that goes."""
+    """Remove a checkpoint; it counts as incomplete from its first removed file on."""
     (folder / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
-    """The newest whole checkpoint of a stage's folder; what kills left half-written is removed.
+    """The newest complete checkpoint of a stage's folder; incomplete ones are removed.
 
     Args:
-        steps: of the stage. A checkpoint of the last one, after which a kill came before the stage's end, is removed
-            too: `Trainer` would make one step more from it, and makes the same last steps again from the one before.
+        steps: steps of the stage. A checkpoint of the last step, from a run that was killed before the stage's end, is
+            removed too: `Trainer` would make one step too many from it. From the one before, it makes the same last
+            steps.
 
     Raises:
-        SpeederError: it was whole, and has lost a file or a part of one since.
+        SpeederError: it was complete, and has since lost a file or a part of one.
     """
     found_at = {}
     for path in folder.glob("checkpoint-*"):
@@ -66,12 +67,12 @@ _REMEDY = "remove this checkpoint's folder to go on from the one before, or from
 
 @contextmanager
 def reading(folder: str | Path | None) -> Iterator[None]:
-    """Makes one `SpeederError` of what is raised on files of a checkpoint that are damaged, or hold code."""
+    """Turns what is raised on damaged checkpoint files, or on files with code, into one `SpeederError`."""
     try:
         yield
     except pickle.UnpicklingError as error:
         raise SpeederError(
-            f"{folder}: a file holds something else than tensors, and is not read; {_REMEDY}"
+            f"{folder}: a file holds something other than tensors, and is not read; {_REMEDY}"
         ) from error
     except (
         OSError,

@@ -1,4 +1,4 @@
-"""Training examples: windows of users' histories, and the item that follows each."""
+"""Training examples: windows of users' histories, and their next items."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from speeder.model.sequences import TokenSequence, build_sequence
 
 
 class TrainingSequences(Dataset):
-    """Users' training parts, cut from the newest end into windows of `max_history` items and the one that follows.
+    """Users' training parts, cut from the newest end into windows of `max_history` items and the next one.
 
     Args:
-        sequences: item indices by user, oldest first; those of fewer than two items teach nothing and are left out.
-        example: lays out one example, given window, number of the example and the user's whole sequence; by default
+        sequences: item indices by user, oldest first; those with fewer than two items have no target and are left out.
+        example: makes one example from the window, the example's number and the user's whole sequence; by default
             `build_sequence`.
-        per_window: examples that are made of each window.
+        per_window: examples per window.
     """
 
     def __init__(
@@ -35,9 +35,9 @@ class TrainingSequences(Dataset):
         self.windows: list[np.ndarray] = []
         self.whole: list[np.ndarray] = []  # of the user of each window
         for sequence in sequences:
-            if supervision == "last":  # one example an item that has a history
+            if supervision == "last":  # one example per item with a history
                 ends = range(len(sequence), 1, -1)
-            else:  # windows share one item, so that each item but a user's first is asked for once
+            else:  # windows share one item, so that each item but a user's first is a target once
                 ends = range(len(sequence), 1, -config.max_history)
             self.windows += [sequence[max(0, end - config.max_history - 1) : end] for end in ends]
             self.whole += [sequence] * len(ends)
@@ -57,7 +57,7 @@ class TrainingSequences(Dataset):
         return build_sequence(history, self.config, target, self.supervision)
 
     def num_tokens(self, index: int) -> int:
-        """How long an example is."""
+        """Length of an example in tokens."""
         if self.example is not None:
             return len(self[index].ids)
         config = self.config
@@ -66,5 +66,5 @@ class TrainingSequences(Dataset):
 
 
 def target_counts(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
-    """How often each item is asked for in an epoch over users' training parts: `(num_items,)` int64."""
+    """How often each item is a target in an epoch over users' training parts: `(num_items,)` int64."""
     return np.bincount(np.concatenate([sequence[1:] for sequence in sequences]), minlength=num_items)

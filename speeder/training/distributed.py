@@ -1,7 +1,7 @@
-"""Training on several processes, as `torchrun` and `accelerate launch` start them: how a batch is shared.
+"""Training on several processes, started by `torchrun` or `accelerate launch`: how a batch is shared.
 
-There is no launcher here: Accelerate tells who is who, and each stage's Hugging Face `Trainer` puts gradients together.
-A batch is the same examples whatever the number of processes; they share it by tokens, so that none waits for another.
+There is no launcher here. Accelerate gives each process its rank, and each stage's Hugging Face `Trainer` combines
+gradients. A batch has the same examples whatever the number of processes; they share it by tokens, for balance.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from torch.utils.data import Dataset, Sampler
 
 from speeder.errors import SpeederError
 
-WAIT = timedelta(minutes=30)  # for one that evaluates or saves; who waits longer takes the others for dead
+WAIT = timedelta(minutes=30)  # for a process that evaluates or saves; after that the others count as dead
 
 T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """This run's processes, joined by the first call; one where no launcher started more."""
+    """This run's processes, joined by the first call; one without a launcher."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=WAIT)
 
 
 def from_main(value: T) -> T:
-    """The main process's value on all of them, which wait for it."""
+    """The main process's value, on all processes; they wait for it."""
     return broadcast_object_list([value])[0] if processes().use_distributed else value
 
 
 def check_shared(path: Path) -> None:
-    """Wait for all, then check that this process sees what the main one wrote.
+    """Wait for all processes, then check that this one sees the main one's file.
 
     Raises:
         SpeederError: it does not.
@@ -50,17 +50,17 @@ def check_shared(path: Path) -> None:
 
 
 def share_batch(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Share the sequences of a batch out so that each process gets about as many tokens.
+    """Share the sequences of a batch among processes, with about the same number of tokens each.
 
-    The longest first, each to the one that has the fewest tokens so far. The busiest never gets more than 4/3 of what
-    the best plan would give it (Graham 1969), and with eight sequences each 1 % more than the mean.
+    The longest first, each to the process with the fewest tokens so far. The busiest never gets more than 4/3 of the
+    best plan's maximum (Graham 1969); with eight sequences each, it gets 1 % more than the mean.
 
     Args:
         lengths: tokens of each sequence, each at least 1.
-        ranks: how many share.
+        ranks: number of processes.
 
     Returns:
-        for each its places in `lengths`, in order; empty where there are fewer sequences than `ranks`.
+        for each process the positions of its sequences in `lengths`, in order; empty if there are too few sequences.
     """
     shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
@@ -74,13 +74,13 @@ def share_batch(lengths: Sequence[int], ranks: int) -> list[list[int]]:
 class SharedBatches(Sampler[list[int]]):
     """One process's shares of an epoch's batches, as numbers of examples.
 
-    The order follows from seed and epoch alone, so that all processes, however many, and a resumed run go through the
+    The order depends only on seed and epoch, so that all processes, whatever their number, and a resumed run have the
     same batches.
 
     Args:
         examples: with `num_tokens(index)`, or sequences with `ids`.
-        batch_size: examples of a batch, of all processes together.
-        rank, ranks: which process this is, of how many.
+        batch_size: examples per batch, of all processes together.
+        rank, ranks: number of this process, and of all processes.
     """
 
     def __init__(self, examples: Dataset, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
@@ -88,7 +88,7 @@ class SharedBatches(Sampler[list[int]]):
         self.rank, self.ranks, self.epoch = rank, ranks, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which pass over the data this is."""
+        """Set the number of the pass over the data."""
         self.epoch = epoch
 
     def __len__(self) -> int:

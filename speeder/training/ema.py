@@ -1,7 +1,7 @@
-"""An exponential moving average (EMA) of the weights: what is evaluated and kept in place of the last step's weights.
+"""An exponential moving average (EMA) of the weights, which is evaluated and saved instead of the last step's weights.
 
-The average of the weights along the way of gradient descent generalises better than where it stands at any one step
-(Polyak averaging). On small data, where the last steps of an epoch still move the ranking, that is a large part.
+The average of the weights over the steps generalises better than the weights of any one step (Polyak averaging). On
+small data, where the last steps of an epoch still change the ranking, the gain is large.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ AVERAGE_FILE = "average.safetensors"  # beside a checkpoint's weights, which are
 
 
 class WeightAverage(TrainerCallback):
-    """Keeps the moving average of the weights that a stage trains, taken after every optimizer step.
+    """Keeps the moving average of the weights that a stage trains, updated after every optimizer step.
 
     Args:
         decay: share of the average that a step keeps. Early steps keep less, `(1 + t) / (10 + t)` after `t` steps, so
-            that the average does not hang on to where training began.
+            that the average does not depend on the initial weights for long.
 
     Attributes:
-        skipped_steps: steps that moved no weight, and move no average (`BadBatches`).
+        skipped_steps: steps that changed no weight, and do not change the average (`BadBatches`).
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -41,7 +41,7 @@ class WeightAverage(TrainerCallback):
         }
 
     def _parameters(self) -> list[torch.Tensor]:
-        """The weights, where they are sharded this process's part; the average becomes sharded as they are."""
+        """The weights, or this process's shards of them; the average is sharded in the same way."""
         parameters = dict(self.model.named_parameters())
         for name, average in self.average.items():
             if type(parameters[name].data) is not type(average):
@@ -67,7 +67,7 @@ class WeightAverage(TrainerCallback):
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """The average as the model's weights inside, the weights of the last step again afterwards."""
+        """The average as the model's weights in this context, the weights of the last step afterwards."""
         weights = [parameter.clone() for parameter in self._parameters()]
         self.copy_to_model()
         try:
@@ -78,16 +78,16 @@ class WeightAverage(TrainerCallback):
                     parameter.copy_(weight)
 
     def save(self, folder: str | Path, write: bool = True) -> None:
-        """Write the average beside a checkpoint; of several processes all call this, and one writes."""
+        """Write the average beside a checkpoint; all processes must call it, and one writes."""
         tensors = {name: whole(tensor).contiguous() for name, tensor in self.average.items()}
         if write:
             save_file(tensors, Path(folder) / AVERAGE_FILE)
 
     def load(self, folder: str | Path) -> None:
-        """Read it again.
+        """Load the average from a checkpoint.
 
         Raises:
-            FileNotFoundError: the checkpoint has none. KeyError: it has not all weights that are trained.
+            FileNotFoundError: the checkpoint has none. KeyError: it lacks a trained weight.
         """
         saved = load_file(Path(folder) / AVERAGE_FILE)
         for name, tensor in self.average.items():

@@ -1,6 +1,6 @@
-"""FSDP2 around a recommender: Accelerate shards a copy of it, and the whole one ranks, is saved and is read.
+"""FSDP2 for a recommender: Accelerate shards a copy of it, and the whole model ranks, is saved and is loaded.
 
-Checkpoints therefore look as if nothing had been sharded, and a run goes on with or without it.
+So checkpoints are the same as without sharding, and a run resumes with or without it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def copy_for_sharding(model: nn.Module) -> nn.Module:
-    """A copy to shard, which shares the catalogue and the features; FSDP2 takes no scalars, so these become vectors."""
+    """A copy to shard, which shares the catalogue and the features; scalars become vectors, since FSDP2 takes none."""
     shared = [*model.buffers(), getattr(model, "catalogue", None)]
     sharded = copy.deepcopy(model, {id(value): value for value in shared})
     for module in sharded.modules():
@@ -28,17 +28,18 @@ def copy_for_sharding(model: nn.Module) -> nn.Module:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's shard, which shares the tensor's memory; a tensor that is not sharded itself."""
+    """This process's shard, which shares the tensor's memory; or the tensor itself, if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor; where it is sharded, all processes call this."""
+    """The whole tensor; if it is sharded, all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(tensor: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
-    """A whole tensor, the same on all processes, sharded as `pattern` is; where that is, all processes call this."""
+    """A whole tensor, equal on all processes, sharded like `pattern`; if that is sharded, all processes must call
+    it."""
     if not isinstance(pattern, DTensor):
         return tensor
     tensor = tensor.reshape(pattern.shape).to(pattern.device_mesh.device_type)
@@ -69,7 +70,7 @@ def _copy_gate_offset(source: nn.Module, target: nn.Module) -> None:
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state as it would be without sharding; scalars' moments alone stay vectors."""
+    """An optimizer's state as it would be without sharding, except that scalars' moments stay vectors."""
     state = optimizer.state_dict()
     moments = {
         number: {name: whole(value) if torch.is_tensor(value) else value for name, value in entry.items()}
@@ -79,7 +80,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take a whole state into an optimizer of sharded or whole parameters."""
+    """Load a whole state into an optimizer of sharded or whole parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {}
     for number, entry in state["state"].items():
@@ -96,8 +97,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 def touch_unsharded(model: nn.Module) -> torch.Tensor:
     """0, which depends on each weight that is whole now, so that each has a gradient on every process.
 
-    FSDP2 adds gradients up over processes as one piece, and would add up wrongly, or wait for ever, where one process
-    asked nothing of a weight that others used.
+    FSDP2 sums gradients over processes as one piece. It would sum wrongly, or wait for ever, if one process did not
+    use a weight that others used.
     """
     parts = [
         parameter.flatten()[:0].sum()

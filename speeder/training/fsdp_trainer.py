@@ -28,10 +28,10 @@ class ShardedTrainer(SpeederTrainer):
     """Trains a copy of the model, made by `copy_for_sharding`, which Accelerate shards.
 
     Args:
-        plain: the whole model, which takes over the weights to be evaluated and saved. It stays on the CPU meanwhile.
+        plain: the whole model, which gets the weights for evaluation and saving. It stays on the CPU otherwise.
 
-    Raises:
-        SpeederError: Accelerate does not shard here, as on CPUs, or would by the first version of FSDP.
+        Raises:
+            SpeederError: Accelerate does not shard here, as on CPUs, or would use the first version of FSDP.
     """
 
     def __init__(self, *args, **kwargs):
@@ -77,7 +77,7 @@ class ShardedTrainer(SpeederTrainer):
         self._as_if_whole(super()._load_best_model)
 
     def _as_if_whole(self, load, *args) -> None:
-        """Let the `Trainer` load into the whole model, then share its weights out."""
+        """Let the `Trainer` load into the whole model, then shard its weights."""
         sharded, self.model, self.is_fsdp_enabled = self.model, self.plain, False
         try:
             load(*args)

@@ -1,8 +1,8 @@
-"""MPO, multimodal progressive optimization: modalities are opened to a text-born language model one after another.
+"""MPO, Modality-aware Progressive Optimization: modalities are opened to a text-pretrained language model one by one.
 
-The paper names the idea; the form below is this project's own reading. A recipe is a list of stages. Each stage says
-which modalities are open and which parts learn; the gate of a newly opened modality ramps up over some steps, so that
-what the model learned before is not shaken at once. Each stage is an ordinary Hugging Face `Trainer` run.
+The paper names the idea; its form here is this project's own reading. A recipe is a list of stages. Each stage says
+which modalities are open and which parts learn. The gate of a newly opened modality ramps up over some steps, so that
+what was learned before is not disturbed at once. Each stage is an ordinary Hugging Face `Trainer` run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from speeder.recipes.schema import Stage
 
 RAMP_START = (
     -6.0
-)  # gate logit offset at which a ramp begins: a weight of about 0.25 % beside one open modality
+)  # gate logit offset at the start of a ramp: a weight of about 0.25 % beside one open modality
 
 
 def gate_offset(newly_open: bool, is_open: bool, step: int, ramp_steps: int) -> float:
-    """The gate logit offset of a modality at a step of a stage: 0 open, `CLOSED` closed, between while it ramps.
+    """The gate logit offset of a modality at a step of a stage: 0 open, `CLOSED` closed, between them during its ramp.
 
     Args:
         newly_open: opened by this stage.
@@ -34,11 +34,11 @@ def gate_offset(newly_open: bool, is_open: bool, step: int, ramp_steps: int) -> 
 
 
 class GateRamp(TrainerCallback):
-    """Moves `mrc.gate_offset` with the steps of a stage. It depends on the step alone, so a resumed run agrees.
+    """Sets `mrc.gate_offset` at each step of a stage. It depends only on the step, so a resumed run has the same.
 
     Args:
-        opened_before: modalities that earlier stages opened. In the first stage nothing was there before that a
-            ramp could protect: its gates are open from the start.
+        opened_before: modalities that earlier stages opened. In the first stage there is nothing to protect by a ramp,
+            so its gates are open from the start.
         stage_steps: optimizer steps of the whole stage; a ramp takes at most half of them.
     """
 
@@ -57,12 +57,12 @@ class GateRamp(TrainerCallback):
 
 
 def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> list[dict]:
-    """Freeze all but what the stage trains, and group the rest for AdamW.
+    """Freeze everything but the stage's trained parts, and group these for AdamW.
 
-    Closed modalities' experts and gates are frozen too. Weight decay spares vectors, scalars and bias tables.
+    Closed modalities' experts and gates are frozen too. Vectors, scalars and bias tables have no weight decay.
 
     Returns:
-        parameter groups with `params`, `lr`, `weight_decay` and a `name`; order is that of the model.
+        parameter groups with `params`, `lr`, `weight_decay` and a `name`, in the model's order.
 
     Raises:
         SpeederError: nothing would be trained.
@@ -106,7 +106,7 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
 
 
 def _part_of(name: str, stage: Stage, layers: int) -> str | None:
-    """Which of the stage's trained parts a parameter belongs to; None if it is frozen."""
+    """The trained part that a parameter belongs to; None if it is frozen."""
     path = name.split(".")
     if path[0] == "mrc":
         if path[1] in ("experts", "gates"):

@@ -1,8 +1,8 @@
-"""In which precision to compute where a recipe leaves it open (`precision: auto`): the machine's faster one.
+"""The precision for `precision: auto`: the faster one on this machine.
 
-bfloat16 halves the time of matrix products on GPUs and on processors with AMX or a full-rate AVX-512-BF16 (Zen 4 and
-later). On others it costs time: on a fifth-generation Intel Xeon whose AMX a virtual machine hides, float32 was twice
-as fast (120 GFLOP/s a core to 56). So it is measured, in some tens of milliseconds.
+bfloat16 halves the time of matrix products on GPUs, and on processors with AMX or full-rate AVX-512-BF16 (Zen 4 and
+later). On others it costs time: on a fifth-generation Intel Xeon with hidden AMX, float32 was twice as fast (120
+GFLOP/s per core against 56). So it is measured, in some tens of milliseconds.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def resolve_precision(precision: str, device: str | None = None) -> str:
     """`precision` itself, or for `"auto"` the faster of `"bf16"` and `"fp32"` on this machine.
 
     Args:
-        device: `"cuda"` or `"cpu"`; None: a GPU where there is one, as training has it. A GPU that lacks bfloat16
-            products (before compute capability 8.0) gets float32.
+        device: `"cuda"` or `"cpu"`; None: a GPU if there is one, as in training. A GPU without bfloat16 products
+            (before compute capability 8.0) gets float32.
     """
     if precision != AUTO:
         return precision

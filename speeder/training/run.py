@@ -1,7 +1,7 @@
-"""Run a recipe: its stages one after another, each a Hugging Face `Trainer`, resumable at any moment.
+"""Runs a recipe: its stages one after another, each a Hugging Face `Trainer`, resumable at any moment.
 
-The run folder is `run_folder.py`'s; `stages/<stage>/` holds checkpoints, TensorBoard logs and `log.json`. A checkpoint
-counts only with the marker that is written after it (`checkpoints.py`).
+`run_folder.py` describes the run folder; `stages/<stage>/` has checkpoints, TensorBoard logs and `log.json`. A
+checkpoint counts only with the marker that is written after it (`checkpoints.py`).
 """
 
 from __future__ import annotations
@@ -64,26 +64,26 @@ def train(
 ) -> SpeederForCausalLM:
     """Train a recommender by a recipe, on one process or on all that `torchrun` or `accelerate launch` started.
 
-    A script of your own that runs on several ends with `accelerate.PartialState().destroy_process_group()`, as the
-    command does: threads of the group may abort a process that ends without.
+    Your own script on several processes must end with `accelerate.PartialState().destroy_process_group()`, as the
+    command does: otherwise threads of the group may abort a process at its end.
 
     Args:
-        recipe: what to do; every modality that it opens must be in `data.catalogue`.
-        data: a prepared set; only `data.split.training()` is learned from.
+        recipe: the recipe; every modality that it opens must be in `data.catalogue`.
+        data: a prepared set; only `data.split.training()` is used for training.
         run: the run folder; new or empty unless `resume`.
-        resume: go on from the last checkpoint, within a stage or between stages. The recipe and the data must be
-            those that the run began with.
-        data_folder: where `data` lies, noted in the run so that later commands find it.
-        on_stage: called after each finished stage with its model, as it stands, and after a resume once more with
-            the last finished one; by the main process alone.
-        precision: `"bf16"`, `"fp16"` or `"fp32"` where the recipe's is `"auto"`; None: the faster on this machine. A
-            resumed run goes on in the one that it began in.
+        resume: resume from the last checkpoint, within a stage or between stages. The recipe and the data must be
+            those of the run.
+        data_folder: the folder of `data`, recorded in the run so that later commands find it.
+        on_stage: called by the main process after each finished stage, with the stage and the model; after a resume
+            once more for the last finished stage.
+        precision: `"bf16"`, `"fp16"` or `"fp32"` for a recipe with `"auto"`; None: the faster on this machine. A
+            resumed run keeps its precision.
 
     Returns:
         the finished recommender, in evaluation mode; also saved in `run/model`.
 
     Raises:
-        SpeederError: the folder is in use, or holds nothing to resume, or the recipe or data are others, or the
+        SpeederError: the folder is in use, or has nothing to resume; the recipe or the data are not the run's; or the
             data leak (`LeakError`).
     """
     run = Path(run)
@@ -102,13 +102,13 @@ def train(
     asked = precision if precision and recipe.precision == AUTO else recipe.precision
     precision = from_main((begun_precision(run) or resolve_precision(asked)) if main else None)
     on_stage = on_stage if main else None
-    processes().wait_for_everyone()  # until all have looked at the folder as it was
+    processes().wait_for_everyone()  # until all have read the folder
     if main:
         begin_run(run, recipe, data, data_folder, precision)
         _clear_finished(run, state)
     check_shared(run / "recipe.json")
     if on_stage is not None and state["finished"]:
-        # the stop may have come between the stage's end and this call
+        # the run may have been stopped between the stage's end and this call
         on_stage(recipe.stages[len(state["finished"]) - 1], model)
     examples = model.training_examples(recipe.supervision)
     sequences = TrainingSequences(data.split.training(), model.config, recipe.supervision, **examples)
@@ -173,7 +173,7 @@ def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, toke
         )
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise SpeederError(f"recipe: model: {' '.join(str(error).split())}") from error
-    for stage in recipe.stages:  # names that fit no weight are found before the first stage runs
+    for stage in recipe.stages:  # unknown parts are found before the first stage runs
         select_parameters(model, stage, recipe.weight_decay)
     model.config.training_hash = training_hash(data.split.training())
     return model
@@ -221,21 +221,21 @@ def _run_stage(
         use_cpu=not torch.cuda.is_available(),
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,  # see BadBatches
-        logging_first_step=True,  # so that even the shortest stage has a loss to show
+        logging_first_step=True,  # so that even the shortest stage has a loss in its log
         eval_strategy="steps",
         eval_steps=recipe.checkpoint_steps,
         eval_delay=ramp.steps,  # the best checkpoint is sought among those with the gates wholly open
         save_strategy="steps",
         save_steps=recipe.checkpoint_steps,
         save_total_limit=None,  # see CheckpointMarker
-        # which checkpoint ranks best does not tell which one writes titles best: such a stage keeps its last
+        # the best ranking need not write the best titles: a stage with titles keeps its last weights
         load_best_model_at_end=recipe.keep_best and not stage.titles,
         metric_for_best_model="NDCG@10",
         greater_is_better=True,
         remove_unused_columns=False,
         seed=recipe.seed + number,
         report_to=["tensorboard"],
-        # a process may have nothing to ask of a part that others train, such as the head for items
+        # a process may not use a part that others train, such as the head for items
         ddp_find_unused_parameters=True,
         ddp_broadcast_buffers=False,  # the catalogue's features, which all have
         run_name=stage.name,
@@ -282,7 +282,7 @@ def _run_stage(
 
 
 def _unasked(sequence: TokenSequence) -> TokenSequence:
-    """A sequence for a process without a share of a batch: it computes with the others, and asks for nothing."""
+    """A sequence without targets, for a process without a share of a batch: it must compute with the others."""
     return TokenSequence(sequence.ids, sequence.ranks, [IGNORED] * len(sequence.ids))
 
 
@@ -307,7 +307,7 @@ def _finish_stage(
 
 
 def _clear_finished(run: Path, state: dict) -> None:
-    """Remove finished stages' checkpoints, and models that a later one replaced, also where a kill came before that."""
+    """Remove finished stages' checkpoints, and models that a later one replaced; a killed run may have left them."""
     for number, name in enumerate(state["finished"]):
         for checkpoint in stage_folder(run, number, name).glob("checkpoint-*"):
             remove_checkpoint(checkpoint)

@@ -1,6 +1,6 @@
-"""A run folder's own files: what the run is of, what is finished, and each stage's log.
+"""The files of a run folder: its recipe and data, its finished stages, and each stage's log.
 
-A run folder holds `recipe.json`, `state.json`, `stages/<stage>/` and `model/`. Every file that resuming relies on is
+A run folder has `recipe.json`, `state.json`, `stages/<stage>/` and `model/`. Every file that is needed for a resume is
 written whole or not at all.
 """
 
@@ -23,14 +23,14 @@ from speeder.io.machine import describe
 
 
 class AnyRecipe(Protocol):
-    """Of Speeder, of a text baseline, or of SASRec."""
+    """A recipe of Speeder, of a text baseline, or of SASRec."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML holds it."""
 
 
 def run_identity(recipe: AnyRecipe, data: PreparedData) -> dict:
-    """What a run is of: a resumed one must agree in all of it."""
+    """The identity of a run: recipe and hashes of the data. A resumed run must have the same."""
     manifest = json.dumps(data.manifest, sort_keys=True).encode()
     return {
         "recipe": recipe.to_dict(),
@@ -41,16 +41,17 @@ def run_identity(recipe: AnyRecipe, data: PreparedData) -> dict:
 
 
 def begun_identity(run: Path) -> dict:
-    """What a run that has begun is of, to be compared with `run_identity`."""
+    """The identity of a run that has begun, for comparison with `run_identity`."""
     began = read_json(run / "recipe.json")
     return {key: value for key, value in began.items() if key not in ("data", "precision")}
 
 
 def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -> dict:
-    """What is finished of a run: `{"finished": [stage, ...], "model": folder or None}`.
+    """The state of a run: `{"finished": [stage, ...], "model": folder or None}`.
 
     Raises:
-        SpeederError: the folder holds a run that is not to be resumed, or none, or one of another recipe or data.
+        SpeederError: the folder has a run and `resume` is False; or `resume` is True and it has none, or one of another
+            recipe or other data.
     """
     path = run / "recipe.json"
     if not resume:
@@ -67,7 +68,8 @@ def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -
 
 
 def _compared(identity: dict) -> dict:
-    """What must agree: all but how many bad batches are skipped, which is what one learns on the way."""
+    """The part of the identity that must agree: everything but `skip_bad_batches`, which may be changed for a
+    resume."""
     recipe = identity.get("recipe")
     if not isinstance(recipe, dict):
         return identity
@@ -75,7 +77,7 @@ def _compared(identity: dict) -> dict:
 
 
 def begun_precision(run: Path) -> str | None:
-    """The precision that a run began in and goes on in, wherever it is resumed; None before it began."""
+    """The precision of a run, which a resume keeps on any machine; None before the run has begun."""
     path = run / "recipe.json"
     return read_json(path).get("precision") if path.exists() else None
 
@@ -87,10 +89,10 @@ def begin_run(
     data_folder: str | Path | None,
     precision: str | None = None,
 ) -> None:
-    """Make the folder a run, once nothing is left that a mistake could stop; a resumed run keeps its data's place.
+    """Write the run's `recipe.json`, after all checks; a resumed run keeps its data folder.
 
     Args:
-        precision: that the run computes in, where its recipe leaves it open.
+        precision: the run's precision, if its recipe has `"auto"`.
     """
     if data_folder is None and (run / "recipe.json").exists():
         data_folder = read_json(run / "recipe.json").get("data")
@@ -100,7 +102,7 @@ def begin_run(
 
 
 def stage_folder(run: Path, number: int, name: str) -> Path:
-    """Where a stage, counted from 0, keeps its log and checkpoints."""
+    """The folder of a stage's log and checkpoints; stages are counted from 0."""
     return run / "stages" / f"{number + 1:02d}-{safe_name(name)}"
 
 
@@ -113,13 +115,13 @@ def write_stage_log(
     num_processes: int = 1,
     skipped_batches: int = 0,
 ) -> None:
-    """Write a stage's `log.json`: what was measured on the way, and the machine that the stage ended on.
+    """Write a stage's `log.json`: the measurements of its steps, and the machine of its end.
 
     Args:
-        log: entries with `step`, and of `loss`, `eval_NDCG@10`, `gate/<modality>` some.
-        seconds: what the stage took, since its last resume if it was stopped.
-        resumed_from: the checkpoint that it went on from.
-        skipped_batches: how many steps were left out, as `BadBatches` does.
+        log: entries with `step`, and some of `loss`, `eval_NDCG@10`, `gate/<modality>`.
+        seconds: time of the stage, since its last resume if it was stopped.
+        resumed_from: the checkpoint of that resume.
+        skipped_batches: number of skipped steps, from `BadBatches`.
     """
     machine = describe(torch.get_num_threads())
     devices = {"devices": num_processes}
@@ -131,7 +133,7 @@ def write_stage_log(
 
 
 def stage_records(run: str | Path) -> dict[str, dict]:
-    """Each finished stage's `log.json`, in order: name -> what `write_stage_log` wrote.
+    """Each finished stage's `log.json`, in order: name -> the content of `write_stage_log`.
 
     Raises:
         SpeederError: a file is missing, or broken.
@@ -168,7 +170,7 @@ def stage_logs(run: str | Path) -> dict[str, list[dict]]:
 def finish_stage(
     run: Path, state: dict, name: str, save: Callable[[Path], None], model_folder: str = "model"
 ) -> None:
-    """Save the stage's model by `save(folder)`, then say so in `state.json`."""
+    """Save the stage's model by `save(folder)`, then record it in `state.json`."""
     temporary = run / f".{model_folder}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""SASRec by a recipe: its settings in a YAML file, and a run folder as every other training has."""
+"""SASRec by a recipe: settings in a YAML file, and an ordinary run folder."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def train_sasrec(
     resume: bool = False,
     data_folder: str | Path | None = None,
 ) -> SASRec:
-    """Train SASRec in a run folder, which `speeder evaluate` and `compare` then take as any other.
+    """Train SASRec in a run folder, for `speeder evaluate` and `compare`.
 
     Training stops by the validation NDCG@10. Arguments and errors are those of `speeder.training.run.train`.
     """

@@ -1,4 +1,4 @@
-"""The Hugging Face `Trainer` of every stage: its optimizer, its evaluation by ranking, its checkpoints."""
+"""The Hugging Face `Trainer` of every stage: optimizer, evaluation by ranking, checkpoints."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from speeder.training.checkpoints import reading
 from speeder.training.distributed import SharedBatches
 from speeder.training.ema import WeightAverage
 
-GATE_SAMPLE = 4096  # items whose gates are logged where the whole catalogue is never compressed
+GATE_SAMPLE = 4096  # items whose gates are logged if the whole catalogue is never compressed
 
 
 class SpeederTrainer(Trainer):
-    """A `Trainer` whose evaluation is the model's own ranking of the validation items, on one process or several.
+    """A `Trainer` that evaluates by the model's ranking of the validation items, on one process or several.
 
     `per_device_train_batch_size` counts the examples of a batch on all processes together.
 
     Args:
-        split: whose validation items are ranked.
-        parameter_groups: AdamW's.
-        average: the moving average of the weights, which is what is evaluated and chosen by; None: the weights are.
-        plain: the model to evaluate and to save; None: the one that is trained.
-        bad_batches: what becomes of batches whose loss or gradient is not finite; None: they are errors.
+        split: the split with the validation items.
+        parameter_groups: AdamW's parameter groups.
+        average: the moving average of the weights, which is evaluated instead of the weights; None: no average.
+        plain: the model to evaluate and to save; None: the trained one.
+        bad_batches: the check of losses and gradients; None: batches that are not finite are errors.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class SpeederTrainer(Trainer):
         return self.bad_batches.see_loss(super().training_step(*args, **kwargs))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches as `SharedBatches` shares them; Accelerate would repeat examples to make shares come out even."""
+        """Batches of `SharedBatches`; Accelerate would repeat examples to make equal shares."""
         return DataLoader(
             self.train_dataset,
             batch_sampler=self.batches,
@@ -84,7 +84,7 @@ class SpeederTrainer(Trainer):
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Every line about the loss also tells each modality's mean gate weight."""
+        """Add each modality's mean gate weight to every log line with a loss."""
         if "loss" in logs:
             gates = self.plain.gates(None if self.plain.config.negatives == "full" else GATE_SAMPLE)
             logs |= {f"gate/{name}": float(weights.mean()) for name, weights in gates.items()}
@@ -102,11 +102,11 @@ class SpeederTrainer(Trainer):
         return metrics
 
     def _validation_metrics(self) -> dict[str, float]:
-        """The model's, each process ranking for its part of the users."""
+        """The model's validation metrics; each process ranks for its part of the users."""
         model = self.plain
         ranks, users = self.args.world_size, len(self.split.users("validation"))
         if ranks == 1 or users < ranks or not getattr(model, "ranks_catalogue", True):
-            return model.validation_metrics(self.split)  # by all alike, which is soon done
+            return model.validation_metrics(self.split)  # on every process, since it is quick
         part = self.split.part(self.args.process_index, ranks)
         found = model.validation_metrics(part)
         sums = torch.tensor(list(found.values()), dtype=torch.float64) * len(part.users("validation"))
@@ -118,13 +118,13 @@ class SpeederTrainer(Trainer):
         try:
             with writing(folder):
                 super()._save_checkpoint(model, trial)
-        except WriteError:  # what there is of it only takes room; it would not be resumed from
+        except WriteError:  # an incomplete checkpoint is of no use, and takes disk space
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # the catalogue lies in the prepared data and with the finished model; a checkpoint needs the weights alone
+        # the catalogue is in the prepared data and with the finished model; a checkpoint needs only the weights
         trained = {name: weight for name, weight in self.plain.named_parameters() if weight.requires_grad}
         check_weights(trained, f"stage {self.bad_batches.stage!r}, step {self.state.global_step}")
         if self.args.should_save:  # on the main process
@@ -156,4 +156,4 @@ class SpeederTrainer(Trainer):
             self.average.load(self.state.best_model_checkpoint)
 
     def gather(self) -> None:
-        """Bring the trained weights into `plain`, where they are not the same."""
+        """Copy the trained weights into `plain`, if it is another model."""

@@ -86,7 +86,7 @@ def test_by_default_it_is_an_error_and_the_last_checkpoint_stays(place, tmp_path
 def test_a_skipped_step_changes_nothing_and_is_counted(place, tmp_path, spoil, caplog, how):
     run = tmp_path / "run"
     spoil({5: how, 6: "loss"})
-    with pytest.raises(SpeederError, match=r"step 6: .* 1 batches were skipped already"):
+    with pytest.raises(SpeederError, match=r"step 6: .* 1 batches were already skipped"):
         train_by(place, run, skip_bad_batches=1)
     before, after = (state(run / "stages" / "01-joint" / f"checkpoint-{step}") for step in (4, 5))
     assert same(before, after)
