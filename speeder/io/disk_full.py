@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from speeder.errors import SpeederError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_RUST = re.compile(r"\(os error (\d+)\)")  # how safetensors tells the error number
-_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed")  # which tells no number
+_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors' error number
+_TORCH = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed")  # torch gives no number
 
 
 class WriteError(SpeederError):
@@ -59,9 +59,9 @@ def _reason(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return os.strerror(error.errno)
     text = str(error)
-    told = _RUST.search(text)
-    if told and int(told[1]) in _NO_ROOM:
-        return os.strerror(int(told[1]))
+    number = _RUST.search(text)
+    if number and int(number[1]) in _NO_ROOM:
+        return os.strerror(int(number[1]))
     for number in _NO_ROOM:
         if os.strerror(number) in text:
             return os.strerror(number)

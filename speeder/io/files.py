@@ -37,18 +37,18 @@ def sha256_file(path: str | Path) -> str:
 
 
 @contextmanager
-def _place_beside(target: Path, told: Path | None = None) -> Iterator[Path]:
+def _place_beside(target: Path, named: Path | None = None) -> Iterator[Path]:
     """A path that is free for what shall replace `target`; what is there in the end, or when killed, is removed.
 
-    Raises `WriteError`, naming the target (or `told`), where the disk takes no more.
+    Raises `WriteError`, naming the target (or `named`), if the disk is full.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    with writing(told or target):
+    with writing(named or target):
         lock, handle = _new_lock(target)
     place = lock.with_suffix(".partial")
     try:
-        with writing(told or target):
+        with writing(named or target):
             yield place
     finally:  # The lock is removed last: a partial file without a lock would never be found.
         with suppress(OSError):
@@ -226,7 +226,7 @@ def replaced_files(folder: str | Path) -> Iterator[Path]:
     Each file is replaced whole, and none before all are written, so a full disk changes nothing.
     """
     folder = Path(folder)
-    with _place_beside(folder / "files", told=folder) as temporary:
+    with _place_beside(folder / "files", named=folder) as temporary:
         temporary.mkdir(mode=0o700)
         yield temporary
         usual_permissions(temporary)

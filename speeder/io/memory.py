@@ -1,4 +1,4 @@
-"""Where freed memory goes: back to the system, or kept for the next step."""
+"""Keeps freed memory in the process for the next step, instead of returning it to the system."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's mallopt
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what is freed, for a process that trains and ends.
+    """Make glibc's malloc keep freed memory, for a process that trains and ends.
 
-    By default it gives large blocks back at once, and the system clears them anew at every step: 7 % of a training
-    step on two cores. A user's own settings (`MALLOC_…`) stand.
+    By default it returns large blocks at once, and the system clears them again at every step: 7 % of a training step
+    on two cores. The user's own settings (`MALLOC_…`) are respected.
 
     Returns:
-        whether it was told so; another C library is left alone.
+        whether the setting was made; other C libraries are not changed.
     """
     if any(name.startswith("MALLOC_") for name in os.environ):
         return False

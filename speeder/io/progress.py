@@ -1,6 +1,6 @@
 """One progress display for all work: a bar of tqdm's on a terminal, elsewhere a plain line every 15 seconds.
 
-Only one is ever drawn. Work inside of other work, such as a ranking within a training, is told at the end of its line.
+Only one is drawn at a time. Nested work, such as a ranking during training, is shown at the end of the outer line.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _open: list[Progress] = []  # the one that is drawn, and those inside of it
 
 
 class Progress:
-    """How far a piece of work is; `showing` makes one.
+    """The progress of a task; `showing` makes one.
 
     Attributes:
-        description: what is worked on.
-        done: how many of `total` units.
-        facts: such as a loss, told after the count.
+        description: the task.
+        done: number of finished units, of `total`.
+        facts: shown after the count, such as a loss.
     """
 
     def __init__(self, description: str, total: float | None, unit: str, initial: float):
@@ -35,14 +35,14 @@ class Progress:
         self._bar: _Bar | None = None
 
     def update(self, count: float = 1) -> None:
-        """Count so many more units as done."""
+        """Count `count` more units as done."""
         self.done += count
         if self._bar is not None:
             self._bar.n += count
         self._redraw()
 
     def skip(self, count: float) -> None:
-        """Count units that were done before this work began, and say nothing of its speed."""
+        """Count units that were done before this task began, which do not count for its speed."""
         self.done += count
         if self._bar is not None:
             self._bar.initial += count
@@ -51,7 +51,7 @@ class Progress:
         self._redraw()
 
     def tell(self, description: str | None = None, **facts: str) -> None:
-        """Say what is worked on now, or facts that stay on the line until they are told anew."""
+        """Set the description, or facts, which stay on the line until they change."""
         self.description = self.description if description is None else description
         self.facts |= facts
         self._redraw()
@@ -60,7 +60,7 @@ class Progress:
         """Become the one that is drawn."""
         on_terminal = sys.stderr.isatty()
         form = _UNCOUNTED if self.total is None else _COUNTED if on_terminal else _COUNTED_LINE
-        if self.unit in ("", "B"):  # bytes are told by their letter
+        if self.unit in ("", "B"):  # the numbers of bytes have their own letters
             form = form.replace("{unit} ", "")
         self._bar = (_Bar if on_terminal else _Lines)(
             desc=self.description,
@@ -76,13 +76,13 @@ class Progress:
         )
 
     def close(self) -> None:
-        """Take it off the screen."""
+        """Remove it from the screen."""
         if self._bar is not None:
             self._bar.close()
         self._redraw()
 
     def _redraw(self) -> None:
-        """Put what is told now into the bar, which draws it when it is time."""
+        """Update the bar's text; the bar decides when to draw."""
         drawn = _open[0] if _open else None
         if drawn is None or drawn._bar is None:
             return
@@ -97,7 +97,7 @@ class Progress:
 
 
 class _Bar(tqdm):
-    """tqdm's, which also tells facts, and the time left in words."""
+    """A tqdm bar with facts, and with the time left in words."""
 
     facts = ""
 

@@ -23,11 +23,11 @@ def cluster_address(given: str | None) -> tuple[str, str] | None:
     """
     if given not in (None, "auto", "local"):
         return given, "as given"
-    told = os.environ.get("RAY_ADDRESS")
-    if given == "local" or told == "local":
+    environment = os.environ.get("RAY_ADDRESS")
+    if given == "local" or environment == "local":
         return None
-    if told and told != "auto":
-        return told, "RAY_ADDRESS"
+    if environment and environment != "auto":
+        return environment, "RAY_ADDRESS"
     started = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     address = started.read_text(encoding="utf-8").strip() if started.is_file() else ""
     return (address, f"from {started}, which `ray stop` removes") if address else None

@@ -73,9 +73,9 @@ def leave_one_out(
         scores `(m,)` after the whole history, and changes `(n, m)`: that score minus the one without entry `j`; both
         float32 on the CPU, in the unit of logits. NaN for the only entry of a history.
 
-        Raises:
-            ValueError: the history or `items` is empty, an index is out of range, or a score is not finite.
-            KeyError: an unknown id.
+    Raises:
+        ValueError: the history or `items` is empty, an index is out of range, or a score is not finite.
+        KeyError: an unknown id.
     """
     if isinstance(history, str) or isinstance(items, str):
         raise ValueError("history, items: expected lists of item indices or ids, got one string")

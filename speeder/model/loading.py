@@ -269,6 +269,6 @@ def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
             cached_file(str(name_or_path), f"{prefix}/{file}", **hub)
     except OSError as error:
         raise SpeederError(
-            f"{name_or_path}: its catalogue cannot be had: {str(error).splitlines()[0]}"
+            f"{name_or_path}: its catalogue cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     return manifest.parent

@@ -221,13 +221,13 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             output_attentions: not supported: attention weights are never formed.
             inputs_embeds, position_ids: not supported: items are in the ids, and positions follow from the mask.
 
-            Returns:
-                `logits` `(B, S, V + I)` (None in training with labels, to save memory), `loss` float32, `cache`
-                (`past_key_values` before transformers 5.24), and with `output_hidden_states` the final states as
-                `hidden_states[-1]`.
+        Returns:
+            `logits` `(B, S, V + I)` (None in training with labels, to save memory), `loss` float32, `cache`
+            (`past_key_values` before transformers 5.24), and with `output_hidden_states` the final states as
+            `hidden_states[-1]`.
 
-            Raises:
-                ValueError: shapes do not fit, an id is out of range, or a combination is not supported.
+        Raises:
+            ValueError: shapes do not fit, an id is out of range, or a combination is not supported.
         """
         if vocabulary not in VOCABULARIES:
             raise ValueError(f"vocabulary: expected one of {', '.join(VOCABULARIES)}, got {vocabulary!r}")
@@ -512,9 +512,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         Args:
             catalogue: used instead of the saved one; needed for checkpoints, which have none.
 
-            Raises:
-                SpeederError: it is no Speeder model; a file is missing, cut or damaged; or the catalogue is not the
-                    one that it was saved with.
+        Raises:
+            SpeederError: it is no Speeder model; a file is missing, cut or damaged; or the catalogue is not the
+                one that it was saved with.
         """
         check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)

@@ -140,9 +140,9 @@ class RecommenderMixin:
             k: number of items, at most the catalogue's size (minus the seen ones).
             exclude_seen: leave out every item of the history, also those too old to be read.
 
-            Raises:
-                ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: an unknown
-                id.
+        Raises:
+            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: an unknown
+            id.
         """
         self._check_histories(histories)
         vectors = self._vectors()

@@ -89,8 +89,8 @@ class SPAE(nn.Module):
             ranks: `(N,)` their ranks.
             sequence: `(N,)` the number of each one's sequence; equal numbers are adjacent.
 
-            Returns:
-                scalar float32: the mean of the two cross-entropies (only the first if there is no pair).
+        Returns:
+            scalar float32: the mean of the two cross-entropies (only the first if there is no pair).
         """
         target = log_buckets(ranks, self.num_buckets, self.max_rank)
         rank_loss = F.cross_entropy(self.rank_head(hidden).float(), target)

@@ -31,8 +31,8 @@ class TitlePrompts:
         catalogue: the items.
         template: text with `{history}`, then `{candidates}`, which are replaced by item tokens.
 
-        Raises:
-            SpeederError: the template lacks a field, or the tokenizer has no token to end a title.
+    Raises:
+        SpeederError: the template lacks a field, or the tokenizer has no token to end a title.
     """
 
     def __init__(

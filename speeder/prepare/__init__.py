@@ -1,1 +1,1 @@
-"""From raw files to a prepared data set: readers, filters, encoders, features."""
+"""From raw files to prepared data: readers, filters, encoders, features."""

@@ -1,4 +1,4 @@
-"""Frozen features of a catalogue's items: of their texts, their pictures, and of what is taken after what."""
+"""Frozen features of a catalogue's items, from texts, pictures and interactions."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class EncodesTexts(Protocol):
-    """What `prepare` needs of a text encoder; `speeder.prepare.encoders.text.TextEncoder` is one."""
+    """A text encoder for `prepare`, such as `speeder.prepare.encoders.text.TextEncoder`."""
 
     name: str
     identity: str
@@ -38,7 +38,7 @@ class EncodesTexts(Protocol):
 
 
 class EncodesImages(Protocol):
-    """What `prepare` needs of an image encoder; `speeder.prepare.encoders.image.ImageEncoder` is one."""
+    """An image encoder for `prepare`, such as `speeder.prepare.encoders.image.ImageEncoder`."""
 
     name: str
     identity: str
@@ -58,16 +58,18 @@ def add_features(
 
     Args:
         data: its catalogue's images are paths.
-        modalities: which to add, of [`MODALITIES`]; `"image"` only where an item has a picture.
+        modalities: the modalities to add, of [`MODALITIES`]; `"image"` only if an item has a picture.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
-        runner: where these defaults encode; None is this process.
+        runner: runs these defaults elsewhere; None: in this process.
 
-    Raises `SpeederError` where an encoder cannot be had, or a text modality is asked of items without any text.
+    Raises `SpeederError` if an encoder cannot be loaded, or the text modality is wanted and no item has a text.
     """
     catalogue, manifest, encoders = data.catalogue, dict(data.manifest), {}
     if "text" in modalities:
         if not any(catalogue.texts):
-            raise SpeederError("no item has a text: give a file of items, or leave the text modality out")
+            raise SpeederError(
+                "no item has a text: give a file of items, or leave out the text modality (--without text)"
+            )
         if text_encoder is None:
             from speeder.prepare.encoders.text import TextEncoder
 
@@ -84,7 +86,7 @@ def add_features(
         with naming_item("image", catalogue.ids):
             features, present, broken = image_encoder.encode(catalogue.images)
         for path, reason in broken.items():
-            log.warning("%s is no picture that can be read: %s", path, reason)
+            log.warning("%s is not a readable picture: %s", path, reason)
         with naming_item("image", catalogue.ids):
             catalogue = catalogue.with_features("image", features, present)
         encoders["image"] = _encoder_record(image_encoder)
@@ -98,13 +100,13 @@ def add_features(
             catalogue = catalogue.with_features("collaborative", fitted.features, fitted.present)
         except ValueError as error:  # such as no training sequence of two items
             raise SpeederError(f"collaborative features cannot be fitted: {error}") from error
-        # what they were fitted on: evaluation refuses them beside another training part
+        # what they were fitted on: evaluation refuses them with another training part
         encoders["collaborative"] = {
             "name": "sasrec",
             "settings": asdict(config),
             "training_hash": fitted.training_hash,
         }
-    for name, record in encoders.items():  # evaluation refuses any other features beside this record
+    for name, record in encoders.items():  # evaluation refuses any other features with this record
         record["features_hash"] = features_hash(catalogue.features[name], catalogue.present[name])
     manifest["encoders"] = {**manifest.get("encoders", {}), **encoders}
     return PreparedData(catalogue, data.interactions, manifest)
@@ -112,7 +114,7 @@ def add_features(
 
 @contextmanager
 def naming_item(modality: str, ids: Sequence[str]) -> Iterator[None]:
-    """Makes a `SpeederError` that names item and modality of features that are not finite."""
+    """Turns errors on features into a `SpeederError` that names the modality and, if not finite, the item."""
     try:
         yield
     except NotFinite as error:
@@ -126,13 +128,13 @@ def naming_item(modality: str, ids: Sequence[str]) -> Iterator[None]:
 def add_images(
     data: PreparedData, folder: str | Path | None, *, by_name: bool = False, include_plot: bool = True
 ) -> PreparedData:
-    """The data with paths of pictures, and plots in its texts where the folder knows them.
+    """The data with paths of pictures, and with plots in the texts if the folder has them.
 
     Args:
-        folder: as `match_posters` takes it; None drops all names of pictures.
-        by_name: whether the catalogue's images are names of files in the folder. One that leads out of it is
+        folder: as in `match_posters`; None drops all names of pictures.
+        by_name: whether the catalogue's images are names of files in the folder. A name that leads out of it is
             refused, and listed in the manifest.
-        include_plot: whether a plot that the folder knows of is added to the item's text.
+        include_plot: whether the folder's plots are added to the items' texts.
     """
     catalogue, refused, manifest = data.catalogue, [], dict(data.manifest)
     named = sum(name is not None for name in catalogue.images)
@@ -167,7 +169,7 @@ def add_images(
 
 
 def _named(folder: Path, catalogue: ItemCatalogue) -> tuple[list[Poster], list[str]]:
-    """Pictures by the catalogue's names, and the ids whose name leads out of the folder."""
+    """Pictures by the catalogue's names, and the ids of items whose name leads out of the folder."""
     if not folder.is_dir():
         raise SpeederError(f"{folder} is not a folder of pictures")
     posters, refused = [], []
@@ -187,7 +189,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _hash_all(paths: Sequence[str | None]) -> str:
-    """One hash over every picture's, in catalogue order."""
+    """One hash over all pictures' hashes, in catalogue order."""
     return hashlib.sha256("\n".join(sha256_file(path) if path else "" for path in paths).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Filters over interactions as columns of integers: repeats, and the k-core. Nothing here copies whole columns."""
+"""Filters over interactions as columns of integers: repeats, and the k-core. They copy no whole column."""
 
 from collections.abc import Iterator
 
@@ -8,18 +8,18 @@ _PART_ROWS = 1 << 22  # rows sorted, or looked at, together: what bounds the mem
 
 
 def first_of_repeats(user: np.ndarray, item: np.ndarray, time: np.ndarray, *, same_time: bool) -> np.ndarray:
-    """`(N,)` bool: the earliest row of each user and item; among equal times, the first given.
+    """`(N,)` bool: the earliest row of each user and item; among equal times, the first one.
 
     Args:
         user, item: `(N,)` codes from 0.
-        time: `(N,)` integers; may lie on disk.
-        same_time: whether only rows of the same time are repeats of each other.
+        time: `(N,)` integers; may be on disk.
+        same_time: whether only rows with the same time are repeats of each other.
     """
     keep = np.ones(len(user), dtype=bool)
     for rows in _parts_by_user(user):
         rows = rows[np.lexsort((item[rows], user[rows]))]
         same = (user[rows[1:]] == user[rows[:-1]]) & (item[rows[1:]] == item[rows[:-1]])
-        # times are asked for where there are repeats alone: they are the widest column
+        # times are read only where there are repeats: they are the widest column
         rows = rows[np.append(same, False) | np.append(False, same)]
         when = time[rows]
         order = np.lexsort((rows, when, item[rows], user[rows]))
@@ -51,8 +51,8 @@ def k_core(user: np.ndarray, item: np.ndarray, keep: np.ndarray, k: int) -> tupl
         keep: `(N,)` bool, changed in place; rows that are False do not count.
 
     Returns:
-        How many rows were dropped for their user, and for their item. A row is counted where it fell first; users and
-        items are looked at in turns.
+        The numbers of rows dropped for their user, and for their item. A row counts for the one that dropped it first;
+        users and items take turns.
     """
     columns = (user, item)
     counts = [np.zeros(int(column.max(initial=-1)) + 1, dtype=np.int32) for column in columns]

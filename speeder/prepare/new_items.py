@@ -1,7 +1,7 @@
-"""New items for a finished recommender: a table of them is read, encoded as `prepare` encodes, and added untrained.
+"""New items for a finished recommender: reads a table of them, encodes it as `prepare` does, and adds it, untrained.
 
-A new item has a text or a picture, and neither collaborative features nor a learned embedding: those modalities are
-absent, and the gate weighs the others alone.
+A new item has a text or a picture, and neither collaborative features nor a learned embedding. Those modalities are
+absent, and the gate weights only the others.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _PROBES = (
 
 
 class StrictCount(LineCount):
-    """A count that takes no broken line: of a few new items none may get lost."""
+    """A count that allows no broken line: of a few new items none may be lost."""
 
     def drop(self, number: int, reason: str) -> None:
-        """Raises `SpeederError`, but for blank lines."""
+        """Raises `SpeederError`, except for blank lines."""
         if reason != BLANK:
             raise SpeederError(f"{row_name(self.path, number)}: {reason}")
 
 
 def row_name(file: Path, number: int) -> str:
-    """How a message names a row: a text file's by its line."""
+    """A row's name in messages; in a text file, its line."""
     parquet = file.name.lower().endswith((".parquet", ".pq"))
     return f"{file} {'row' if parquet else 'line'} {number}"
 
@@ -47,18 +47,18 @@ def row_name(file: Path, number: int) -> str:
 def read_items(
     file: str | Path, images: str | Path | None = None, known: ItemCatalogue | None = None
 ) -> tuple[ItemCatalogue, list[str]]:
-    """Read a table of items (CSV, TSV, Parquet, JSON lines) with columns `id`, and of `title`, `text`, `image` some.
+    """Read a table of items (CSV, TSV, Parquet, JSON lines) with the column `id`, and any of `title`, `text`, `image`.
 
     Args:
-        images: the folder that `image` names files in; by default the table's own.
-        known: a catalogue that has none of these items yet.
+        images: the folder of the files in `image`; by default the table's folder.
+        known: a catalogue that must not have these items yet.
 
     Returns:
-        the items, without features, and what messages call the row of each.
+        the items, without features, and the name of each one's row in messages.
 
     Raises:
-        SpeederError: naming the first row whose id is missing, taken, or twice there, whose picture is not there or
-            lies outside the folder, or that is broken; or the columns are others, or there is no row.
+        SpeederError: naming the first broken row, or the first whose id is missing, exists already or is repeated, or
+            whose picture is missing or outside the folder; or columns are missing, or there is no row.
     """
     file = Path(file)
     folder = Path(images) if images else file.parent
@@ -74,7 +74,7 @@ def read_items(
         except BadLine as error:
             raise SpeederError(f"{where}: {error}") from None
         if external in rows:
-            raise SpeederError(f"{where}: the id {external!r} is that of {rows[external]} too")
+            raise SpeederError(f"{where}: the id {external!r} is also in {rows[external]}")
         if external in taken:
             raise SpeederError(f"{where}: the recommender has an item of the id {external!r} already")
         described |= any(field is not None for field in entry.record)
@@ -117,27 +117,27 @@ def encode_items(
     known: ItemCatalogue | None = None,
     rows: list[str] | None = None,
 ) -> ItemCatalogue:
-    """The items with features of their texts and pictures, as far as the recommender reads such.
+    """The items with features of their texts and pictures, for the modalities that the recommender reads.
 
     Args:
-        items: without features, as `read_items` gives them.
-        modalities: the recommender's, `config.modalities`: name -> number of features.
-        text_encoder, image_encoder: encoders, or names as `prepare` takes them; None loads its defaults. Loaded only
-            where there is something to encode.
-        known: the recommender's catalogue, of which some items are encoded again: an encoder of the same width may
-            still be another one.
-        rows: what messages call each item; by default its id.
+        items: without features, as from `read_items`.
+        modalities: the recommender's `config.modalities`: name -> number of features.
+        text_encoder, image_encoder: encoders, or names as in `prepare`; None loads its defaults. Loaded only if there
+            is something to encode.
+        known: the recommender's catalogue. Some of its items are encoded again, since another encoder may have the same
+            width.
+        rows: the name of each item in messages; by default its id.
 
     Raises:
-        SpeederError: an item has nothing that the recommender reads, a picture is broken, or an encoder is not the
-            one that the recommender was trained with.
+        SpeederError: an item has nothing that the recommender reads, a picture is broken, or an encoder is not the one
+            of the recommender's training.
     """
     rows = rows or [f"item {external!r}" for external in items.ids]
     read = [name for name in ("text", "image") if name in modalities]
     if not read:
         raise SpeederError(
-            f"the recommender reads {', '.join(modalities) or 'nothing'}: no text and no pictures, so that nothing "
-            "can be known of a new item"
+            f"the recommender reads {', '.join(modalities) or 'no modality'}, and neither texts nor pictures, so it "
+            "cannot recommend new items"
         )
     encoded = items
     if "text" in read and any(text.strip() for text in items.texts):
@@ -162,7 +162,7 @@ def encode_items(
         _check_width("image", image_encoder, features, modalities["image"])
         for where, path in zip(rows, items.images, strict=True):
             if path in broken:
-                raise SpeederError(f"{where}: {path} is no picture that can be read: {broken[path]}")
+                raise SpeederError(f"{where}: {path} is not a readable picture: {broken[path]}")
         with naming_item("image", items.ids):
             encoded = encoded.with_features("image", features, present)
     usable = torch.zeros(len(items), dtype=torch.bool)
@@ -172,8 +172,8 @@ def encode_items(
     if bare:
         what = " nor ".join({"text": "title or text", "image": "picture"}[name] for name in read)
         raise SpeederError(
-            f"{rows[bare[0]]}: the item has no {what}, and the recommender reads nothing else that a new item can "
-            f"have ({len(bare)} such row(s))"
+            f"{rows[bare[0]]}: the item has no {what}, and the recommender reads nothing else of a new item "
+            f"({len(bare)} such row(s))"
         )
     return encoded
 
@@ -181,7 +181,7 @@ def encode_items(
 def _check_encoder(
     modality: str, encoder: EncodesTexts | EncodesImages, width: int, known: ItemCatalogue | None
 ) -> None:
-    """Hold an encoder to the features that it must have made of items that the recommender knows."""
+    """Check that an encoder gives the recommender's features for some of its own items."""
     inputs: list[str] = []
     wanted: list[torch.Tensor] = []
     column = [] if known is None else known.texts if modality == "text" else known.images
@@ -191,13 +191,13 @@ def _check_encoder(
             wanted.append(known.features[modality][row])
         if len(inputs) == _PROBES:
             break
-    if not inputs:  # such as pictures that were moved: then their number of features must do
+    if not inputs:  # such as pictures that were moved: then only the number of features is checked
         return
     features = encoder.encode(inputs)[0]
     _check_width(modality, encoder, features, width)
     if not torch.allclose(features, torch.stack(wanted), rtol=1e-2, atol=1e-3):
         raise SpeederError(
-            f"the {modality} encoder {encoder.name!r} gives other features than the recommender has; {_hint(modality)}"
+            f"the {modality} encoder {encoder.name!r} gives other features than the recommender's; {_hint(modality)}"
         )
 
 
@@ -212,7 +212,7 @@ def _check_width(
 
 
 def _hint(modality: str) -> str:
-    return f"name the encoder that its data were prepared with by --{modality}-encoder"
+    return f"use --{modality}-encoder with the encoder of its data"
 
 
 def add_items(
@@ -224,16 +224,16 @@ def add_items(
     text_encoder: EncodesTexts | str | None = None,
     image_encoder: EncodesImages | str | None = None,
 ) -> ItemCatalogue:
-    """Add a table's items to a saved recommender, all or none. Its weights are not touched, nor read.
+    """Add a table's items to a saved recommender, all or none. Its weights are neither read nor changed.
 
-    In place, the catalogue is replaced whole and the number of items in `config.json` after it: a process that is
-    killed in between leaves a recommender that loads, with the items or without them.
+    In place, the catalogue is replaced first, and then the number of items in `config.json`. A process that is killed
+    in between leaves a recommender that loads, with the items or without them.
 
     Args:
         folder: the saved recommender's.
-        file, images: as `read_items` takes them.
-        out: a new folder for the recommender with the items; the old one then stays as it is.
-        text_encoder, image_encoder: as `encode_items` takes them.
+        file, images: as in `read_items`.
+        out: a new folder for the recommender with the items; the old one is then not changed.
+        text_encoder, image_encoder: as in `encode_items`.
 
     Returns:
         the items that were added.
@@ -267,7 +267,7 @@ def _add_items(folder, file, out, images, text_encoder, image_encoder) -> ItemCa
     items = encode_items(items, config["modalities"], **encoders, known=known, rows=rows)
     whole = known.concat(items)
     if out is None:
-        # killed between the two, the catalogue shall load beside either configuration
+        # if killed between the two, the catalogue must load with either configuration
         write_json(folder / "config.json", config | {"catalogue_hash": None})
         whole.save(folder / CATALOGUE_FOLDER)
         write_json(folder / "config.json", config | _described(folder / CATALOGUE_FOLDER, whole))
@@ -282,14 +282,14 @@ def _add_items(folder, file, out, images, text_encoder, image_encoder) -> ItemCa
 
 
 def _described(folder: Path, catalogue: ItemCatalogue) -> dict:
-    """What a configuration tells of the catalogue that was saved in a folder."""
+    """The entries of a configuration that depend on the catalogue saved in a folder."""
     return {"num_items": len(catalogue), "catalogue_hash": saved_hash(folder)}
 
 
 def without_added(model: object, catalogue: ItemCatalogue) -> int:
-    """Take out of a recommender the items that were added to those it was trained over; how many there were.
+    """Remove the items that were added after training from a recommender; return their number.
 
-    An evaluation is over the data's own items; what was added later is in no split.
+    An evaluation is over the data's own items; items added later are in no split.
 
     Args:
         catalogue: the data's.
@@ -303,10 +303,10 @@ def without_added(model: object, catalogue: ItemCatalogue) -> int:
 
 
 def prepared_encoders(run: Path) -> dict[str, str]:
-    """The names of the encoders of a run's data, by modality, as far as the run and its data tell."""
+    """The names of the encoders of a run's data, by modality, as far as they are recorded."""
     try:
         data = Path(read_json(run / "recipe.json")["data"])
         records = read_json(data / "manifest.json")["content"]["encoders"]
         return {name: record["name"] for name, record in records.items() if name in ("text", "image")}
-    except (SpeederError, KeyError, TypeError):  # no run, or its data are gone: then the defaults are tried
+    except (SpeederError, KeyError, TypeError):  # no run, or its data are gone: the defaults are tried
         return {}

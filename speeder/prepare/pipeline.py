@@ -1,4 +1,4 @@
-"""From raw files to a folder that training reads: descriptions, pictures and their frozen features."""
+"""From raw files to a prepared data folder: items, pictures, interactions and frozen features."""
 
 from collections.abc import Callable, Collection
 from importlib.metadata import version
@@ -36,29 +36,29 @@ def prepare(
     image_encoder: EncodesImages | None = None,
     runner: "Runner | None" = None,
 ) -> PreparedData:
-    """Reads raw files, filters, encodes what items have, and saves all, whole or not at all.
+    """Reads raw files, filters, encodes texts and pictures, and saves the result, whole or not at all.
 
-    Interrupted, it starts reading again, but keeps the texts and pictures that were encoded.
+    After an interruption it reads the files again, but keeps the texts and pictures that were encoded.
 
     Args:
-        name: of [`READERS`].
-        path: the file of interactions, or a folder, as the reader takes it.
+        name: a name of [`READERS`].
+        path: the file of interactions, or a folder, depending on the reader.
         out: folder to write.
-        items: the file of items, where it is not in the folder.
-        images: folder of pictures named by item id (or by the item table's `image` column); None takes the one
-            that comes with the data, if any. Nothing is downloaded.
-        core: k of the k-core filter; None is the usual one of the format, 1 filters nothing.
-        min_rating: interactions rated lower are dropped.
-        repeats: whether a user may take an item several times; else the earliest counts.
-        time_unit: of `"plain"` data's times.
-        modalities: which features to add.
+        items: the file of items, if it is not in the folder.
+        images: folder of pictures named by item id (or by the item table's `image` column); None takes the data's own,
+            if any. Nothing is downloaded.
+        core: k of the k-core filter; None takes the format's default, 1 filters nothing.
+        min_rating: interactions with a lower rating are dropped.
+        repeats: keep repeated interactions of a user with an item; else only the earliest.
+        time_unit: unit of `"plain"` data's times.
+        modalities: features to add.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
-        runner: where these defaults encode, such as an `OnRay`; None is this process.
+        runner: runs these defaults elsewhere, such as an `OnRay`; None: in this process.
 
     Returns:
-        The saved data. The manifest holds nothing of the time or the machine: the same input gives the same manifest.
+        The saved data. The manifest has neither time nor machine: the same input gives the same manifest.
 
-    Raises `SpeederError` for files that cannot be read, or a setting that does not fit.
+    Raises `SpeederError` for files that cannot be read, or a wrong setting.
     """
     if name not in READERS:
         raise SpeederError(f"expected one of {', '.join(READERS)}, got {name!r}")
@@ -102,13 +102,13 @@ def prepare_ml100k(
     Args:
         out: folder to write, whole or not at all.
         source: folder with the raw files (RecBole's atomic ones); None fetches the `ml-100k` asset.
-        posters: as `match_posters` takes it; None prepares texts alone.
-        include_plot: whether a plot that `posters` knows of is added to the film's text.
-        text_encoder, image_encoder, modalities, runner: as for `prepare`.
-        on_text: called with the data once their texts are encoded, before what takes longer.
+        posters: as in `match_posters`; None: no pictures.
+        include_plot: whether the plots of `posters` are added to the films' texts.
+        text_encoder, image_encoder, modalities, runner: as in `prepare`.
+        on_text: called with the data once their texts are encoded, before the slower steps.
 
     Returns:
-        The saved data, as `prepare` returns it.
+        The saved data, as from `prepare`.
     """
     check_replaceable(out)
     data = add_images(read_ml100k(source), posters, include_plot=include_plot)

@@ -1,4 +1,4 @@
-"""Pictures and plots for titles, from a folder of posters with or without a list of what they show."""
+"""Pictures and plots for titles, from a folder of posters with or without a list of their titles."""
 
 import json
 from collections import defaultdict
@@ -14,7 +14,7 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclass(frozen=True)
 class Poster:
-    """What a folder knows of one item: a picture's path and a plot, either of which may be missing."""
+    """An item's picture path and plot in a folder; either may be missing."""
 
     image: str | None = None
     plot: str | None = None
@@ -23,7 +23,7 @@ class Poster:
 def match_posters(
     folder: str | Path, titles: Sequence[str], ids: Sequence[str] | None = None
 ) -> list[Poster | None]:
-    """One entry per title, None where the folder knows nothing of it.
+    """One entry per title; None if the folder has nothing for it.
 
     Args:
         folder: holds `items.jsonl` (an object a line: `title`, and `plot`, `image` or null), which is joined
@@ -31,8 +31,7 @@ def match_posters(
         titles: such as `"The Usual Suspects (1995)"`, or `"Usual Suspects, The (1995)"`.
         ids: external item ids, needed for a folder without `items.jsonl`.
 
-    Raises `SpeederError` for a folder or a list that cannot be read. Whether a picture is sound is not looked
-    at here.
+    Raises `SpeederError` for a folder or a list that cannot be read. Pictures are not checked here.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -55,7 +54,7 @@ def _picture_of(folder: Path, external_id: str) -> Poster | None:
 
 
 def _read_list(folder: Path) -> list[tuple[str, Poster]]:
-    """Titles with their posters; a picture that is not in the folder counts as none."""
+    """Titles with their posters; a picture that is not in the folder is ignored."""
     entries = []
     try:
         lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
@@ -88,7 +87,7 @@ def _read_list(folder: Path) -> list[tuple[str, Poster]]:
 
 
 def _match_titles(entries: list[tuple[str, Poster]], titles: Sequence[str]) -> list[Poster | None]:
-    # (key, year) -> [(how telling the key is for the entry, entry)]
+    # (key, year) -> [(specificity of the key for the entry, entry)]
     index: dict[tuple[str, str | None], list[tuple[int, int]]] = defaultdict(list)
     for number, (title, _) in enumerate(entries):
         name, year = split_year(title)

@@ -1,4 +1,4 @@
-"""Raw data to a catalogue and interactions: one pass over the interactions, filters, one pass over the items."""
+"""From raw data to a catalogue and interactions: one pass over the interactions, filters, one pass over the items."""
 
 import shutil
 from collections.abc import Iterator
@@ -30,24 +30,24 @@ def read_raw(
     min_rating: float | None = None,
     repeats: bool = False,
 ) -> PreparedData:
-    """Reads raw data as a stream; the catalogue holds the items that have interactions, without features.
+    """Reads raw data as a stream; the catalogue has the items with interactions, without features.
 
-    Users and items are numbered by their first appearance among the interactions that are kept.
+    Users and items are numbered by their first appearance among the kept interactions.
 
     Args:
-        scratch: an empty folder for intermediate columns (24 bytes an interaction, and the ids).
-        core: users and items with fewer interactions are dropped, again and again until none is left.
-        min_rating: interactions rated lower are dropped.
-        repeats: whether a user may take an item several times; else the earliest time counts.
+        scratch: an empty folder for intermediate columns (24 bytes per interaction, and the ids).
+        core: users and items with fewer interactions are dropped, repeatedly until none is left.
+        min_rating: interactions with a lower rating are dropped.
+        repeats: keep repeated interactions of a user with an item; else only the earliest.
 
     Returns:
-        Data whose manifest counts every line kept, or dropped for a reason. An item's `image` is a name as the raw
-        data give it, unchecked.
+        Data whose manifest counts every line as kept, or as dropped with its reason. An item's `image` is the name in
+        the raw data, unchecked.
 
-    Raises `SpeederError` where a file cannot be read, or nothing is left.
+    Raises `SpeederError` if a file cannot be read, or nothing is left.
     """
     sources = [raw.interaction_file, *([raw.item_file] if raw.item_file else [])]
-    for path in sources:  # the second is read last, and would be missed late
+    for path in sources:  # the second is read last: check early that it exists
         if not path.is_file():
             raise SpeederError(f"{path} cannot be read: it is {'a folder' if path.is_dir() else 'missing'}")
     count = LineCount(raw.interaction_file)
@@ -99,7 +99,7 @@ def _fill(spool: Spool, raw: RawData, count: LineCount, min_rating: float | None
 def _filtered(
     spool: Spool, count: LineCount, core: int, repeats: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str], list[str]]:
-    """Columns user, item, nanoseconds of what is kept, in the order of the lines, and both sides' ids."""
+    """Columns user, item and nanoseconds of the kept rows, in the order of the lines, and user and item ids."""
     user, user_hashes = spool.users.codes()
     item, item_hashes = spool.items.codes()
     keep = first_of_repeats(user, item, spool.times(), same_time=repeats)
@@ -162,9 +162,9 @@ def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
 
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, which goes when it is done with; what an interrupted run left is cleared.
+    """An empty folder beside `out`, removed at the end; what an interrupted run left is removed too.
 
-    Raises `SpeederError` where another process is preparing the same folder.
+    Raises `SpeederError` if another process is preparing the same folder.
     """
     out = recover_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""Interactions on their way from raw lines to arrays: columns of integers on disk, ids beside them.
+"""Interactions between raw lines and arrays: columns of integers on disk, with ids beside them.
 
-A table of all ids in memory would take gigabytes for tens of millions of users, most of whom a k-core filter drops.
-So while lines are read, an id is known by its 64-bit hash, and (hash, id) goes to disk; ids are read back only for
-those hashes that are kept. Two ids with one hash (one chance in 100,000 among 20 million ids) are noticed then, and
-refused.
+A table of all ids in memory would take gigabytes for tens of millions of users, most of whom a k-core filter drops. So
+while lines are read, an id is represented by its 64-bit hash, and (hash, id) is written to disk. Ids are read back only
+for the kept hashes. Two ids with one hash (probability 1 in 100,000 for 20 million ids) are noticed then, and refused.
 """
 
 from array import array
@@ -20,7 +19,7 @@ _NAMES = pa.schema([("hash", pa.int64()), ("id", pa.string())])
 
 
 class Spool:
-    """Columns user, item and time of rows that come one by one, in a folder of its own."""
+    """Columns user, item and time of rows that are added one by one, in a folder of its own."""
 
     def __init__(self, folder: Path):
         """`folder` is empty and exists."""
@@ -99,7 +98,7 @@ class IdColumn:
         return codes, distinct
 
     def names(self, hashes: np.ndarray) -> list[str]:
-        """The ids of `(n,)` hashes; raises `SpeederError` where two ids share one of them."""
+        """The ids of `(n,)` hashes; raises `SpeederError` if two ids share one of them."""
         order = np.argsort(hashes)
         ascending = hashes[order]
         found: list[str | None] = [None] * len(hashes)
@@ -114,8 +113,8 @@ class IdColumn:
                     found[place] = name
                 elif found[place] != name:
                     raise SpeederError(
-                        f"the ids {found[place]!r} and {name!r} cannot be told apart by their hashes; run it again,"
-                        " which draws other hashes"
+                        f"the ids {found[place]!r} and {name!r} have the same hash; run the command again, which uses"
+                        " other hashes"
                     )
         return found
 

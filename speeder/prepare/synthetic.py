@@ -1,19 +1,18 @@
-"""A small synthetic world in which the next item follows from one chosen modality alone, or from order alone.
+"""A small synthetic world in which the next item depends only on one chosen modality, or only on order.
 
-Each item has three attributes that say nothing of one another: the topic of its text, the shape and colour
-of its picture, and its collaborative cluster; each takes one of 6 values. Sequences follow one of two rules.
+Each item has three independent attributes: the topic of its text, the shape and colour of its picture, and its
+collaborative cluster; each has 6 values. Sequences follow one of two rules.
 
-`follows` a modality: the next item's attribute of that modality is the successor (plus 1, modulo 6) of the
-current item's; which of the unseen items with that attribute it is, is uniform chance. At some steps the
-sequence jumps to any item instead, so the current item's attribute cannot be worked out from the ones before
-it.
+`follows` a modality: the next item's attribute of that modality is the successor (plus 1, modulo 6) of the current
+item's; the item is uniformly random among the unseen ones with that attribute. At some steps the sequence jumps to any
+item, so the current item's attribute cannot be inferred from the ones before it.
 
-`follows="order"`: sequences are episodes of four items: two of topics 0 and 1 in random order, one of topic 2
-or 3, and an outcome, of topic 4 where topic 0 came first, else of topic 5. Neither the last item nor the bag
-of items tells the outcome.
+`follows="order"`: sequences are episodes of four items: two of topics 0 and 1 in random order, one of topic 2 or 3, and
+an outcome, of topic 4 if topic 0 came first, else of topic 5. Neither the last item nor the bag of items predicts the
+outcome.
 
-Held-out (cold) items never occur in a training part. Half of the users have one as their validation item, so
-their test target can only be told from the features of an item that was never trained on: no identity helps.
+Held-out (cold) items never occur in a training part. Half of the users have one as their validation item, so their test
+target can only be predicted from the features of an item that was never trained on.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,10 +39,10 @@ _TRIES = 1000
 
 @dataclass
 class SyntheticWorld(PreparedData):
-    """Prepared data with the truth about it, which `save` does not keep. All users have both targets.
+    """Prepared data with its ground truth, which `save` does not keep. All users have both targets.
 
     Attributes:
-        follows: what the next item follows from.
+        follows: what the next item depends on.
         attributes: modality -> `(I,)` int64 in 0..5.
         cold_items: `(I,)` bool, items that occur in no training part.
         cold_users: `(U,)` bool, users whose validation item is cold.
@@ -56,11 +55,11 @@ class SyntheticWorld(PreparedData):
 
     @property
     def groups(self) -> np.ndarray:
-        """`(I,)` int64: the attribute that the sequences follow (for `"order"`, the text's)."""
+        """`(I,)` int64: the attribute that the sequences depend on (for `"order"`, the text's)."""
         return self.attributes["text" if self.follows == "order" else self.follows]
 
     def rule_applies(self, split: str) -> np.ndarray:
-        """`(U,)` bool: whose target in this split follows the rule; elsewhere it is chance."""
+        """`(U,)` bool: whether the user's target in this split follows the rule; else it is random."""
         if split == "test":
             return np.ones(len(self.cold_users), dtype=bool)
         return ~self.cold_users & (self.follows != "order")
@@ -70,8 +69,8 @@ class SyntheticWorld(PreparedData):
         `"order"` 1/2, the best that a model blind to order can do.
 
         Args:
-            scores: `(U, I)`, one row a user of `split.histories(split)`.
-            users: `(U,)` bool, whom to count, such as `cold_users`; always within `rule_applies(split)`.
+            scores: `(U, I)`, one row per user of `split.histories(split)`.
+            users: `(U,)` bool, the users to count, such as `cold_users`; always within `rule_applies(split)`.
         """
         counted = self.rule_applies(split) if users is None else users & self.rule_applies(split)
         if not counted.any():
@@ -82,8 +81,7 @@ class SyntheticWorld(PreparedData):
     def bayes_hit_rate(self, split: str) -> float:
         """The highest HR@1 that any model can expect, over the users whose target follows the rule.
 
-        The rule gives the target's attribute; among the warm, unseen items that share it the target is
-        chance.
+        The rule gives the target's attribute; the target is random among the warm, unseen items with that attribute.
         """
         counted = np.flatnonzero(self.rule_applies(split))
         if not len(counted):
@@ -117,12 +115,11 @@ def synthetic_world(
             `follows="order"`.
         follows: `"text"`, `"image"`, `"collaborative"` or `"order"`.
         held_out: share of cold items.
-        folder: where the items' pictures are written as PNG files; None draws none.
-        text_encoder, image_encoder: encode the written texts and the drawn pictures; without one, that
-            modality's features are a short code of its attribute and noise. Collaborative features always
-            are.
+        folder: folder of the items' pictures as PNG files; None draws none.
+        text_encoder, image_encoder: encode the texts and the pictures. Without one, that modality's features are a
+            short code of its attribute and noise; collaborative features always are.
 
-    Raises `ValueError` for an argument that does not fit.
+    Raises `ValueError` for a wrong argument.
     """
     if follows not in (*MODALITIES, "order"):
         raise ValueError(f"follows must be one of {(*MODALITIES, 'order')}, but got {follows!r}")
@@ -175,7 +172,7 @@ def synthetic_world(
 
 
 def _independent_attributes(count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Each value equally often, and of many draws the one whose attributes tell least of one another."""
+    """Each value equally often; of many draws the one with the least dependent attributes."""
 
     def draw() -> list[np.ndarray]:
         return [random.permutation(np.arange(count) % GROUPS) for _ in MODALITIES]
@@ -195,7 +192,7 @@ def _coded(values: np.ndarray, random: np.random.Generator) -> torch.Tensor:
 
 
 class _DeadEnd(Exception):
-    """No unseen item fits: the sequence is drawn again."""
+    """No unseen item matches: the sequence is drawn again."""
 
 
 def _retry(make: Callable[[], list[int]], history: int) -> list[int]:
@@ -208,7 +205,7 @@ def _retry(make: Callable[[], list[int]], history: int) -> list[int]:
 
 
 def _take(fits: np.ndarray, seen: Sequence[int], random: np.random.Generator) -> int:
-    """A random item among those that fit and were not seen."""
+    """A random item among those that match and were not seen."""
     fits = fits.copy()
     fits[list(seen)] = False
     if not fits.any():
@@ -219,7 +216,7 @@ def _take(fits: np.ndarray, seen: Sequence[int], random: np.random.Generator) ->
 def _chain(
     groups: np.ndarray, cold_items: np.ndarray, cold: bool, history: int, random: np.random.Generator
 ) -> list[int]:
-    """A sequence in which each item's group succeeds the one before, but for jumps."""
+    """A sequence in which each item's group is the successor of the one before, except at jumps."""
     items: list[int] = []
     for step in range(history):
         held_out = step >= history - 2

@@ -1,4 +1,4 @@
-"""Texts and pictures of the synthetic world's items: attributes decide what they show, chance the rest."""
+"""Texts and pictures of the synthetic world's items: attributes decide their content, the rest is random."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 GROUPS = 6
 _SIDE = 96
 
-# One topic a group: what its things are for, and what they are.
+# One topic per group: the purpose of its things, and the things.
 _TOPICS = {
     "tending a garden": "trowel, watering can, rake, flower pot, hedge shear, seed tray, wheelbarrow",
     "watching the stars": "telescope, star chart, eyepiece, planisphere, tripod, lunar filter, finder",
@@ -44,7 +44,7 @@ _COLOURS = ["#d62728", "#2ca02c", "#1f77b4", "#f2c80f", "#8e44ad", "#111111"]
 
 
 def write_descriptions(topics: np.ndarray, random: np.random.Generator) -> tuple[list[str], list[str]]:
-    """Unique titles and texts of `(I,)` items, whose topic alone tells their group."""
+    """Unique titles and texts of `(I,)` items; only the topic shows their group."""
     titles, texts = [], []
     used: set[str] = set()
     for topic in topics:
@@ -61,7 +61,7 @@ def write_descriptions(topics: np.ndarray, random: np.random.Generator) -> tuple
 
 
 def draw_pictures(groups: np.ndarray, folder: Path, random: np.random.Generator) -> list[str]:
-    """Writes `item-{i}.png` for `(I,)` items: shape and colour are the group's, the rest is chance."""
+    """Writes `item-{i}.png` for `(I,)` items: shape and colour are the group's, the rest is random."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for item, group in enumerate(groups):

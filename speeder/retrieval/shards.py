@@ -239,8 +239,8 @@ class TokenShards:
             k: number of items.
             seen: items to exclude for each query, each once.
 
-            Returns:
-                scores `(n, k)` float32, descending, and items `(n, k)` int64; equal scores are in the order of items.
+        Returns:
+            scores `(n, k)` float32, descending, and items `(n, k)` int64; equal scores are in the order of items.
 
         Raises:
             ValueError: a query cannot have `k` items.

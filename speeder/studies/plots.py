@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Curve = Sequence[tuple[int, float]]  # (global step, value)
 Stages = Mapping[str, tuple[int, int]]  # stage -> its first and last global step
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
+# Okabe and Ito's palette, for colour-blind readers too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHADES = ("#F1F4F8", "#FFFFFF")
 _DPI = 150

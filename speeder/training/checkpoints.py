@@ -57,8 +57,8 @@ def last_checkpoint(folder: Path, steps: int | None = None) -> Path | None:
         for name, size in read_json(newest / COMPLETE).items():
             found = (newest / name).stat().st_size if (newest / name).is_file() else None
             if found != size:
-                told = "is missing" if found is None else f"has {found} bytes, and had {size}"
-                raise SpeederError(f"{newest / name} {told}; {_REMEDY}")
+                problem = "is missing" if found is None else f"has {found} bytes, and had {size}"
+                raise SpeederError(f"{newest / name} {problem}; {_REMEDY}")
     return newest
 
 

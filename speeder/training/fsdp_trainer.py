@@ -20,7 +20,7 @@ from speeder.training.trainer import SpeederTrainer
 
 
 def sharding_is_asked() -> bool:
-    """Whether the launcher asks for FSDP."""
+    """Whether the launcher requests FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
@@ -30,8 +30,8 @@ class ShardedTrainer(SpeederTrainer):
     Args:
         plain: the whole model, which gets the weights for evaluation and saving. It stays on the CPU otherwise.
 
-        Raises:
-            SpeederError: Accelerate does not shard here, as on CPUs, or would use the first version of FSDP.
+    Raises:
+        SpeederError: Accelerate does not shard here, as on CPUs, or would use the first version of FSDP.
     """
 
     def __init__(self, *args, **kwargs):

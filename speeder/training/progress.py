@@ -1,4 +1,4 @@
-"""What a training shows of itself: the stage, the step, the loss, and the time left of all stages together."""
+"""The progress display of training: stage, step, loss, and the time left of all stages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from speeder.io.progress import Progress
 
 
 class StageProgress(TrainerCallback):
-    """Tells how far a stage is, on the display of the whole training.
+    """Shows a stage's progress on the display of the whole training.
 
     Args:
         work: counts the steps of all stages.
-        stage: what the stage is called, such as "text (stage 1 of 3)".
+        stage: the stage's label, such as "text (stage 1 of 3)".
     """
 
     def __init__(self, work: Progress, stage: str):
@@ -20,7 +20,7 @@ class StageProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._step = state.global_step
-        self.work.skip(self._step)  # steps before a resume, which took their time then
+        self.work.skip(self._step)  # steps before a resume, which do not count for the speed
         self.work.tell(self.stage)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -37,7 +37,7 @@ class StageProgress(TrainerCallback):
 
 
 def stage_line(stage: str, log: list[dict], seconds: float) -> str:
-    """What is said at a stage's end, from its log."""
+    """The line that is printed at a stage's end, from its log."""
     loss = next(entry["loss"] for entry in reversed(log) if "loss" in entry)
     ranked = [entry["eval_NDCG@10"] for entry in log if "eval_NDCG@10" in entry]
     best = f", best validation NDCG@10 {max(ranked):.4f}" if ranked else ""

@@ -160,7 +160,7 @@ def test_many_at_once_download_once(index: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_unknown_assets_and_kinds_are_named(index: Path) -> None:
-    with pytest.raises(SpeederError, match="asset: expected one of smollm2-135m, ml-100k.*, got 'toy'"):
+    with pytest.raises(SpeederError, match=r"asset: expected one of smollm2-135m, ml-100k.*, got 'toy'"):
         fetch("toy")
     with pytest.raises(SpeederError, match="'minilm': expected a backbone asset, got a text asset"):
         resolve_backbone("minilm")

@@ -164,7 +164,7 @@ def test_a_processor_knows_them_too(place, folder, tmp_path):
 FAULTS = [
     (
         [{"id": "a", "title": "Heat"}, {"id": "a", "title": "dogs"}],
-        "line 3: the id 'a' is that of .*line 2 too",
+        "line 3: the id 'a' is also in .*line 2",
     ),
     (
         [{"id": "a", "title": "Heat"}, {"id": "old3", "title": "x"}],
@@ -179,7 +179,7 @@ FAULTS = [
     ([{"id": "a", "colour": "red"}], "expected a column title, text or image"),
     ([{"id": "a", "title": "x", "image": "99.png"}], "line 2: there is no picture .*99.png"),
     ([{"id": "a", "title": "x", "image": "../0.png"}], "line 2: the picture '../0.png' lies outside"),
-    ([{"id": "a", "title": "x", "image": "torn.png"}], "line 2: .*torn.png is no picture that can be read"),
+    ([{"id": "a", "title": "x", "image": "torn.png"}], "line 2: .*torn.png is not a readable picture"),
 ]
 
 
@@ -212,7 +212,7 @@ def test_another_encoder_is_refused_even_of_the_same_width(place, folder, tmp_pa
     save_bert(tmp_path / "other")
     table = write_table(tmp_path / "new.csv", [{"id": "a", "title": "Heat"}])
     with pytest.raises(
-        SpeederError, match=r"gives other features than the recommender has; name .*--text-encoder"
+        SpeederError, match=r"gives other features than the recommender's; use --text-encoder"
     ):
         add_items(folder, table, text_encoder=str(tmp_path / "other"))
     with pytest.raises(SpeederError, match="gives 32 features, but the recommender reads 16"):

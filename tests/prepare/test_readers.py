@@ -337,7 +337,7 @@ def test_microlens_titles_as_released(tmp_path: Path, caplog: pytest.LogCaptureF
     write(folder / "MicroLens-100k_pairs.csv", PAIRS)
     data = read("microlens", folder)
     assert data.catalogue.titles == ["", "", ""]
-    assert f"{folder}: no titles (*_title*.csv) were found, so items have no text" in caplog.text
+    assert f"{folder}: found no titles (*_title*.csv), so items have no text" in caplog.text
 
     caplog.clear()
     english = write(folder / "MicroLens-100k_title_en.csv", RELEASED)
@@ -533,7 +533,7 @@ def test_plain_tables_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(SpeederError, match=message):
             read("plain", folder)
     write(folder / "interactions.csv", ["user,item,timestamp"])
-    with pytest.raises(SpeederError, match="expected one of"):
+    with pytest.raises(SpeederError, match="expected only one of"):
         read("plain", folder)
     with pytest.raises(SpeederError, match="expected a table interactions"):
         read("plain", tmp_path)

@@ -201,7 +201,7 @@ def test_all_end_when_one_is_killed_and_the_command_goes_on_from_there(runs):
     resumed = launch(runs, *command, "--resume", by=ACCELERATE)
     printed = runs / "launched.txt"
     assert resumed.wait(timeout=300) == 0, printed.read_text()[-3000:]
-    assert printed.read_text().count("Write a report: speeder report") == 1
+    assert printed.read_text().count("the recommender. Evaluate it") == 1
     losses = [[line[2] for line in curve(runs / name, "loss")] for name in ("one", "killed")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 

@@ -1,1 +1,1 @@
-"""Frozen encoders: texts, pictures and interactions to feature matrices for an `ItemCatalogue`."""
+"""Frozen encoders: texts, pictures and interactions to feature matrices of an `ItemCatalogue`."""

@@ -1,4 +1,4 @@
-"""Texts to vectors by a language model's own words: the mean of its input embeddings over a text's tokens."""
+"""Texts to vectors by a language model's input embeddings: their mean over a text's tokens."""
 
 import torch
 from torch import Tensor
@@ -12,27 +12,27 @@ from speeder.prepare.encoders.pretrained import tokenizer_identity
 class BackboneWords:
     """The mean of a backbone's input embeddings over a text's tokens, scaled to length 1.
 
-    An item's token stands among these same embeddings, and new tokens of a language model usually start as the mean
-    of the words that name them. Last hidden states are another matter: a language model makes them to tell the next
-    token, not to sum up a text. No layer is run and no special token is added, so order and length do not matter.
+    Item tokens are used together with these embeddings, and new tokens of a language model usually start as the mean
+    of the words that name them. Last hidden states serve another purpose: they predict the next token, and do not
+    summarise a text. No layer is run and no special token is added, so order and length do not matter.
 
     Args:
         name: an asset (`"smollm2-135m"`), a folder or a Hub id of a causal language model.
-        device: where the embeddings lie.
+        device: device of the embeddings.
 
-    Raises `SpeederError` where the backbone or its tokenizer cannot be had.
+    Raises `SpeederError` if the backbone or its tokenizer cannot be loaded.
     """
 
     def __init__(self, name: str, device: str = "cpu"):
         self._tokenizer = load_tokenizer(name)
-        embeddings = load_backbone(name).get_input_embeddings()  # the layers are let go again
+        embeddings = load_backbone(name).get_input_embeddings()  # the layers are freed
         self._weight = embeddings.weight.detach().to(device)
         self.width = self._weight.shape[1]
         self.identity = f"words:{module_hash(embeddings)}:{tokenizer_identity(self._tokenizer)}"
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> list[Tensor | None]:
-        """One `(width,)` row a text, None for one without tokens."""
+        """One `(width,)` row per text; None for a text without tokens."""
         ids = self._tokenizer(texts, add_special_tokens=False, truncation=False)["input_ids"]
         counts = torch.tensor([len(row) for row in ids])
         words = torch.tensor([token for row in ids for token in row], dtype=torch.long)

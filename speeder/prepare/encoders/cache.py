@@ -1,4 +1,4 @@
-"""Encoded features kept by content, so that a second run is quick and an interrupted one goes on."""
+"""A cache of encoded features by content: a second run is quick, and an interrupted one resumes."""
 
 import hashlib
 import logging
@@ -23,16 +23,14 @@ log = logging.getLogger(__name__)
 
 
 class NotFinite(SpeederError):
-    """An encoder gave NaN or infinity for the content at a position.
+    """An encoder returned NaN or infinity.
 
     Attributes:
-        position: its place among the contents.
+        position: index of the content.
     """
 
     def __init__(self, position: int):
-        super().__init__(
-            f"the content at position {position} is encoded to numbers that are not finite (NaN or infinity)"
-        )
+        super().__init__(f"the encoder returned NaN or infinity for the content at position {position}")
         self.position = position
 
 
@@ -47,9 +45,9 @@ def content_key(content: str | bytes) -> str:
 
 
 def module_hash(module: nn.Module, leave_out: Collection[str] = ()) -> str:
-    """Hex SHA-256 over a module's class, its weights' names, shapes and bytes: equal hashes encode alike.
+    """Hex SHA-256 over a module's class and its weights' names, shapes and bytes: equal hashes encode equally.
 
-    `leave_out` names weights that have no say in the encoding.
+    `leave_out` names weights that do not affect the encoding.
     """
     digest = hashlib.sha256(type(module).__name__.encode())
     for name, tensor in sorted(module.state_dict().items()):
@@ -65,17 +63,17 @@ def module_hash(module: nn.Module, leave_out: Collection[str] = ()) -> str:
 class FeatureCache:
     """Feature rows of one encoder by content key, in safetensors shards, each written whole or not at all.
 
-    Rows lie on disk, memory-mapped; only their keys are held.
+    Rows are on disk, memory-mapped; only their keys are in memory.
     """
 
     def __init__(self, identity: str, folder: str | Path | None = None):
-        """`identity` tells encoders and their settings apart; `folder` None is the user's cache."""
+        """`identity` identifies the encoder and its settings; `folder` None is the user's cache."""
         root = cache_folder() / "features" if folder is None else Path(folder)
         self.folder = root / content_key(identity)[:32]
         self.read()
 
     def read(self) -> None:
-        """Takes in what lies on disk now, also what other processes have added."""
+        """Reads the shards on disk, including those that other processes have added."""
         self._shards: list[Tensor] = []
         self._places: dict[str, int] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
@@ -101,7 +99,7 @@ class FeatureCache:
             keys, features = file.get_tensor("keys"), file.get_tensor("features")
             recorded = (file.metadata() or {}).get(_HASH)
         if recorded not in (None, _rows_hash(keys, features)):  # None: written by an earlier version
-            raise ValueError("its numbers are not those that were written")
+            raise ValueError("its content has changed since it was written")
         if features.shape[0] != keys.shape[0] or not torch.isfinite(features).all():
             raise ValueError("its rows do not fit its keys, or are not finite")
         first = len(self._shards) * _PLACES
@@ -124,29 +122,30 @@ def write_shard(folder: Path, rows: dict[str, Tensor]) -> Path:
 
 
 def _rows_hash(keys: Tensor, features: Tensor) -> str:
-    """SHA-256 over the bytes of a shard's tensors, wherever they lie."""
+    """SHA-256 over the bytes of a shard's tensors."""
     digest = hashlib.sha256(keys.numpy())
     digest.update(features.numpy())
     return digest.hexdigest()
 
 
 def zeros_on_disk(rows: int, width: int, folder: Path) -> Tensor:
-    """`(rows, width)` float32 zeros that need no memory of their own: mapped to a file in `folder` without a name.
+    """`(rows, width)` float32 zeros that use no memory: mapped to an unnamed file in `folder`.
 
-    The file goes with the tensor. Raises `OSError` where the disk has no room for it.
+    The file is removed with the tensor. Raises `OSError` if the disk is full.
     """
     if not rows * width:
         return torch.zeros(rows, width)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:  # never has a name, so that a kill leaves nothing
-        os.posix_fallocate(file.fileno(), 0, rows * width * 4)  # a full disk would kill who writes to the map
+    with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so that a kill leaves nothing
+        # writing to the map on a full disk would kill the process
+        os.posix_fallocate(file.fileno(), 0, rows * width * 4)
         path = f"/proc/self/fd/{file.fileno()}"
         flat = torch.from_file(path, shared=True, size=rows * width, dtype=torch.float32)
     return flat.view(rows, width)
 
 
 def check_finite(rows: dict[str, Tensor], positions: dict[str, int]) -> None:
-    """Raises `NotFinite` where a `{key: (F,)}` row holds NaN or infinity: it must get into no cache."""
+    """Raises `NotFinite` if a `{key: (F,)}` row has NaN or infinity, which must not be cached."""
     if rows and not torch.isfinite(torch.stack(list(rows.values()))).all():
         raise NotFinite(next(positions[key] for key, row in rows.items() if not torch.isfinite(row).all()))
 
@@ -159,10 +158,10 @@ def shard_rows(batch_size: int) -> int:
 def missing_batches(
     cache: FeatureCache, keys: Sequence[str | None], costs: Sequence[int], batch_size: int
 ) -> list[list[int]]:
-    """The positions that are to be encoded, one for each content that the cache lacks, in batches.
+    """The positions to encode, one for each content that the cache lacks, in batches.
 
-    The dearest come first, so that memory runs out at once or never; the key settles ties, so that an interrupted run
-    forms the same batches, and with them the same last bits, when it goes on.
+    The most expensive come first, so that memory runs out at once or never. Ties are ordered by key, so that a resumed
+    run forms the same batches, and gets the same last bits.
     """
     wanted: dict[str, int] = {}
     for position, key in enumerate(keys):
@@ -187,10 +186,10 @@ def encode_cached(
     """Features of each position, from the cache or from `compute`.
 
     Args:
-        keys: content keys; None where there is nothing to encode.
-        costs: similar costs are put in one batch (such as a text's length).
-        compute: positions -> one `(width,)` row each, or None for one that cannot be encoded (which is not
-            cached). NaN or infinity in one raises `NotFinite`.
+        keys: content keys; None if there is nothing to encode.
+        costs: cost per content, such as a text's length; similar costs are batched together.
+        compute: positions -> one `(width,)` row each, or None if it cannot be encoded (which is not cached). NaN or
+            infinity raises `NotFinite`.
 
     Returns:
         `(N, width)` float32 with zeros where absent, mapped to a file, and the `(N,)` bool mask of those present.

@@ -1,4 +1,4 @@
-"""Collaborative features: one vector an item of what is taken after what, fitted on training alone."""
+"""Collaborative features: one vector per item from users' sequences, fitted on the training part only."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,12 +14,12 @@ from speeder.recipes.sasrec import SASRecConfig
 
 
 class CollaborativeFeatures(NamedTuple):
-    """Features of every item, and what they were fitted on.
+    """Features of every item, and the hash of what they were fitted on.
 
     Attributes:
-        features: (I, dim) float32, of mean 0 and variance 1 in each dimension over present items; zeros
-        elsewhere. present: (I,) bool, whether the item occurs in training. training_hash: for
-        ``speeder.evaluation.leaks.check_training_hash``.
+        features: (I, dim) float32, with mean 0 and variance 1 in each dimension over present items; zeros elsewhere.
+        present: (I,) bool, whether the item occurs in training.
+        training_hash: for ``speeder.evaluation.leaks.check_training_hash``.
     """
 
     features: torch.Tensor
@@ -37,17 +37,16 @@ def collaborative_features(
 ) -> CollaborativeFeatures:
     """Item embeddings of a cross-entropy SASRec, trained for a fixed number of epochs.
 
-    There is no early stopping, so no held-out interaction can have a say in the features, not even in when to
-    stop.
+    There is no early stopping, so no held-out interaction affects the features, not even through the number of epochs.
 
     Args:
-        training_sequences: every user's training part, oldest first, as ``LeaveOneOut.training`` gives it.
+        training_sequences: every user's training part, oldest first, as from ``LeaveOneOut.training``.
         num_items: I, the catalogue's size.
         dim: the width of the features; a multiple of ``config.heads``.
         seed: fixes the result.
-        epochs: how long to train.
-        config: SASRec's other sizes and rates, by default those that suit the data (`settings_for`); its own hidden
-            size, epochs and patience are not used.
+        epochs: number of training epochs.
+        config: SASRec's other sizes and rates; by default those for the data (`settings_for`). Its hidden size, epochs
+            and patience are not used.
 
     Raises:
         ValueError: no sequence has two items.

@@ -30,8 +30,8 @@ from speeder.prepare.encoders.pretrained import (
 if TYPE_CHECKING:
     from speeder.io.parts import Runner
 
-# Vision towers of models that also have a text tower. Each gives its family's usual picture embedding: CLIP's
-# projection into the space shared with texts, SigLIP's attention-pooled output (which is shared as it is).
+# Vision towers of models that also have a text tower. Each gives its family's usual image embedding: CLIP's projection
+# into the space shared with texts, SigLIP's attention-pooled output (already in the shared space).
 _TOWERS = {
     "clip": "CLIPVisionModelWithProjection",
     "siglip": "SiglipVisionModel",
@@ -43,7 +43,7 @@ _PROJECTED = _TOWERS["clip"]
 def read_picture(content: bytes) -> Image.Image:
     """Decodes a picture file's bytes to RGB, upright, transparency on white.
 
-    Raises `ValueError` for anything that is not a whole picture.
+    Raises `ValueError` for anything that is not a complete picture.
     """
     try:
         with Image.open(io.BytesIO(content)) as picture:
@@ -59,7 +59,7 @@ def read_picture(content: bytes) -> Image.Image:
 
 
 def _speckled(height: int, width: int) -> Image.Image:
-    """A picture no two patches of which are alike."""
+    """A picture in which no two patches are equal."""
     values = np.arange(height * width * 3) * 97 % 251
     return Image.fromarray(values.astype(np.uint8).reshape(height, width, 3))
 
@@ -67,8 +67,8 @@ def _speckled(height: int, width: int) -> Image.Image:
 def efficientnet_pixels(picture: Image.Image) -> Tensor:
     """`(3, 224, 224)` float32: shorter side resized to 224 (bicubic), centre cut out, `(byte - 127) / 128`.
 
-    The normalisation is the one that the weights were trained with; the standard crop would also drop the
-    outer eighth of the picture, but a poster's or a product's border tells something, so it is kept.
+    The normalisation is that of the weights' training. The standard crop would drop the outer eighth of the picture
+    too; it is kept, since a poster's or a product's border has information.
     """
     square = ImageOps.fit(picture, (EFFICIENTNET_LITE0["image_size"],) * 2, Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float().sub_(127.0).div_(128.0)
@@ -82,12 +82,12 @@ class ImageEncoder:
             into a space shared with texts (CLIP, SigLIP) gives that projection; any other its pooled output
             (DINO's and ViT's is their first token's), or else the mean of its last hidden states. Features are
             as the model gives them, not scaled to length 1.
-        device: where the model runs.
-        batch_size: pictures at a time; None is 4 on a CPU, where small batches stay in its caches, else 64.
-        runner: where pictures are encoded, such as an `OnRay`, whose workers load the model too and find the pictures
-            under the same paths; None is this process.
+            device: the model's device.
+            batch_size: pictures per batch; None: 4 on a CPU, where small batches stay in its caches, else 64.
+            runner: encodes the pictures elsewhere, such as an `OnRay`, whose workers load the model too and find the
+                pictures under the same paths; None: in this process.
 
-    Raises `SpeederError` where the model cannot be had.
+    Raises `SpeederError` if the model cannot be loaded.
     """
 
     def __init__(
@@ -118,9 +118,9 @@ class ImageEncoder:
         self.identity = f"image-2:{content_key(identity)}"
 
     def _load(self, folder: str) -> None:
-        # first the configuration: it tells a model that is not there from one that has no processor
+        # the configuration first: so a missing model and a missing processor give different errors
         config = AutoConfig.from_pretrained(folder, **LOADING)
-        # Pillow's, which these models were trained with: torchvision, where it is installed, resizes otherwise
+        # Pillow's, as in these models' training: torchvision, if it is installed, resizes differently
         self._processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **LOADING)
         model_class, options = AutoModel, {}
         if config.model_type in _TOWERS:  # half of the weights belong to the text tower
@@ -138,10 +138,10 @@ class ImageEncoder:
     def encode(
         self, images: Sequence[str | None], *, cache: str | Path | None = None, progress: bool = True
     ) -> tuple[Tensor, Tensor, dict[str, str]]:
-        """`N` picture paths -> `(N, width)` float32, `(N,)` bool mask of those present, and what is broken.
+        """`N` picture paths -> `(N, width)` float32, the `(N,)` bool mask of those present, and the broken ones.
 
-        None is absent, with zeros. So is a picture that cannot be read, and the returned `{path: reason}`
-        names it. `cache` is a folder; None is the user's cache.
+        None is absent, with zeros. So is a picture that cannot be read; `{path: reason}` names it. `cache` is a
+        folder; None is the user's cache.
         """
         keys: list[str | None] = []
         broken: dict[str, str] = {}
@@ -176,7 +176,7 @@ class ImageEncoder:
         return features, present, broken
 
     def compute(self, paths: list[str], broken: dict[str, str] | None = None) -> list[Tensor | None]:
-        """One batch: a `(width,)` row for each picture, None for one that cannot be read; `broken` is told why."""
+        """One batch: a `(width,)` row per picture; None for one that cannot be read, with the reason in `broken`."""
         pictures = []
         for path in paths:
             try:
@@ -203,6 +203,6 @@ class ImageEncoder:
         for name in ("image_embeds", "pooler_output"):
             if getattr(output, name, None) is not None and not (name == "pooler_output" and self._unused):
                 return list(output[name].flatten(1))
-        # Where the pooler's weights are missing, the first token is what the model was trained to read.
+        # Without the pooler's weights, the first token is the model's output.
         states = output.last_hidden_state
         return list(states[:, 0] if self._unused else states.mean(dim=1))

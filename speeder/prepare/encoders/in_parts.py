@@ -1,4 +1,4 @@
-"""Texts and pictures encoded in parts: a runner's workers form the batches of one process, and fill its cache."""
+"""Encoding in parts: a runner's workers compute the same batches as one process, and fill its cache."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from speeder.prepare.encoders.cache import (
 
 
 class Encodes(Protocol):
-    """What is encoded with: a `TextEncoder` or an `ImageEncoder`, which another process makes again by its name."""
+    """A `TextEncoder` or an `ImageEncoder`, which another process can make again by its name."""
 
     name: str
     identity: str
     batch_size: int
 
     def compute(self, contents: list[str]) -> list[Tensor | None]:
-        """Texts, or paths of pictures -> a row each, None where there is nothing to encode."""
+        """Texts, or paths of pictures -> one row each; None if there is nothing to encode."""
 
 
 def encode_in_parts(
@@ -43,23 +43,23 @@ def encode_in_parts(
     runner: Runner,
     description: str,
 ) -> None:
-    """Add to the cache what it lacks, by the very batches of `encode_cached`, a cache file to a part.
+    """Add to the cache what it lacks, in the batches of `encode_cached`, one cache file per part.
 
-    What cannot be encoded is left out, as `encode_cached` leaves it.
+    What cannot be encoded is left out, as in `encode_cached`.
 
     Args:
         contents: texts, or paths of pictures; every worker must see these and the cache under the same paths.
-        keys, costs: as `encode_cached` takes them.
+        keys, costs: as in `encode_cached`.
         runner: such as an `OnRay`.
 
     Raises:
-        SpeederError: see `computed`; a worker's model is another one; or what workers wrote is not in the cache.
+        SpeederError: see `computed`; a worker has another model; or workers' files are not in the cache.
     """
     batches = missing_batches(cache, keys, costs, encoder.batch_size)
     if not batches:
         return
     known = hashlib.sha256("".join(sorted({key for key in keys if key is not None})).encode())
-    # Not what the cache lacks: that changes while parts are done.
+    # Not only what the cache lacks: that changes while parts are computed.
     identity = {"encode": encoder.identity, "batch_size": encoder.batch_size, "contents": known.hexdigest()}
     folder = cache.folder.resolve()
     make = partial(_encoding, partial(type(encoder), _name(encoder), batch_size=encoder.batch_size))
@@ -74,12 +74,12 @@ def encode_in_parts(
     if lost:
         raise SpeederError(
             f"{folder}: lacks {lost} of {len(written)} rows that workers wrote: every machine must see the cache "
-            "under this path (SPEEDER_CACHE), and nobody may clear it meanwhile"
+            "under this path (SPEEDER_CACHE), and it must not be cleared meanwhile"
         )
 
 
 def _name(encoder: Encodes) -> str:
-    """The encoder's name as other processes understand it, wherever they run: folders from the root on."""
+    """The encoder's name for other processes: folders as absolute paths."""
     kind, colon, folder = encoder.name.rpartition(":")  # such as backbone:FOLDER
     return f"{kind}{colon}{Path(folder).resolve()}" if Path(folder).is_dir() else encoder.name
 
@@ -87,7 +87,7 @@ def _name(encoder: Encodes) -> str:
 def _tables(
     batches: Sequence[Sequence[int]], contents: Sequence[str | None], keys: Sequence[str | None], size: int
 ) -> Iterator[pa.Table]:
-    """Parts of so many batches: `batch` (its number), `key` and `content` of each row."""
+    """Parts of `count` batches: `batch` (its number), `key` and `content` of each row."""
     for start in range(0, len(batches), size):
         rows = [
             (number, place) for number, batch in enumerate(batches[start : start + size]) for place in batch
@@ -104,7 +104,7 @@ def _tables(
 def _encoding(make: Callable[[], Encodes], identity: str, folder: Path) -> Work:
     encoder = make()
     if encoder.identity != identity:
-        raise SpeederError(f"{encoder.name!r} is another model here than where the work comes from")
+        raise SpeederError(f"{encoder.name!r}: this worker has another model than the driver")
 
     def encode(table: pa.Table) -> pa.Table:
         done: dict[str, Tensor] = {}

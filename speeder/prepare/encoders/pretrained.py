@@ -1,4 +1,4 @@
-"""Frozen Hugging Face models: only safetensors are read, no code of theirs is run, and what tells them apart."""
+"""Frozen Hugging Face models: loading (safetensors only, none of their code is run) and identity."""
 
 import inspect
 import json
@@ -36,9 +36,9 @@ _FAILURES = (
 
 @contextmanager
 def loading(kind: str, name: str) -> Iterator[None]:
-    """Makes one `SpeederError` of whatever is raised on a model that cannot be had; `kind` is such as `"text"`.
+    """Turns what is raised on a model that cannot be loaded into one `SpeederError`; `kind` is `"text"`, say.
 
-    transformers' reports on weights that are not used are held back: a picture encoder has no use for a text tower.
+    transformers' warnings about unused weights are suppressed: an image encoder does not use a text tower.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -54,12 +54,12 @@ def loading(kind: str, name: str) -> Iterator[None]:
 
 
 def load_frozen(model_class: type, folder: str, **options: object) -> tuple[PreTrainedModel, set[str]]:
-    """A model in evaluation mode and float32, and the names of its pooler's weights where the files have none.
+    """A model in evaluation mode and float32, and the names of its pooler's weights if the files have none.
 
-    Such a pooler is drawn at random, so nobody may use it. Raises `ValueError` where any other weight is missing.
+    Such a pooler is random, and must not be used. Raises `ValueError` if any other weight is missing.
 
     Args:
-        model_class: with `from_pretrained`, which gets `folder` (or a Hub id) and `options`.
+        model_class: its `from_pretrained` is called with `folder` (or a Hub id) and `options`.
     """
     model, report = model_class.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **LOADING, **options
@@ -73,49 +73,49 @@ def load_frozen(model_class: type, folder: str, **options: object) -> tuple[PreT
 
 
 def check_repeatable(compute: Callable[[list], list[Tensor]], inputs: list) -> list[Tensor]:
-    """What `compute` makes of inputs, once it is known to be one vector each, and the same every time.
+    """The result of `compute`, after a check that it is one vector per input, and the same every time.
 
-    Raises `ValueError` where it is not: some models answer with patches, others mask them at random.
+    Raises `ValueError` if it is not: some models return patches, others mask them at random.
     """
     rows, again = compute(inputs), compute(inputs)
     if len(rows) != len(inputs) or any(row.dim() != 1 for row in rows):
-        raise ValueError("it does not give one vector for each input")
+        raise ValueError("it does not return one vector per input")
     if not all(
         torch.allclose(row, other, rtol=1e-3, atol=1e-5) for row, other in zip(rows, again, strict=True)
     ):
-        raise ValueError("it gives other vectors each time")
+        raise ValueError("it returns other vectors each time")
     return rows
 
 
 def model_identity(model: PreTrainedModel, unused: set[str]) -> str:
-    """Equal for models that compute alike: of the weights, but `unused` ones, and of the configuration."""
+    """The identity of a model's computation: its weights, without `unused` ones, and its configuration."""
     return f"{module_hash(model, unused)}:{json.dumps(_settings(model.config), sort_keys=True, default=str)}"
 
 
 def _settings(config: PretrainedConfig) -> dict:
-    """A configuration without what only says where it comes from."""
+    """A configuration without entries about its origin."""
     origin = ("_name_or_path", "transformers_version", "architectures")
     return {key: value for key, value in config.to_diff_dict().items() if key not in origin}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Equal for tokenizers that read alike; to be asked before the first use, which leaves its traces."""
+    """The identity of a tokenizer's output; compute it before the first use, which changes the tokenizer."""
     if tokenizer.is_fast:
         return tokenizer.backend_tokenizer.to_str()
     return json.dumps([tokenizer.init_kwargs, tokenizer.get_vocab()], sort_keys=True, default=str)
 
 
 def accepted(call: Callable, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Those inputs that a model's method has a parameter for, on the device."""
+    """The inputs that a model's method accepts, on the device."""
     known = inspect.signature(call).parameters
     return {name: value.to(device) for name, value in inputs.items() if name in known}
 
 
 def model_file(folder: str, file: str) -> Path | None:
-    """One file of a model in a folder or on the Hub; None where the model has no such file.
+    """One file of a model in a folder or on the Hub; None if the model has no such file.
 
-    Without a connection, a file that was never asked for is taken for one that is not there, with a warning.
-    Raises `OSError` where nothing of the model is there.
+    Without a connection, a file that was never downloaded counts as missing, with a warning. Raises `OSError` if
+    nothing of the model is available.
     """
     if Path(folder).is_dir():
         path = Path(folder) / file
@@ -125,9 +125,11 @@ def model_file(folder: str, file: str) -> Path | None:
     except LocalEntryNotFoundError:
         held = (try_to_load_from_cache(folder, known) for known in ("config.json", "modules.json"))
         if not any(isinstance(path, str) for path in held):
-            raise OSError("it is no folder, nor in the Hub's cache, and the Hub cannot be reached") from None
+            raise OSError(
+                "it is neither a folder nor in the Hub's cache, and the Hub cannot be reached"
+            ) from None
         if try_to_load_from_cache(folder, file) is not _CACHED_NO_EXIST:
-            log.warning("%s: no connection to see whether it has %s; it is taken to have none", folder, file)
+            log.warning("%s: no connection to check for %s, which is assumed to be missing", folder, file)
         return None
     except EntryNotFoundError:
         return None

@@ -1,4 +1,4 @@
-"""Texts to vectors by a Hugging Face model, pooled as its folder in sentence-transformers' layout says."""
+"""Texts to vectors by a Hugging Face model, pooled as in its sentence-transformers files."""
 
 from collections.abc import Callable
 
@@ -35,18 +35,18 @@ _ACTIVATIONS = {"Identity": nn.Identity, "Tanh": nn.Tanh, "ReLU": nn.ReLU, "GELU
 
 
 class SentenceModel:
-    """What `SentenceTransformer(name).encode_document(texts)` gives, where the model has that library's layout.
+    """The result of `SentenceTransformer(name).encode_document(texts)`, for models in that library's layout.
 
-    That is: hidden states pooled (`1_Pooling`), perhaps through linear layers (`2_Dense`), perhaps scaled to length
-    1 (`2_Normalize`), of texts cut to `max_seq_length` and behind the prompt for documents, if there is one. Any
-    other model gives the mean of its last hidden states over the first 256 tokens, scaled to length 1. Models built
-    of other modules, or with code of their own, are refused.
+    Texts are cut to `max_seq_length` after the prompt for documents, if there is one. Hidden states are pooled
+    (`1_Pooling`), possibly through linear layers (`2_Dense`), and possibly scaled to length 1 (`2_Normalize`). Any
+    other model gives the mean of its last hidden states over the first 256 tokens, scaled to length 1. Models with
+    other modules or their own code are refused.
 
     Args:
         name: an asset (`"minilm"`), a folder or a Hub id.
-        device: where the model runs.
+        device: the model's device.
 
-    Raises `SpeederError` where the model cannot be had.
+    Raises `SpeederError` if the model cannot be loaded.
     """
 
     def __init__(self, name: str, device: str = "cpu"):
@@ -66,7 +66,7 @@ class SentenceModel:
             reading = f"{self._max_tokens}:{self._lower}:{self._prompt}:{tokenizer_identity(self._tokenizer)}"
             if self._tokenizer.pad_token is None:
                 self._tokenizer.pad_token = self._tokenizer.eos_token
-            # On the right the tokens of a text have the same places in every batch.
+            # With padding on the right, a text's tokens have the same positions in every batch.
             self._tokenizer.padding_side = "right"
             model, unused = load_frozen(model_class, folder, **inner)
             self._model = model.to(device)
@@ -74,14 +74,14 @@ class SentenceModel:
             self._modes = _pooling_modes(pooling, self._prompt)
             self._after = nn.Sequential(*_layers(folder, modules[2:])) if modules else _UnitLength()
             self._after.to(device).eval()
-            # a model that takes more than texts fails here, not after hours
+            # a model that needs more than texts fails here, not after hours
             self.width: int = len(check_repeatable(self, ["a", "few words"])[0])
         after = f"{self._modes}:{self._after}:{module_hash(self._after)}"
         self.identity = f"sentence:{reading}:{model_identity(self._model, unused)}:{after}"
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> list[Tensor]:
-        """One `(width,)` row a text."""
+        """One `(width,)` row per text."""
         texts = [self._prompt + text for text in texts]
         texts = [text.lower() for text in texts] if self._lower else texts
         batch = self._tokenizer(
@@ -148,7 +148,7 @@ class _UnitLength(nn.Module):
 
 
 def _modules(folder: str) -> list[tuple[str, str]]:
-    """Kind and subfolder of each module, `Transformer` and `Pooling` first; none where no file lists them."""
+    """Kind and subfolder of each module, `Transformer` and `Pooling` first; empty if no file lists them."""
     listed = model_json(folder, "modules.json") or []
     modules = [(entry["type"].rpartition(".")[2], entry["path"]) for entry in listed]
     kinds = [kind for kind, _ in modules]
@@ -161,7 +161,7 @@ def _modules(folder: str) -> list[tuple[str, str]]:
 
 
 def _reading(folder: str, subfolder: str, config: PretrainedConfig) -> dict:
-    """How texts are read: `max_seq_length`, `do_lower_case`."""
+    """Settings of how texts are read: `max_seq_length`, `do_lower_case`."""
     files = ["sentence_bert_config.json", f"sentence_{config.model_type}_config.json"]
     found = (model_json(folder, f"{subfolder}/{file}" if subfolder else file) for file in files)
     return next((settings for settings in found if settings), {})
@@ -171,12 +171,14 @@ def _max_tokens(settings: dict, tokenizer, config: PretrainedConfig, *, listed: 
     if settings.get("max_seq_length"):
         return settings["max_seq_length"]
     known = [tokenizer.model_max_length, getattr(config.get_text_config(), "max_position_embeddings", None)]
-    limits = [limit for limit in known if limit and 0 < limit < 1 << 20]  # a tokenizer without one says 1e30
+    limits = [
+        limit for limit in known if limit and 0 < limit < 1 << 20
+    ]  # 1e30 in a tokenizer without a limit
     return min([*limits, *([] if listed and limits else [_DEFAULT_MAX_TOKENS])])
 
 
 def _prompt(folder: str) -> str:
-    """What is put before a text: the prompt for documents, or else the default one, or else nothing."""
+    """The text before each text: the prompt for documents, or the default prompt, or nothing."""
     settings = model_json(folder, "config_sentence_transformers.json") or {}
     prompts = settings.get("prompts") or {}
     names = [name for name in _DOCUMENT_PROMPTS if prompts.get(name) is not None]
@@ -198,7 +200,7 @@ def _pooling_modes(settings: dict | None, prompt: str) -> list[str]:
 
 
 def _layers(folder: str, modules: list[tuple[str, str]]) -> list[nn.Module]:
-    """What follows the pooling."""
+    """The modules after the pooling."""
     layers: list[nn.Module] = []
     for kind, path in modules:
         layers += _dense(folder, path) if kind == "Dense" else [_UnitLength()]

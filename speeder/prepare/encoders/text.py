@@ -1,4 +1,5 @@
-"""Texts to vectors, by all-MiniLM-L6-v2, any model of sentence-transformers or Hugging Face, or a backbone's words."""
+"""Texts to vectors, by all-MiniLM-L6-v2, any sentence-transformers or Hugging Face model, or a backbone's
+embeddings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ class TextEncoder:
     """One frozen text model.
 
     Args:
-        name: `"minilm"`, a folder or a Hub id, as `SentenceModel` takes it; or one of these for a backbone after
-            `"backbone:"` (`"backbone:smollm2-135m"`), as `BackboneWords` takes it.
-        device: where the model runs.
-        batch_size: texts at a time.
-        runner: where texts are encoded, such as an `OnRay`, whose workers load the model too; None is this process.
+        name: `"minilm"`, a folder or a Hub id, for `SentenceModel`; or `"backbone:"` and one of these
+            (`"backbone:smollm2-135m"`), for `BackboneWords`.
+        device: the model's device.
+        batch_size: texts per batch.
+        runner: encodes the texts elsewhere, such as an `OnRay`, whose workers load the model too; None: in this
+        process.
 
-    Raises `SpeederError` where the model cannot be had.
+    Raises `SpeederError` if the model cannot be loaded.
     """
 
     def __init__(
@@ -73,5 +75,5 @@ class TextEncoder:
         )
 
     def compute(self, texts: list[str]) -> list[Tensor | None]:
-        """One batch: a `(width,)` row for each text that is not empty, None where the model reads nothing in it."""
+        """One batch of texts that are not empty: a `(width,)` row each; None if a text has no tokens."""
         return self._model(texts)

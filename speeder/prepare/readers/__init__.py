@@ -18,7 +18,7 @@ class Reader:
 
     Attributes:
         open: path, file of items or None -> raw data, still unread.
-        core: the k-core filter that is usual for it; 1 filters nothing.
+        core: its default k-core filter; 1 filters nothing.
     """
 
     open: Callable[[Path, Path | None], RawData]

@@ -19,13 +19,13 @@ _REVIEWS = (".json", ".jsonl", ".csv")
 
 @dataclass(frozen=True)
 class Edition:
-    """What differs between the editions.
+    """The differences between the editions.
 
     Attributes:
         user, item, rating, time: a review's keys; `item` is also a `meta` line's.
         ticks_per_second: of its times.
-        ratings: the columns of its ratings file, which has no header; None where it has one with the keys above.
-        literals: whether lines may be Python literals in place of JSON.
+        ratings: the columns of its ratings file, which has no header; None if it has one with the keys above.
+        literals: whether lines may be Python literals instead of JSON.
         brand, categories, features: a `meta` line's keys for them.
     """
 
@@ -64,11 +64,11 @@ def amazon(edition: Edition, path: Path, item_file: Path | None = None) -> RawDa
     """Raw data of one edition.
 
     Args:
-        path: the reviews (`.json[l]`, also gzipped) or ratings (`.csv`), or a folder that holds one such file, and
-            one whose name starts with `meta`.
+        path: the reviews (`.json[l]`, also gzipped) or ratings (`.csv`); or a folder with one such file, and one whose
+            name starts with `meta`.
         item_file: the `meta` file, if `path` is a file.
 
-    Raises `SpeederError` where a folder does not hold exactly one of each.
+    Raises `SpeederError` if a folder does not have exactly one of each.
     """
     if path.is_dir():
         path, found = _files_in(path)

@@ -1,4 +1,4 @@
-"""Raw files line by line, in little memory, with a count of what was kept and dropped, and why."""
+"""Raw files line by line, in little memory, with counts of kept lines and of dropped ones by reason."""
 
 import gzip
 import io
@@ -22,11 +22,11 @@ _BAR_LINES = 4096  # lines between two updates of the progress bar
 
 
 class BadLine(Exception):
-    """A line cannot be used; the message is the reason under which it is counted. Never leaves the readers."""
+    """A line cannot be used; the message is the reason in the counts. The readers always catch it."""
 
 
 class LineCount:
-    """Counts a file's lines as read, kept, or dropped for a reason; broken lines are logged by number."""
+    """Counts a file's lines as read, kept, or dropped with a reason; broken lines are logged by number."""
 
     def __init__(self, path: Path):
         self.path, self.read, self.dropped = path, 0, Counter()
@@ -39,7 +39,7 @@ class LineCount:
             log.warning("%s line %d dropped: %s%s", self.path, number, reason, more)
 
     def leave_out(self, reason: str, lines: int = 1) -> None:
-        """Counts sound lines that a filter, or the choice of items, leaves out."""
+        """Counts valid lines that a filter, or the choice of items, leaves out."""
         if lines:
             self.dropped[reason] += lines
 
@@ -53,9 +53,9 @@ def read_lines(
 ) -> Iterator[tuple[int, str]]:
     """Lines of a plain or gzipped file with their numbers from 1, without their ends; read as a stream.
 
-    Every line is counted as read. Lines of more than `limit` bytes (which are never held whole), in another
-    encoding, or blank, are dropped and counted. A bar on a terminal shows how much of the file is read. Raises
-    `SpeederError`, with the line's number, where the file cannot be read or its gzip stream is broken or cut off.
+    Every line is counted as read. Lines of more than `limit` bytes (which are never held whole), in another encoding,
+    or blank, are dropped and counted. The progress display shows how much of the file is read. Raises `SpeederError`,
+    with the line's number, if the file cannot be read or its gzip stream is broken or cut off.
     """
     number = 0
     try:
@@ -95,7 +95,7 @@ def read_lines(
 
 
 def _unpacked(raw: BinaryIO) -> BinaryIO:
-    """The stream itself, or what it unpacks to: told by the first bytes, since names lie."""
+    """The stream itself, or its gunzipped content, by its first bytes: names can be wrong."""
     magic = raw.read(2)
     raw.seek(0)
     return io.BufferedReader(gzip.GzipFile(fileobj=raw), 1 << 20) if magic == b"\x1f\x8b" else raw

@@ -1,4 +1,4 @@
-"""MicroLens: `*_pairs.csv` (user, item, milliseconds) or `*_pairs.tsv` (a user's items a line), titles, covers."""
+"""MicroLens: `*_pairs.csv` (user, item, milliseconds) or `*_pairs.tsv` (one user's items per line), titles, covers."""
 
 import logging
 from collections.abc import Container, Iterator
@@ -32,12 +32,12 @@ def microlens(path: Path, item_file: Path | None = None) -> RawData:
     """Raw data of any MicroLens release.
 
     Args:
-        path: `*_pairs.csv` or `*_pairs.tsv`, or the folder of one of them (of both, the one with times is read),
-            with `*_title*.csv`, which may lack a header (of several, the English one, `*_en.csv`, is read). A folder
-            `covers` or `*_covers` beside it holds pictures named by item.
-        item_file: the titles, where they are elsewhere.
+        path: `*_pairs.csv` or `*_pairs.tsv`, or the folder of one of them (of both, the one with times is read), with
+            `*_title*.csv`, which may lack a header (of several, the English one, `*_en.csv`, is read). A folder
+            `covers` or `*_covers` beside it has pictures named by item.
+        item_file: the titles, if they are elsewhere.
 
-    Raises `SpeederError` where a file is not there, or there are several.
+    Raises `SpeederError` if a file is missing, or there are several.
     """
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
@@ -74,7 +74,7 @@ def _titles_in(folder: Path) -> Path | None:
         log.warning("%s: of %s, %s is read", folder, ", ".join(file.name for file in found), english[0].name)
         return english[0]
     if not found:
-        log.warning("%s: no titles (%s) were found, so items have no text", folder, _TITLES)
+        log.warning("%s: found no titles (%s), so items have no text", folder, _TITLES)
     return _only(folder, _TITLES)
 
 

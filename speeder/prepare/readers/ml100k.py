@@ -23,14 +23,14 @@ _UNKNOWN = {"unkonwn", "unknown", ""}
 def read_ml100k(folder: str | Path | None = None) -> PreparedData:
     """The 943 users, 1,682 films and 100,000 ratings as implicit interactions, without features.
 
-    Every rating counts, whatever its stars. Titles read `"The Usual Suspects (1995)"`, texts
+    Every rating counts, with any number of stars. Titles read `"The Usual Suspects (1995)"`, texts
     `"The Usual Suspects (1995). Genres: Crime, Thriller."`; a film without a title has no text.
 
     Args:
         folder: holds `ml-100k.inter` and `ml-100k.item`; None fetches the `ml-100k` asset.
 
     Lines that cannot be read are dropped, counted by reason in the manifest and logged by number. Raises
-    `SpeederError` where a file is missing or is something else.
+    `SpeederError` if a file is missing or is something else.
     """
     folder = fetch("ml-100k") if folder is None else Path(folder)
     item_file, interaction_file = folder / "ml-100k.item", folder / "ml-100k.inter"

@@ -1,4 +1,4 @@
-"""MovieLens as GroupLens hands it out: 100K (`u.data`), 1M and 10M (`ratings.dat`), 20M and later (`ratings.csv`)."""
+"""MovieLens as GroupLens publishes it: 100K (`u.data`), 1M and 10M (`ratings.dat`), 20M and later (`ratings.csv`)."""
 
 import re
 from collections.abc import Container, Iterator, Sequence
@@ -33,9 +33,9 @@ def movielens(name: str, path: Path, item_file: Path | None = None) -> RawData:
     Args:
         name: the release's.
         path: the folder, or its file of ratings.
-        item_file: the file of films, where it is not beside the ratings.
+        item_file: the file of films, if it is not beside the ratings.
 
-    Raises `SpeederError` where the folder does not hold the ratings of that release.
+    Raises `SpeederError` if the folder does not have the ratings of that release.
     """
     folder = path if path.is_dir() else path.parent
     found = [kind for kind in _FILES if (folder / kind).is_file() and path in (folder, folder / kind)]
@@ -93,7 +93,7 @@ def _films_csv(path: Path, count: LineCount, wanted: Container[str]) -> Iterator
 def _is_utf8(path: Path) -> bool:
     try:
         path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):  # whoever reads the file next says why it cannot be read
+    except (OSError, UnicodeDecodeError):  # the next reader of the file reports why it cannot be read
         return False
     return True
 
@@ -110,6 +110,6 @@ def describe_film(record: tuple[str, list[str]]) -> ItemText:
 
 
 def film_text(title: str, year: str | None, genres: Sequence[str]) -> ItemText:
-    """What a catalogue says of a film: `describe_film`'s example, of the title without its year."""
+    """A film's title and text in the catalogue, as in `describe_film`, from the title without its year."""
     full = f"{natural_title(title)} ({year})" if year else natural_title(title)
     return ItemText(full, f"{full}. Genres: {', '.join(genres)}." if genres else f"{full}.")

@@ -1,4 +1,4 @@
-"""Plain tables: interactions with a user, an item and a time a row, or a user's whole sequence a line; items."""
+"""Plain tables: interactions with user, item and time per row, or a user's whole sequence per line; and items."""
 
 from collections.abc import Container, Iterator
 from functools import partial
@@ -11,7 +11,7 @@ from speeder.prepare.readers.tables import rows_of
 from speeder.prepare.readers.text import ItemText, clean, compose
 from speeder.prepare.readers.times import TIME_UNITS
 
-# names under which columns are known, whatever their case
+# accepted names of columns, in any case
 USER = ("user", "user_id", "userid", "uid")
 ITEM = ("item", "item_id", "itemid", "iid")
 TIME = ("timestamp", "time", "ts")
@@ -26,13 +26,13 @@ def plain(path: Path, item_file: Path | None = None, time_unit: str = "s") -> Ra
     """Raw data in plain tables (CSV, TSV, Parquet, JSON lines).
 
     Args:
-        path: the interactions, columns `user, item, timestamp` and perhaps `rating`; or a folder with a table
-            `interactions.*`, and perhaps `items.*`.
-        item_file: columns `item`, and of `title`, `text`, `image` what there is.
-        time_unit: of numeric times: `"s"`, `"ms"`, `"us"` or `"ns"`. Dates, in ISO 8601 or Parquet's own types,
-            are understood as they are.
+        path: the interactions, columns `user, item, timestamp` and optionally `rating`; or a folder with a table
+            `interactions.*`, and optionally `items.*`.
+        item_file: column `item`, and any of `title`, `text`, `image`.
+        time_unit: unit of numeric times: `"s"`, `"ms"`, `"us"` or `"ns"`. Dates, in ISO 8601 or Parquet's types, need
+        none.
 
-    Raises `SpeederError` where there is no such file.
+    Raises `SpeederError` if there is no such file.
     """
     if path.is_dir():
         item_file = item_file or find_table(path, "items")
@@ -52,11 +52,12 @@ def plain(path: Path, item_file: Path | None = None, time_unit: str = "s") -> Ra
 
 
 def sequences(path: Path, item_file: Path | None = None) -> RawData:
-    """Raw data of one line a user, `user item item ...`, oldest first: what sequential-recommendation papers share.
+    """Raw data with one line per user, `user item item ...`, oldest first, a format of sequential-recommendation
+    papers.
 
     Args:
-        path: the file, or a folder with `sequences.txt`, and perhaps a table `items.*`.
-        item_file: as `plain` takes it.
+        path: the file, or a folder with `sequences.txt`, and optionally a table `items.*`.
+        item_file: as in `plain`.
     """
     if path.is_dir():
         item_file = item_file or find_table(path, "items")
@@ -69,13 +70,13 @@ def find_table(folder: Path, name: str) -> Path | None:
     found = [folder / f"{name}{suffix}" for suffix in _TABLES if (folder / f"{name}{suffix}").is_file()]
     if len(found) > 1:
         raise SpeederError(
-            f"{folder}: expected one of {', '.join(file.name for file in found)}, found them all"
+            f"{folder}: expected only one of {', '.join(file.name for file in found)}, found all of them"
         )
     return found[0] if found else None
 
 
 def item_table(path: Path | None) -> dict:
-    """What `RawData` needs to know of a table of items, by argument; nothing without one."""
+    """Arguments of `RawData` for a table of items; empty without one."""
     if path is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What a reader of raw files gives: a stream of interactions, then a stream of items."""
+"""The output of a reader of raw files: a stream of interactions, then a stream of items."""
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
@@ -8,11 +8,11 @@ from typing import NamedTuple
 from speeder.prepare.readers.lines import LineCount
 from speeder.prepare.readers.text import ItemText
 
-NO_INTERACTIONS = "item without interactions that are kept"  # why most lines of an item file are left out
+NO_INTERACTIONS = "item without interactions that are kept"  # the reason for most lines of an item file
 
 
 class Row(NamedTuple):
-    """One interaction as the file gives it, unchecked; `number` is its line's, from 1."""
+    """One interaction as in the file, unchecked; `number` is its line number, from 1."""
 
     number: int
     user: object
@@ -34,13 +34,14 @@ class RawData:
     """Raw files of one data set, unread.
 
     Attributes:
-        name: the data set's, for the manifest.
-        interaction_file, item_file: where they are; without an item file, items have an id and no more.
-        interactions: streams the interactions; counts every line that it reads or drops in the count.
-        items: streams the items' lines likewise; it may leave out, and count, lines of items that are not wanted.
-        describe: an entry's record -> title, text and picture. Takes any record that `items` gives.
-        ticks_per_second: of the interactions' times, where these are bare numbers.
-        images: a folder of pictures that comes with the data.
+        name: the data set's name, for the manifest.
+        interaction_file, item_file: the files; without an item file, items have only an id.
+        interactions: streams the interactions; counts every line that it reads or drops.
+        items: streams the items' lines in the same way; it may leave out, and count, lines of items that are not
+        wanted.
+        describe: an entry's record -> title, text and picture. Accepts any record of `items`.
+        ticks_per_second: of the interactions' times, if they are plain numbers.
+        images: the data's own folder of pictures.
         images_by_name: whether `describe` names pictures (else they are found by item id).
     """
 

@@ -1,4 +1,4 @@
-"""Tables: separated text of several kinds, Parquet, and JSON lines, row by row, in little memory."""
+"""Tables: separated text, Parquet, and JSON lines, row by row, in little memory."""
 
 import csv
 from collections.abc import Callable, Iterator, Sequence
@@ -40,14 +40,14 @@ def split_rows(
 def csv_rows(
     path: Path, count: LineCount, columns: Columns, required: int, *, separator: str | None = None
 ) -> Iterator[tuple[int, list[str | None]]]:
-    """Rows of a CSV or TSV file with a header: the wanted columns' fields, None for a column that is not there.
+    """Rows of a CSV or TSV file with a header: the wanted columns' fields, None for a missing column.
 
-    A quoted cell may hold line ends; its row is counted by its first line, and its other lines not at all. The
-    first `required` columns must be there, else `SpeederError`.
+    A quoted cell may have line ends; its row is counted by its first line only. The first `required` columns must
+    exist, else `SpeederError`.
 
     Args:
         columns: each column's possible names.
-        separator: None tells it from the header: a tab where there is one, else a comma.
+        separator: None: a tab if the header has one, else a comma.
     """
     lines = _Lines(read_lines(path, count))
     _, header = next(lines, (0, None))
@@ -75,7 +75,7 @@ def csv_rows(
 
 
 class _Lines:
-    """Numbered lines of which some can be given back."""
+    """Numbered lines that can be put back."""
 
     def __init__(self, source: Iterator[tuple[int, str]]):
         self.source, self.returned = source, []
@@ -88,10 +88,10 @@ class _Lines:
 
 
 def _record(lines: _Lines, first: str, separator: str, width: int, count: LineCount) -> list[str]:
-    """The cells of a row that starts with `first` and may run on over further lines.
+    """The cells of a row that starts with `first` and may continue on further lines.
 
-    Raises `BadLine` where they make no row: the further lines are given back then, so that no stray quote takes the
-    rows after it with it.
+    Raises `BadLine` if they make no row. The further lines are put back then, so that a stray quote does not drop the
+    rows after it.
     """
     taken: list[tuple[int, str]] = []
     size, within_quotes = len(first), first.count('"') % 2 == 1
@@ -118,7 +118,7 @@ def _of_width(fields: list[str], width: int) -> list[str]:
 
 
 def _cells(lines: Sequence[str], separator: str) -> list[str]:
-    """The fields of one row; raises `BadLine` where its quotes do not match."""
+    """The fields of one row; raises `BadLine` if its quotes do not match."""
     try:
         rows = list(csv.reader([f"{line}\n" for line in lines], delimiter=separator, strict=True))
     except csv.Error as error:
@@ -129,7 +129,7 @@ def _cells(lines: Sequence[str], separator: str) -> list[str]:
 
 
 def unquoted(text: str) -> str:
-    """A lone cell without the quotes around it; text whose quotes do not match is as it stands."""
+    """A single cell without the quotes around it; text with unmatched quotes is not changed."""
     text = text.strip()
     if len(text) > 1 and text[0] == text[-1] == '"' and '"' not in text[1:-1].replace('""', ""):
         return text[1:-1].replace('""', '"')
@@ -137,7 +137,7 @@ def unquoted(text: str) -> str:
 
 
 def pick_columns(path: Path, names: Sequence[str], columns: Columns, required: int) -> list[int | None]:
-    """Where each wanted column is among a table's; raises `SpeederError` where a required one is not."""
+    """The index of each wanted column in a table; raises `SpeederError` if a required one is missing."""
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(names)))}
     picks = [next((places[name] for name in options if name in places), None) for options in columns]
     for pick, options in zip(picks[:required], columns, strict=False):
@@ -149,7 +149,7 @@ def pick_columns(path: Path, names: Sequence[str], columns: Columns, required: i
 
 
 def parquet_rows(path: Path, count: LineCount, columns: Columns, required: int) -> Iterator[tuple[int, list]]:
-    """Rows of a Parquet file as `csv_rows` gives those of text; columns of dates become `Nanoseconds`."""
+    """Rows of a Parquet file, as from `csv_rows`; columns of dates become `Nanoseconds`."""
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -177,7 +177,7 @@ def _values(column: pa.Array) -> list:
 
 
 def json_rows(path: Path, count: LineCount, columns: Columns, required: int) -> Iterator[tuple[int, list]]:
-    """Rows of JSON lines as `csv_rows` gives those of text. A line that lacks a key has None there."""
+    """Rows of JSON lines, as from `csv_rows`; None for a missing key."""
     for number, line in read_lines(path, count):
         try:
             record = {key.lower(): value for key, value in json_object(line).items()}
@@ -191,7 +191,7 @@ def json_rows(path: Path, count: LineCount, columns: Columns, required: int) -> 
 
 
 def rows_of(path: Path) -> Callable[..., Iterator[tuple[int, list]]]:
-    """Which of the functions above reads a file, told by its name."""
+    """The function above that reads a file, by its name."""
     name = path.name.lower().removesuffix(".gz")
     if name.endswith((".parquet", ".pq")):
         return parquet_rows

@@ -1,4 +1,4 @@
-"""Titles and texts of items from what raw files hold: HTML, lists where a string was promised, pages of it."""
+"""Titles and texts of items from raw files, which have HTML, lists in place of strings, and very long texts."""
 
 import html
 import re
@@ -17,11 +17,11 @@ _BREAKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 class ItemText(NamedTuple):
-    """What a catalogue keeps of one item.
+    """Title, text and picture of one item for the catalogue.
 
     Attributes:
-        image: a file's name or path as the raw data give it.
-        blanked: whether the raw data had a title that is none, such as a piece of script, in place of `""`.
+        image: a file's name or path as in the raw data.
+        blanked: whether the raw data's title was not a title, such as a piece of script, and became `""`.
     """
 
     title: str
@@ -33,8 +33,7 @@ class ItemText(NamedTuple):
 def clean(value: object) -> str:
     """Readable text of a string, a number, or a list of such (nested ones too), `""` of anything else.
 
-    Entities become characters, tags and what is hidden between `<script>` tags go, runs of white space
-    become one space.
+    Entities become characters; tags, and text between `<script>` tags, are removed; white space becomes one space.
     """
     if isinstance(value, list | tuple):
         return " ".join(part for part in map(clean, value[:_MAX_PARTS]) if part)
@@ -51,7 +50,7 @@ def clean(value: object) -> str:
 
 
 def parts(value: object) -> list[str]:
-    """The readable entries of a list, flat and each once, or the one entry of a string."""
+    """The readable entries of a list, flattened, each once; or a string as the only entry."""
     values = value if isinstance(value, list | tuple) else [value]
     flat: list[str] = []
     for entry in values[:_MAX_PARTS]:
@@ -65,7 +64,7 @@ def compose(title: str, facts: Sequence[tuple[str, Sequence[str]]], *passages: s
     Args:
         title: clean text.
         facts: names and values.
-        passages: clean text, in order; one that was there before, or that only repeats the title, is left out.
+        passages: clean text, in order; repeated ones, and those that only repeat the title, are left out.
     """
     sentences = [title] if title else []
     sentences += [f"{name}: {', '.join(values)}" for name, values in facts if values]

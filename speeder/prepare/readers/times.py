@@ -1,4 +1,4 @@
-"""Times of raw rows, in nanoseconds (which fit 64 bits until 2262): none is cut before the rows are in order."""
+"""Times of raw rows, in nanoseconds (which fit 64 bits until 2262), so that rows are ordered before times are cut."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,19 +14,19 @@ TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}  # tick
 PER_SECOND = TIME_UNITS["ns"]
 _LAST_SECOND = 4_102_444_800  # the year 2100: a later time is in another unit, or nonsense
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_ROWS_TOLD_BY = 100  # rows by which a file's times are told to be dates or numbers
+_ROWS_TOLD_BY = 100  # rows that decide whether a file's times are dates or numbers
 
 
 class Nanoseconds(int):
-    """A time since 1970 that is known to be in nanoseconds, whatever the unit of a file's bare numbers."""
+    """A time since 1970 in nanoseconds, independent of the unit of a file's plain numbers."""
 
 
 def nanoseconds(value: object, per_second: int, *, dates: bool = False) -> int:
     """Nanoseconds since 1970 of a finite number, digits, an ISO 8601 date (without a zone, in UTC), or `Nanoseconds`.
 
     Args:
-        per_second: ticks a second of bare numbers.
-        dates: whether eight digits are a date (`20200131`) and no number.
+        per_second: ticks per second of plain numbers.
+        dates: whether eight digits are a date (`20200131`) and not a number.
 
     Raises `BadLine`, also for times before 1970 and after 2100.
     """
@@ -49,7 +49,7 @@ def nanoseconds(value: object, per_second: int, *, dates: bool = False) -> int:
 
 
 def hold_dates(rows: Iterable[Row]) -> tuple[bool, Iterator[Row]]:
-    """Whether most times of the first rows are dates rather than numbers, and all the rows.
+    """Whether most times of the first rows are dates rather than numbers; and all rows.
 
     Times of eight digits, which may be either, do not count.
     """
@@ -65,7 +65,7 @@ def hold_dates(rows: Iterable[Row]) -> tuple[bool, Iterator[Row]]:
 
 
 def arrow_times(column: pa.Array) -> list[Nanoseconds | None]:
-    """The times of a column of dates or timestamps of any unit; what 64 bits cannot hold does not wrap around."""
+    """The times of a column of dates or timestamps of any unit; times beyond 64 bits do not wrap around."""
     if pa.types.is_date32(column.type):
         values, scale = column.cast(pa.int32()), 86_400 * PER_SECOND
     else:
@@ -82,7 +82,7 @@ def _is_eight_digits(value: object) -> bool:
 
 
 def _parsed(text: str, *parsers: Callable[[str], int | float]) -> int | float | None:
-    """What the first parser that takes the text makes of it."""
+    """The result of the first parser that accepts the text."""
     for parse in parsers:
         try:
             return parse(text)

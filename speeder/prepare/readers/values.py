@@ -1,4 +1,4 @@
-"""What a raw value must be to count: identifiers, ratings, JSON objects and Python literals. Times: `times.py`."""
+"""Checks of raw values: identifiers, ratings, JSON objects and Python literals. Times are in `times.py`."""
 
 import ast
 import json
@@ -9,9 +9,7 @@ from collections.abc import Callable
 from speeder.prepare.readers.lines import BadLine
 
 MAX_ID_LENGTH = 256
-_MAX_LITERAL_LENGTH = (
-    1 << 20
-)  # a Python literal takes some hundred times its length in memory while it is parsed
+_MAX_LITERAL_LENGTH = 1 << 20  # parsing a Python literal takes some hundred times its length in memory
 
 
 def identifier(value: object, kind: str) -> str:
@@ -34,7 +32,7 @@ def identifier(value: object, kind: str) -> str:
 
 
 def rating(value: object) -> float:
-    """A finite number, or the text of one. Raises `BadLine`."""
+    """A finite number, also as text. Raises `BadLine`."""
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         try:
             number = float(value)

@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler tells of every start and stop otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler logs every start and stop

@@ -135,13 +135,13 @@ class System:
         return batches
 
     def _targets(self, sequence: TokenSequence) -> float:
-        """Items that are asked for in a prompt."""
-        if self.recipe.supervision == "all":  # every labelled position asks for one
+        """Number of targets in a prompt."""
+        if self.recipe.supervision == "all":  # every label is one
             return sum(label >= 0 for label in sequence.labels)
         return 1 / self._dataset.per_window
 
     def train(self, number: int) -> Batch:
-        """One optimizer step on one of the batches, laid out anew as a loader would."""
+        """One optimizer step on one of the batches, which is built again, as by a loader."""
         batch = self.batches[number % len(self.batches)]
         with torch.profiler.record_function("data preparation"):
             packed = pack_batch([self._dataset[example] for example in batch.examples], with_labels=True)

@@ -115,7 +115,7 @@ def test_folders_are_named_from_the_root(bert, monkeypatch, prefix):
 
 
 def test_a_worker_with_another_model_refuses(bert, tmp_path):
-    with pytest.raises(SpeederError, match="is another model here"):
+    with pytest.raises(SpeederError, match="this worker has another model"):
         _encoding(lambda: TextEncoder(str(bert)), "text-2:other", tmp_path)
 
 

@@ -316,7 +316,7 @@ def test_without_a_network_a_model_that_was_never_fetched_is_named(
     shutil.copytree(bert[0], hub / "snapshots" / ("f" * 40))
     caplog.clear()
     TextEncoder("some/bert")  # of which nobody can say now whether it lists modules
-    assert "no connection to see whether it has modules.json" in caplog.text
+    assert "no connection to check for modules.json" in caplog.text
     (hub / ".no_exist" / ("f" * 40)).mkdir(parents=True)
     for file in ("modules.json", "sentence_bert_config.json"):
         (hub / ".no_exist" / ("f" * 40) / file).touch()

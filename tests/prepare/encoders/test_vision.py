@@ -266,7 +266,7 @@ def only_pickled(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (masked_at_random, "gives other vectors each time"),
+        (masked_at_random, "returns other vectors each time"),
         (of_texts, ""),
         (without_processor, "preprocessor_config.json"),
         (only_pickled, "no file named model.safetensors"),
