@@ -55,7 +55,7 @@ def test_scores_that_are_no_numbers_are_not_handed_out():
         model.item_head.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="number"):
         Engine(model).recommend([RecommendJob((1,), 3, True)])
-    with pytest.raises(ValueError, match="number"):
+    with pytest.raises(ValueError, match="not finite"):
         Engine(model).explain([ExplainJob((1, 2), (3,))])
 
 
