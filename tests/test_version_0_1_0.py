@@ -107,16 +107,16 @@ def test_no_file_runs_code_when_it_is_read() -> None:
         path for path in KEPT.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".py", *plain)
     ]
     assert {path.name for path in found} == {"COMPLETE", *checkpoint}
+    named = set()
     for path in found:
         if path.name in checkpoint:
-            named = set()
             with zipfile.ZipFile(path) as archive:
                 (pickled,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
                 for code, argument, _ in pickletools.genops(archive.read(pickled)):
                     assert code.name != "STACK_GLOBAL", "a name that is put together as the file is read"
                     if code.name == "GLOBAL":
                         named.add(argument)
-            assert named and named <= NAMED_BY_A_CHECKPOINT, path
+    assert named == NAMED_BY_A_CHECKPOINT
 
 
 # ---- prepared data --------------------------------------------------------------------------------------------
