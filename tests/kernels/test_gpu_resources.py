@@ -154,7 +154,7 @@ def test_the_summary_says_what_was_compiled_and_what_was_not(monkeypatch):
     monkeypatch.delenv("SPEEDER_COMPILE_ALL", raising=False)
     first, *others = gpu_resources.PARTS["triton"]
     some = gpu_resources.summary("triton", [first])
-    assert f"compiled and checked {first} (sources, flags or compiler are not those of" in some
+    assert f"compiled and checked {first} (sources, flags, compiler or checks are not those of" in some
     assert f"not compiled: {', '.join(others)} (the same sources" in some
     assert "compiled and checked" not in gpu_resources.summary("triton", [])
     monkeypatch.setenv("SPEEDER_COMPILE_ALL", "1")
