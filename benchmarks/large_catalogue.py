@@ -81,8 +81,8 @@ def train_model(options: argparse.Namespace) -> str:
     """Some steps with sampled negatives, and the validation after them, which ranks all items."""
     from speeder.data import PreparedData
     from speeder.recipes.load import recipe_from_dict
-    from speeder.training.run import train
     from speeder.training.run_folder import stage_logs
+    from speeder.training.train import train
 
     make_backbone(options.out / "backbone", options.width)
     stage = {"name": "text", "open": ["text"], "steps": options.steps, "learning_rate": 2e-3}

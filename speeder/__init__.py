@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from speeder.data import Interactions, ItemCatalogue, LeaveOneOut, PreparedData
     from speeder.errors import SpeederError
-    from speeder.evaluation.protocols import evaluate
+    from speeder.evaluation.evaluate import evaluate
     from speeder.model.config import SpeederConfig
     from speeder.model.modeling import SpeederForCausalLM
     from speeder.model.processor import SpeederProcessor
     from speeder.recipes.load import load_recipe
     from speeder.recipes.schema import Recipe
     from speeder.serving.sessions import UserSessions
-    from speeder.training.run import train
+    from speeder.training.train import train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _WHERE = {
     "Interactions": "speeder.data",
@@ -33,9 +33,9 @@ _WHERE = {
     "SpeederForCausalLM": "speeder.model.modeling",
     "SpeederProcessor": "speeder.model.processor",
     "UserSessions": "speeder.serving.sessions",
-    "evaluate": "speeder.evaluation.protocols",
+    "evaluate": "speeder.evaluation.evaluate",
     "load_recipe": "speeder.recipes.load",
-    "train": "speeder.training.run",
+    "train": "speeder.training.train",
 }
 __all__ = [
     "Interactions",

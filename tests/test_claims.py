@@ -4,10 +4,10 @@ import pytest
 
 from speeder.baselines.popularity import Popularity
 from speeder.evaluation.compare import compare
-from speeder.evaluation.protocols import evaluate
+from speeder.evaluation.evaluate import evaluate
 from speeder.prepare.pipeline import prepare_ml100k
 from speeder.recipes.schema import Recipe, Stage
-from speeder.training.run import train
+from speeder.training.train import train
 
 
 @pytest.mark.slow

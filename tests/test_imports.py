@@ -16,7 +16,7 @@ TABLES = {"pyarrow", "pandas", "ray", "faiss"}
 OTHERS = {
     "speeder.baselines.sasrec.fit",
     "speeder.baselines.text.base",
-    "speeder.training.run",
+    "speeder.training.train",
     "speeder.studies",
 }
 WEB = {"fastapi", "uvicorn"}
@@ -70,7 +70,7 @@ def test_the_model_imports_nothing_beyond_its_base_class(base):
         # all that `speeder recommend` needs
         (
             "import speeder.cli.recommend; from speeder.baselines.auto import load_model;"
-            "from speeder.data.runs import find_model",
+            "from speeder.data.find_run import find_model",
             TRAINING | PICTURES | TABLES | WEB | OTHERS,
         ),
     ],

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     """
     from speeder.baselines.auto import load_model
     from speeder.baselines.sasrec.model import SASRec
-    from speeder.data.runs import data_folder_of, find_model, run_data
+    from speeder.data.find_run import data_folder_of, find_model, run_data
     from speeder.prepare.new_items import without_added
     from speeder.studies.cold_start import evaluate_cold_run
     from speeder.studies.evaluate_run import (

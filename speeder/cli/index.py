@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
-    from speeder.data.runs import find_model
+    from speeder.data.find_run import find_model
     from speeder.retrieval.ann import SEARCH, build_index, load_faiss
     from speeder.retrieval.shards import write_token_shards
 
@@ -118,7 +118,7 @@ def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> torch
     """`(n, H)` queries of up to `count` test users of the run's data; of single items if the data are gone."""
     import torch
 
-    from speeder.data.runs import run_data
+    from speeder.data.find_run import run_data
 
     try:
         histories = run_data(run).split.histories("test")

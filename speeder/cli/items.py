@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_add(options: argparse.Namespace) -> None:
     """`speeder items add`."""
-    from speeder.data.runs import find_model
+    from speeder.data.find_run import find_model
     from speeder.prepare.new_items import add_items, prepared_encoders
 
     folder = find_model(options.run or options.model)

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
-    from speeder.data.runs import find_model, run_data
+    from speeder.data.find_run import find_model, run_data
 
     if options.k < 1:
         raise SpeederError(f"-k: expected at least 1, got {options.k}")

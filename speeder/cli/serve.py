@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     if not 0 <= options.port <= 65535:
         raise SpeederError(f"--port: expected 0..65535, got {options.port}")
     from speeder.baselines.auto import load_model
-    from speeder.data.runs import find_model
+    from speeder.data.find_run import find_model
     from speeder.model.modeling import SpeederForCausalLM
     from speeder.serving.http.app import create_app
     from speeder.serving.http.server import serve

@@ -26,16 +26,16 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
+    from speeder.data.find_run import run_data
     from speeder.data.prepared import PreparedData
-    from speeder.data.runs import run_data
     from speeder.io.files import read_json
     from speeder.io.memory import keep_freed_memory
     from speeder.recipes.load import load_recipe, recipe_from_dict
     from speeder.recipes.sasrec import SASRecRecipe
     from speeder.studies.evaluate_run import write_training_plots
     from speeder.training.distributed import processes
-    from speeder.training.run import train
     from speeder.training.sasrec import train_sasrec
+    from speeder.training.train import train
 
     keep_freed_memory()
     # torchrun --max-restarts starts all processes again, by the same command

@@ -12,7 +12,6 @@ import torch
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.cold_split import ColdItems
-from speeder.evaluation.evaluation import COLD_ITEMS, COLD_ONLY, NOT_TOLD, TRAINING_PART, Evaluation
 from speeder.evaluation.leaks import (
     LeakError,
     check_features,
@@ -21,6 +20,7 @@ from speeder.evaluation.leaks import (
     check_training_hash,
 )
 from speeder.evaluation.metrics import target_ranks
+from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, NOT_TOLD, TRAINING_PART, Evaluation
 from speeder.evaluation.scorer import Scorer
 from speeder.evaluation.users import Columns, UserMap, Users, in_this_process
 

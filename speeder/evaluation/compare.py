@@ -12,7 +12,7 @@ import numpy as np
 
 from speeder.errors import SpeederError
 from speeder.evaluation.bootstrap import Interval, bootstrap_intervals
-from speeder.evaluation.evaluation import Evaluation, evaluation_file
+from speeder.evaluation.result import Evaluation, evaluation_file
 from speeder.evaluation.tables import (
     check_same_task,
     comparison_latex,

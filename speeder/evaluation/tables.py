@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speeder.evaluation.bootstrap import Interval
-from speeder.evaluation.evaluation import COLD_ITEMS, COLD_ONLY, NOT_TOLD
+from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, NOT_TOLD
 
 if TYPE_CHECKING:
-    from speeder.evaluation.evaluation import Evaluation
+    from speeder.evaluation.result import Evaluation
 
 _TITLES = {"masked": "Seen items masked", "allowed": "Seen items allowed"}
 

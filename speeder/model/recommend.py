@@ -11,8 +11,8 @@ import torch
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
+from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.metrics import metric_values
-from speeder.evaluation.protocols import evaluate
 from speeder.io.progress import showing
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import ModelState, SharedPrefix

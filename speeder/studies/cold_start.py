@@ -10,7 +10,7 @@ from speeder.data.fingerprints import training_hash
 from speeder.data.prepared import PreparedData
 from speeder.evaluation.cold_ranking import evaluate_cold, with_cold_items
 from speeder.evaluation.cold_split import ColdItems, check_replaceable, hold_out
-from speeder.evaluation.evaluation import COLD_ITEMS, COLD_ONLY, Evaluation, evaluation_file
+from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, Evaluation, evaluation_file
 from speeder.evaluation.scorer import Scorer
 from speeder.prepare.features import add_features
 from speeder.studies.evaluate_run import (

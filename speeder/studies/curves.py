@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """The curves of a run's stages over the steps of all stages, for `speeder.studies.plots`.
+    """The curves of a run's stages over the steps of all stages, for `speeder.studies.charts`.
 
     Attributes:
         stages: stage -> "loss", and "NDCG@10" where it was measured -> points.

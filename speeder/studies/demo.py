@@ -14,7 +14,7 @@ from speeder.baselines.content import ContentNeighbours
 from speeder.data.fingerprints import training_hash
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
-from speeder.evaluation.evaluation import Evaluation
+from speeder.evaluation.result import Evaluation
 from speeder.io import progress
 from speeder.io.assets import fetch
 from speeder.model.modeling import SpeederForCausalLM
@@ -33,7 +33,7 @@ from speeder.studies.evaluate_run import (
     write_training_plots,
 )
 from speeder.studies.report.build import write_report
-from speeder.training.run import train
+from speeder.training.train import train
 
 # How many of a history's last titles content neighbours read: the best validation NDCG@10 of 1, 3, 5, 10, 20 and all.
 _TITLES_READ = 1

@@ -14,9 +14,9 @@ from speeder.baselines.sasrec.model import SASRec
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates
-from speeder.evaluation.evaluation import COLD_ITEMS, PROTOCOLS, Evaluation, evaluation_file
+from speeder.evaluation.evaluate import evaluate, evaluate_candidates, evaluate_titles
 from speeder.evaluation.leaks import LeakError, check_features, check_model_features, check_split
-from speeder.evaluation.protocols import evaluate, evaluate_candidates, evaluate_titles
+from speeder.evaluation.result import COLD_ITEMS, PROTOCOLS, Evaluation, evaluation_file
 from speeder.evaluation.scorer import Scorer
 from speeder.evaluation.tables import comparison_latex, comparison_table
 from speeder.evaluation.users import UserMap, in_this_process
@@ -24,8 +24,8 @@ from speeder.io.files import write_json, write_text
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.title_writer import TitleWriter
 from speeder.recipes.load import settings_for
+from speeder.studies.charts import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.studies.curves import training_curves
-from speeder.studies.plots import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.training.run_folder import stage_logs
 from speeder.training.sasrec import fit_on_split
 

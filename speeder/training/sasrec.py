@@ -47,7 +47,7 @@ def train_sasrec(
 ) -> SASRec:
     """Train SASRec in a run folder, for `speeder evaluate` and `compare`.
 
-    Training stops by the validation NDCG@10. Arguments and errors are those of `speeder.training.run.train`.
+    Training stops by the validation NDCG@10. Arguments and errors are those of `speeder.training.train.train`.
     """
     run = Path(run)
     check_split(data.split, data.interactions)

@@ -15,8 +15,8 @@ from speeder.baselines.sasrec.model import SASRec
 from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
+from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.metrics import metric_values, target_ranks
-from speeder.evaluation.protocols import evaluate
 from speeder.recipes.sasrec import SASRecConfig
 
 NUM_ITEMS = 24

@@ -16,13 +16,13 @@ from speeder.cli.main import main
 from speeder.data import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates
+from speeder.evaluation.evaluate import evaluate, evaluate_candidates, evaluate_titles
 from speeder.evaluation.leaks import LeakError
-from speeder.evaluation.protocols import evaluate, evaluate_candidates, evaluate_titles
 from speeder.model.sequences import pack_batch
 from speeder.model.title_writer import written_title
 from speeder.recipes.load import recipe_from_dict
 from speeder.training.dataset import TrainingSequences
-from speeder.training.run import train
+from speeder.training.train import train
 from tests.baselines.text_worlds import NAMES, cycle_world, save_text_backbone, train_with_a_stop
 
 ITEMS = len(NAMES)

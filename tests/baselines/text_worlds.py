@@ -13,7 +13,7 @@ from speeder.data.interactions import Interactions
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.recipes.schema import Recipe
 from speeder.training.callbacks import CheckpointMarker
-from speeder.training.run import train
+from speeder.training.train import train
 
 NAMES = (
     "Amber",

@@ -15,8 +15,8 @@ from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.cold_ranking import check_cold_items, check_never_saw, evaluate_cold, with_cold_items
 from speeder.evaluation.cold_split import ColdItems, hold_out
-from speeder.evaluation.evaluation import Evaluation
 from speeder.evaluation.leaks import LeakError, check_features
+from speeder.evaluation.result import Evaluation
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import bundled_recipe, load_recipe

@@ -11,7 +11,7 @@ from speeder.cli.main import main
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.evaluation.candidates import Candidates
 from speeder.evaluation.compare import compare, holm, sign_flip_p_value
-from speeder.evaluation.protocols import evaluate, evaluate_candidates
+from speeder.evaluation.evaluate import evaluate, evaluate_candidates
 
 NUM_ITEMS = 40
 

@@ -10,10 +10,10 @@ from speeder.baselines import Popularity
 from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
-from speeder.evaluation.evaluation import Evaluation
+from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.leaks import LeakError
 from speeder.evaluation.metrics import METRICS
-from speeder.evaluation.protocols import evaluate
+from speeder.evaluation.result import Evaluation
 from speeder.evaluation.tables import comparison_table
 
 NUM_ITEMS = 40

@@ -15,7 +15,7 @@ from speeder.prepare.encoders.collaborative import collaborative_features
 from speeder.prepare.features import add_features
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
-from speeder.training.run import train
+from speeder.training.train import train
 
 
 def interactions_of(sequences):

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import speeder.training.run
+import speeder.training.train
 from speeder.cli.main import main
 from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.interactions import Interactions
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates
-from speeder.evaluation.protocols import evaluate_candidates, evaluate_titles
+from speeder.evaluation.evaluate import evaluate_candidates, evaluate_titles
 from speeder.evaluation.written_titles import named_candidate
 from speeder.model.sequences import build_sequence
 from speeder.model.title_prompts import MAX_TITLE_TOKENS, TitleExamples, TitlePrompts
@@ -25,8 +25,8 @@ from speeder.model.title_writer import TitleWriter
 from speeder.recipes.load import bundled_recipe, load_recipe, recipe_from_dict
 from speeder.recipes.schema import TITLE_TEMPLATE
 from speeder.training.dataset import TrainingSequences
-from speeder.training.run import train
 from speeder.training.run_folder import stage_logs
+from speeder.training.train import train
 from tests.baselines.text_worlds import NAMES, save_text_backbone, train_with_a_stop
 from tests.model.worlds import tiny_model
 
@@ -85,7 +85,7 @@ def run(place, data):
 
 @pytest.fixture(scope="module")
 def writer(run):
-    return TitleWriter.of_run(run, speeder.training.run.SpeederForCausalLM.from_pretrained(run / "model"))
+    return TitleWriter.of_run(run, speeder.training.train.SpeederForCausalLM.from_pretrained(run / "model"))
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +232,8 @@ def test_examples_are_drawn_anew_in_each_epoch_and_the_same_again(prompts, data)
 
 
 def test_without_titles_nothing_is_drawn(place, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(speeder.training.run, "TitleExamples", None)
-    monkeypatch.setattr(speeder.training.run, "TitlePrompts", None)
+    monkeypatch.setattr(speeder.training.train, "TitleExamples", None)
+    monkeypatch.setattr(speeder.training.train, "TitlePrompts", None)
     recipe = recipe_of(place, titles=0, stage={"steps": 1})
     train(recipe, data, tmp_path / "run")
     stage = recipe.to_dict()["stages"][0]

@@ -13,7 +13,7 @@ from speeder.errors import SpeederError
 from speeder.prepare.encoders.text import TextEncoder
 from speeder.prepare.pipeline import prepare
 from speeder.recipes.load import load_recipe
-from speeder.training.run import train
+from speeder.training.train import train
 from speeder.training.trainer import SpeederTrainer
 
 

@@ -15,8 +15,8 @@ from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import load_recipe, recipe_from_dict
 from speeder.training.bad_batches import check_weights
 from speeder.training.ema import AVERAGE_FILE
-from speeder.training.run import train
 from speeder.training.run_folder import stage_logs
+from speeder.training.train import train
 from speeder.training.trainer import SpeederTrainer
 from tests.faults import jobs
 from tests.faults.processes import free_port, start

@@ -12,7 +12,7 @@ from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
 from speeder.training.callbacks import CheckpointMarker
 from speeder.training.checkpoints import COMPLETE, last_checkpoint, mark_whole, reading
-from speeder.training.run import train
+from speeder.training.train import train
 from tests.io.killing import killed_at
 from tests.model.worlds import save_tiny_backbone
 
@@ -109,7 +109,7 @@ def test_what_a_kill_leaves_of_a_finished_stage_goes_with_the_next_start(
             raise Stop
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("speeder.training.run._clear_finished", stop)
+        patch.setattr("speeder.training.train._clear_finished", stop)
         train(recipe, data, run)
     (run / "model-01").mkdir(exist_ok=True)  # as if the kill had come a moment earlier still
     assert len(list(run.glob("stages/*/checkpoint-*"))) >= 2

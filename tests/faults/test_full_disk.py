@@ -15,15 +15,15 @@ from transformers import TrainerCallback
 from speeder.data import PreparedData
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
-from speeder.evaluation.evaluation import Evaluation
-from speeder.evaluation.protocols import evaluate
+from speeder.evaluation.evaluate import evaluate
+from speeder.evaluation.result import Evaluation
 from speeder.io.disk_full import WriteError, writing
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.prepare.encoders.cache import FeatureCache, content_key, encode_cached
 from speeder.prepare.pipeline import prepare
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import load_recipe
-from speeder.training.run import train
+from speeder.training.train import train
 from speeder.training.trainer import SpeederTrainer
 from tests.faults.disks import SmallDisk, small_disk
 from tests.model.worlds import save_tiny_backbone, tiny_model

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 
 from speeder.data import PreparedData
-from speeder.evaluation.protocols import evaluate
+from speeder.evaluation.evaluate import evaluate
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.prepare.encoders.cache import FeatureCache
 from speeder.prepare.encoders.text import TextEncoder

@@ -24,7 +24,7 @@ from speeder.prepare.encoders.text import TextEncoder
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
 from speeder.training.callbacks import CheckpointMarker
-from speeder.training.run import train
+from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone, tiny_model
 from tests.prepare.encoders.tiny import save_bert, save_clip
 

@@ -18,8 +18,8 @@ from speeder.model.negatives import NegativeSampler, candidate_cross_entropy
 from speeder.model.streamed_ranking import streamed_ranks
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
-from speeder.training.run import train
 from speeder.training.run_folder import stage_logs
+from speeder.training.train import train
 from speeder_kernels import item_cross_entropy
 from tests.model.worlds import TEXT, save_tiny_backbone, tiny_model
 

@@ -23,7 +23,7 @@ from speeder.data import PreparedData
 from speeder.data.fingerprints import training_hash
 from speeder.errors import SpeederError
 from speeder.evaluation.compare import compare, holm
-from speeder.evaluation.evaluation import Evaluation
+from speeder.evaluation.result import Evaluation
 from speeder.io.machine import processor
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import bundled_recipe, recipe_from_dict

@@ -17,15 +17,15 @@ from speeder.model.loading import load_tokenizer
 from speeder.model.sequences import pack_batch
 from speeder.prepare.readers.ml100k import read_ml100k
 from speeder.prepare.synthetic import synthetic_world
-from speeder.studies.bench import machine, picture, run, systems
-from speeder.studies.bench.figures import row
+from speeder.studies.bench import chart, machine, run, systems
 from speeder.studies.bench.flops import attention_flops, pair_flops, training_flops
 from speeder.studies.bench.profile import group_of
+from speeder.studies.bench.rates import row
 from speeder.studies.bench.report import verdicts
 from speeder.studies.bench.run import MAIN, Plan, _rounds
 from speeder.studies.bench.systems import SYSTEMS, TRAINING_TOKENS, System
 from speeder.studies.bench.workload import LONGEST, Workload, choose_users
-from speeder.studies.plots import saved_figure
+from speeder.studies.charts import saved_figure
 from tests.baselines.text_worlds import save_text_backbone
 
 
@@ -272,8 +272,8 @@ def test_the_command_measures_writes_and_goes_on(place, tmp_path, capsys, monkey
             figure.draw_without_rendering()
             labels.extend(label.get_text() for axes in figure.axes for label in axes.get_yticklabels())
 
-    monkeypatch.setattr(picture, "saved_figure", looked_at)
-    picture.plot_bench(first, tmp_path / "again.png")
+    monkeypatch.setattr(chart, "saved_figure", looked_at)
+    chart.plot_bench(first, tmp_path / "again.png")
     assert labels and all(re.fullmatch(r"[\d,.e+-]+", label) for label in labels), labels
 
     # a point that is missing is measured, the others stay

@@ -9,7 +9,7 @@ from speeder.cli.main import main
 from speeder.evaluation.candidates import Candidates
 from speeder.evaluation.cold_ranking import evaluate_cold, with_cold_items
 from speeder.evaluation.cold_split import hold_out
-from speeder.evaluation.protocols import evaluate, evaluate_titles
+from speeder.evaluation.evaluate import evaluate, evaluate_titles
 from speeder.evaluation.users import Users
 from speeder.io.parts import here
 from speeder.studies.evaluate_in_parts import AskedInParts, table_users, users_hash, users_table

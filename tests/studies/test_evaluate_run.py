@@ -13,8 +13,8 @@ from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.fingerprints import training_hash
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates
+from speeder.evaluation.evaluate import evaluate_titles
 from speeder.evaluation.leaks import LeakError
-from speeder.evaluation.protocols import evaluate_titles
 from speeder.io.files import write_json
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.sasrec import SASRecConfig

@@ -12,9 +12,9 @@ from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates
-from speeder.evaluation.evaluation import PROTOCOLS, Evaluation
+from speeder.evaluation.evaluate import evaluate, evaluate_candidates, evaluate_titles
 from speeder.evaluation.leaks import LeakError
-from speeder.evaluation.protocols import evaluate, evaluate_candidates, evaluate_titles
+from speeder.evaluation.result import PROTOCOLS, Evaluation
 from speeder.evaluation.tables import comparison_latex, comparison_table
 from speeder.evaluation.written_titles import named_candidate, normalise_title
 

@@ -17,7 +17,7 @@ from speeder.data import PreparedData
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.recipes.load import load_recipe
 from speeder.training.callbacks import CheckpointMarker
-from speeder.training.run import train
+from speeder.training.train import train
 
 
 class Stop(Exception):

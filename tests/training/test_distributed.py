@@ -28,8 +28,8 @@ from speeder.recipes.load import load_recipe
 from speeder.training.callbacks import OwnDraws
 from speeder.training.dataset import TrainingSequences
 from speeder.training.distributed import SharedBatches, share_batch
-from speeder.training.run import train
 from speeder.training.run_folder import stage_logs
+from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone
 from tests.training.distributed_worker import train_one
 

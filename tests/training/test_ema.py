@@ -12,8 +12,8 @@ from speeder.errors import SpeederError
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
 from speeder.training.ema import WeightAverage
-from speeder.training.run import train
 from speeder.training.run_folder import stage_logs
+from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone
 
 

@@ -9,7 +9,7 @@ from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.schema import Recipe, Stage
 from speeder.training import precision
 from speeder.training.precision import product_seconds, resolve_precision
-from speeder.training.run import train
+from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone
 
 

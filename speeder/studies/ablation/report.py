@@ -11,11 +11,11 @@ import numpy as np
 
 from speeder.evaluation.bootstrap import Interval, bootstrap_intervals
 from speeder.evaluation.compare import holm, sign_flip_p_value
-from speeder.evaluation.evaluation import SEEN, Evaluation
+from speeder.evaluation.result import SEEN, Evaluation
 from speeder.evaluation.slices import quantile_slices
 from speeder.evaluation.tables import check_same_task, markdown_rows
 from speeder.io.files import write_json, write_text
-from speeder.studies.ablation.plot import plot_differences
+from speeder.studies.ablation.chart import plot_differences
 from speeder.studies.ablation.study import BASE, Study
 
 REPORTED = ("HR@10", "NDCG@10")

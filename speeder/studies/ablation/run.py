@@ -15,15 +15,15 @@ from pathlib import Path
 
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
-from speeder.evaluation.evaluation import Evaluation
+from speeder.evaluation.result import Evaluation
 from speeder.io.files import read_json, write_json
 from speeder.recipes.schema import AUTO, NoStageLeft, Recipe
 from speeder.studies.ablation.report import Finished, write_report
 from speeder.studies.ablation.study import BASE, Study, Variant, differing_keys
 from speeder.studies.evaluate_run import Measure, baselines, evaluate_run, kept_evaluation
 from speeder.training.precision import resolve_precision
-from speeder.training.run import train
 from speeder.training.run_folder import begun_identity, begun_precision, run_identity
+from speeder.training.train import train
 
 _SECONDS = "seconds.json"
 _EVALUATED = "model"  # as `evaluate_run` calls a run's finished model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from speeder.studies.bench.figures import Row, best_peak, points, ratio, row
+from speeder.studies.bench.rates import Row, best_peak, points, ratio, row
 from speeder.studies.bench.systems import SYSTEMS
 
 GEMM_TARGET = 0.6

@@ -15,8 +15,8 @@ from speeder.io.files import read_json, write_json, write_text
 from speeder.io.machine import describe
 from speeder.prepare.pipeline import prepare_ml100k
 from speeder.recipes.schema import AUTO
+from speeder.studies.bench.chart import plot_bench
 from speeder.studies.bench.machine import busy_seconds, cpu_seconds, gemm_peak
-from speeder.studies.bench.picture import plot_bench
 from speeder.studies.bench.report import report
 from speeder.studies.bench.systems import RANKING_TOKENS, SYSTEMS, TRAINING_TOKENS
 from speeder.studies.bench.worker import Worker

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder.evaluation.cold_split import COLD, ColdItems
-from speeder.evaluation.evaluation import COLD_ITEMS
+from speeder.evaluation.result import COLD_ITEMS
 from speeder.io.files import write_text
 from speeder.studies.report.charts import save_all
 from speeder.studies.report.contents import RunContents, read_run

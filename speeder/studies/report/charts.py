@@ -14,11 +14,11 @@ from pathlib import Path
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
-from speeder.studies.plots import saved_figure
+from speeder.studies.charts import saved_figure
 
 NARROW = 4.3  # inches; at this width letters are of about the page's size on a phone
 
-# Colours of `speeder.studies.plots` -> the page's variables, which differ in dark mode
+# Colours of `speeder.studies.charts` -> the page's variables, which differ in dark mode
 _COLOURS = {
     "#000000": "--ink",
     "#262626": "--ink",

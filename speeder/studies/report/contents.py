@@ -8,10 +8,10 @@ from typing import Any
 
 from speeder.baselines.auto import baseline_class
 from speeder.baselines.sasrec.model import SASRec
+from speeder.data.find_run import run_data
 from speeder.data.prepared import PreparedData
-from speeder.data.runs import run_data
 from speeder.errors import SpeederError
-from speeder.evaluation.evaluation import Evaluation, evaluation_file
+from speeder.evaluation.result import Evaluation, evaluation_file
 from speeder.evaluation.tables import check_same_task
 from speeder.io.files import read_json
 from speeder.model.title_writer import TitleWriter

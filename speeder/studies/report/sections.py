@@ -8,13 +8,13 @@ from functools import partial
 
 import numpy as np
 
-from speeder.evaluation.evaluation import COLD_ITEMS, COLD_ONLY, Evaluation
+from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, Evaluation
 from speeder.evaluation.tables import Table, comparison_tables
+from speeder.studies.charts import draw_comparison, draw_gate_distribution, draw_gates, draw_training
 from speeder.studies.curves import training_curves
-from speeder.studies.plots import draw_comparison, draw_gate_distribution, draw_gates, draw_training
 from speeder.studies.report.charts import Chart
 from speeder.studies.report.contents import RunContents
-from speeder.studies.report.drawings import draw_gate_groups, draw_slices
+from speeder.studies.report.group_charts import draw_gate_groups, draw_slices
 from speeder.studies.report.items import Gates
 
 _PROTOCOLS = {

@@ -10,7 +10,7 @@ import pytest
 from speeder.cli.main import main
 from speeder.data import PreparedData
 from speeder.errors import SpeederError
-from speeder.evaluation.evaluation import Evaluation, evaluation_file
+from speeder.evaluation.result import Evaluation, evaluation_file
 from speeder.io.files import read_json, write_json
 from speeder.studies.report.build import write_report
 from speeder.studies.report.contents import read_run

@@ -10,7 +10,7 @@ from PIL import Image
 
 from speeder.cli.main import main
 from speeder.data import PreparedData
-from speeder.evaluation.evaluation import Evaluation
+from speeder.evaluation.result import Evaluation
 from speeder.studies.report.build import write_report
 from tests.serving.http.browser import browser
 from tests.studies.report.worlds import TITLE, evaluate_run, make_run

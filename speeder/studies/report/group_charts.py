@@ -1,4 +1,4 @@
-"""Drawings of the report (others are in `studies/plots.py`): slices of users, and gate weights by group of items."""
+"""Drawings of the report (others are in `studies/charts.py`): slices of users, and gate weights by group of items."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from speeder.evaluation.evaluation import Evaluation
-from speeder.studies.plots import colours, is_narrow
+from speeder.evaluation.result import Evaluation
+from speeder.studies.charts import colours, is_narrow
 
 _LIGHT = ("#CC79A7", "#E69F00", "#56B4E9")  # light colours of the palette
 # letters on the palette's dark colours, and on its light ones; the page replaces both

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speeder.evaluation.candidates import Candidates
-from speeder.evaluation.evaluation import NOT_TOLD, TRAINING_PART, Evaluation
 from speeder.evaluation.leaks import check_candidates, check_split, check_training_hash
 from speeder.evaluation.metrics import hidden_targets
+from speeder.evaluation.result import NOT_TOLD, TRAINING_PART, Evaluation
 from speeder.evaluation.scorer import Scorer, TitleGenerator
 from speeder.evaluation.users import (
     UserMap,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from speeder.evaluation.bootstrap import Interval
-from speeder.studies.plots import colours, saved_figure
+from speeder.studies.charts import colours, saved_figure
 
 
 def plot_differences(

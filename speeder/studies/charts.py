@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from speeder.io.files import atomic_path
 
 if TYPE_CHECKING:
-    from speeder.evaluation.evaluation import Evaluation
+    from speeder.evaluation.result import Evaluation
 
 Curve = Sequence[tuple[int, float]]  # (global step, value)
 Stages = Mapping[str, tuple[int, int]]  # stage -> its first and last global step

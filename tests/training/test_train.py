@@ -14,15 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from speeder.data import PreparedData
 from speeder.errors import SpeederError
+from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.leaks import LeakError
-from speeder.evaluation.protocols import evaluate
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.sequences import pack_batch
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
 from speeder.training.dataset import TrainingSequences
-from speeder.training.run import train
 from speeder.training.run_folder import stage_logs
+from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone, tiny_model
 
 RECIPE = {

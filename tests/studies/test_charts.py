@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from speeder.evaluation.evaluation import Evaluation
-from speeder.studies import plots
+from speeder.evaluation.result import Evaluation
+from speeder.studies import charts
 
 CURVES = {
     "text": {
@@ -26,10 +26,10 @@ def evaluation(seed):
 
 
 DRAWINGS = {
-    "training": lambda path: plots.plot_training(CURVES, path),
-    "gates": lambda path: plots.plot_gates(GATES, path, {"text": (0, 100), "+image": (100, 200)}),
-    "distribution": lambda path: plots.plot_gate_distribution({"text": np.linspace(0.2, 0.9, 50)}, path),
-    "comparison": lambda path: plots.plot_comparison(
+    "training": lambda path: charts.plot_training(CURVES, path),
+    "gates": lambda path: charts.plot_gates(GATES, path, {"text": (0, 100), "+image": (100, 200)}),
+    "distribution": lambda path: charts.plot_gate_distribution({"text": np.linspace(0.2, 0.9, 50)}, path),
+    "comparison": lambda path: charts.plot_comparison(
         {"SASRec": evaluation(0), "Popularity": evaluation(1)}, path
     ),
 }
@@ -54,41 +54,41 @@ def test_what_is_shown_depends_on_what_is_given(tmp_path):
     path = tmp_path / "picture.png"
     shown = []
     for metric in ("NDCG@10", "MRR"):
-        plots.plot_comparison({"SASRec": evaluation(0)}, path, metric)
+        charts.plot_comparison({"SASRec": evaluation(0)}, path, metric)
         shown.append(path.read_bytes())
     for last in (0.3, 0.9):
-        plots.plot_gates({"text": [(0, 0.5), (10, last)]}, path)
+        charts.plot_gates({"text": [(0, 0.5), (10, last)]}, path)
         shown.append(path.read_bytes())
     assert len(set(shown)) == 4
 
 
 def test_an_error_leaves_the_earlier_picture(tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
-    plots.plot_gates(GATES, path)
+    charts.plot_gates(GATES, path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="expected one of HR@5"):
-        plots.plot_comparison({"SASRec": evaluation(0)}, path, "accuracy")
+        charts.plot_comparison({"SASRec": evaluation(0)}, path, "accuracy")
 
     def fail(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        plots.plot_comparison({"SASRec": evaluation(0)}, path)
+        charts.plot_comparison({"SASRec": evaluation(0)}, path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda path: plots.plot_training({}, path),
-        lambda path: plots.plot_training({"text": {"NDCG@10": [(1, 0.1)]}}, path),
-        lambda path: plots.plot_training({"text": {"loss": [(1, 2.0)], "HR@10": [(1, 0.1)]}}, path),
-        lambda path: plots.plot_gates({}, path),
-        lambda path: plots.plot_gates({"text": []}, path),
-        lambda path: plots.plot_gate_distribution({}, path),
-        lambda path: plots.plot_gate_distribution({"text": []}, path),
-        lambda path: plots.plot_comparison({}, path),
+        lambda path: charts.plot_training({}, path),
+        lambda path: charts.plot_training({"text": {"NDCG@10": [(1, 0.1)]}}, path),
+        lambda path: charts.plot_training({"text": {"loss": [(1, 2.0)], "HR@10": [(1, 0.1)]}}, path),
+        lambda path: charts.plot_gates({}, path),
+        lambda path: charts.plot_gates({"text": []}, path),
+        lambda path: charts.plot_gate_distribution({}, path),
+        lambda path: charts.plot_gate_distribution({"text": []}, path),
+        lambda path: charts.plot_comparison({}, path),
     ],
 )
 def test_nothing_to_show_is_an_error(draw, tmp_path):

@@ -7,9 +7,9 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter, ScalarFormatter
 
-from speeder.studies.bench.figures import best_peak, row
+from speeder.studies.bench.rates import best_peak, row
 from speeder.studies.bench.systems import SYSTEMS
-from speeder.studies.plots import colours, saved_figure
+from speeder.studies.charts import colours, saved_figure
 
 _MARKERS = "osD^"
 
