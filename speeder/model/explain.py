@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from speeder.model.content import read_once
+
 if TYPE_CHECKING:
     from speeder.model.modeling import SpeederForCausalLM
 
@@ -52,6 +54,7 @@ class Explanation:
 
 
 @torch.no_grad()
+@read_once()
 def leave_one_out(
     model: SpeederForCausalLM,
     history: Sequence[int | str],
@@ -98,6 +101,7 @@ def leave_one_out(
 
 
 @torch.no_grad()
+@read_once()
 def explain(
     model: SpeederForCausalLM,
     history: Sequence[int | str],

@@ -15,6 +15,7 @@ import torch
 from transformers import Cache
 
 from speeder.model.config import CACHE_NAME
+from speeder.model.content import content_of
 from speeder.model.item_store import ItemStore
 from speeder.model.packing import SequenceLayout
 from speeder.model.sequences import TokenSequence
@@ -118,26 +119,27 @@ def continued_states(
 class ModelState:
     """What kept keys and values depend on: weights, item tokens, autocast's dtype and the prompt.
 
-    Make it in evaluation mode. Weights made in inference mode have no version, so no two states of such a model are the
-    same. Fused optimizers change weights without a new version. They are noticed by the table of item tokens, which a
-    model drops whenever its mode changes or gradients are recorded.
+    Make it in evaluation mode.
+
+    Attributes:
+        item_table: `(I, K, H)` item tokens, or a store of them.
+        content: states with an equal content compute the same; None if it is not known (see `content_of`).
     """
 
     def __init__(self, model: SpeederForCausalLM):
         self.item_table = model.item_table()
-        device, config = model.device.type, model.config
-        tensors = [*model.parameters(), *model.buffers()]
-        self._facts = (
-            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-            tuple(model.shared_prefix),
-            config.tokens_per_item,
-            object() if any(tensor.is_inference() for tensor in tensors) else None,
-            *((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors),
-        )
+        words = model.backbone.get_input_embeddings()  # most of a small model, and few rows are read
+        self.content = content_of(model.backbone.get_decoder(), model.spae, model.config, without=words)
+        if self.content is not None:
+            device, prefix = model.device.type, model.shared_prefix
+            autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+            rows = words(torch.tensor(prefix, dtype=torch.int64, device=model.device)).detach()
+            read = rows.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+            self.content += (id(self.item_table), autocast, tuple(prefix), read)
 
     def same(self, other: ModelState | None) -> bool:
         """Whether what was kept in the other state is still valid in this one."""
-        return other is not None and self.item_table is other.item_table and self._facts == other._facts
+        return other is not None and self.content is not None and self.content == other.content
 
 
 class KeyValuePool:
@@ -183,8 +185,8 @@ class KeyValuePool:
 class SharedPrefix:
     """Keys and values of the text before every history, computed once per state of the model."""
 
-    def __init__(self, model: SpeederForCausalLM):
-        self.state = ModelState(model)
+    def __init__(self, model: SpeederForCausalLM, state: ModelState):
+        self.state = state
         self.tokens = prefix_tokens(model)
         self._layers: dict[int, Rows] = {}
         cache = PackedCache(self._keep, None)

@@ -40,5 +40,3 @@ def merge_lora(self) -> None:
             module.merge()
             self.backbone.set_submodule(name, module.get_base_layer())
     self.config.lora = None
-    # PEFT writes past autograd's versions, so what was kept of the old weights is dropped here
-    self._item_cache = None

@@ -18,10 +18,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.data.catalogue import ItemCatalogue, move_catalogue, saved_hash
+from speeder.errors import SpeederError
 from speeder.io.files import replaced_files
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
+from speeder.model.content import Kept, content_of, read_once
 from speeder.model.heads import ScoringMixin, next_labels
 from speeder.model.item_store import ItemRows, ItemStore
+from speeder.model.kv_cache import SharedPrefix
 from speeder.model.last_layer import last_layer_computes
 from speeder.model.loading import (
     CATALOGUE_FOLDER,
@@ -79,7 +82,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self.catalogue: ItemCatalogue | None = None
         self.negatives = NegativeSampler(config)
         self.item_store: ItemStore | None = None
-        self._item_cache: tuple[tuple, torch.Tensor, torch.Tensor] | None = None
+        self._checked_store: tuple[ItemStore, tuple | None] | None = None
+        self._kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor]] = Kept()
+        self._kept_prefix: Kept[SharedPrefix] = Kept()
         self.post_init()
         # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
         self._keys_to_ignore_on_save = sorted(self.all_tied_weights_keys) or None
@@ -128,7 +133,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self.mrc.set_catalogue(catalogue)
         self.catalogue = catalogue
         self.config.num_items = len(catalogue)
-        self._item_cache = self.item_store = None
+        self.item_store = None
+        self.clear_cache()
 
     def use_item_store(self, store: ItemStore | None) -> None:
         """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.
@@ -140,43 +146,58 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """
         if store is not None:
             store.check(self)
-        self._item_cache, self.item_store = None, None if self.training else store
+        self.clear_cache()
+        self.item_store = None if self.training else store
+        self._checked_store = None if store is None else (store, content_of(self.mrc))
 
     def item_table(self) -> torch.Tensor | ItemStore:
-        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens."""
-        return self.item_tokens()[0] if self.item_store is None else self.item_store
+        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens.
+
+        Raises:
+            SpeederError: MRC has changed since the store was set.
+        """
+        if self.item_store is None:
+            return self.item_tokens()[0]
+        if self._checked_store is not None and self._checked_store[0] is self.item_store:
+            content = content_of(self.mrc)
+            if content is None:
+                self.item_store.check(self)
+            elif content != self._checked_store[1]:
+                raise SpeederError(
+                    "item store: expected MRC as it was when use_item_store was called, got other weights or another "
+                    "adapter; make a store of these, or call use_item_store(None)"
+                )
+        return self.item_store
 
     def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compress the whole catalogue.
 
-        In evaluation mode the result is kept until a weight of MRC changes.
+        In evaluation mode without gradients the result is kept. It is used again as long as the content of MRC is the
+        same: every weight is read and compared by its hash, however it was written.
 
         Returns:
             tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
         """
         if self.training or torch.is_grad_enabled():
-            # weights are about to change, and fused optimizers change them without a new version
-            self._item_cache = None
+            self._kept_tokens.clear()
             return self.mrc.whole()
-        tensors = [  # one walk: `parameters()` and `buffers()` take half a millisecond of one user's answer
-            tensor
-            for module in self.mrc.modules()
-            for tensor in (*module._parameters.values(), *module._buffers.values())
-            if tensor is not None
-        ]
-        if any(tensor.is_inference() for tensor in tensors):  # these keep no version
-            return self.mrc.whole()
-        device = self.device.type
-        state = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),)
-        state += tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-        if self._item_cache is None or self._item_cache[0] != state:
-            self._item_cache = (state, *self.mrc.whole())
-        return self._item_cache[1:]
+        device, content = self.device.type, content_of(self.mrc)
+        if content is not None:
+            content += (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),)
+        return self._kept_tokens.get(content, self.mrc.whole)
+
+    def clear_cache(self) -> None:
+        """Free what is kept between calls: the item tokens, and the states of the text before histories.
+
+        It is never needed for right results, since what is kept is compared with the model's content before it is used.
+        """
+        self._kept_tokens.clear()
+        self._kept_prefix.clear()
 
     def train(self, mode: bool = True) -> SpeederForCausalLM:
-        """As in `nn.Module`; item tokens kept in the other mode are dropped."""
+        """As in `nn.Module`; what was kept in the other mode is freed, and training uses no item store."""
         if mode != self.training:
-            self._item_cache = None
+            self.clear_cache()
         if mode:
             self.item_store = None
         return super().train(mode)
@@ -461,7 +482,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                 f"vocabulary: expected 'text' with tokens_per_item = {self.config.tokens_per_item}, "
                 f"got {vocabulary!r}; recommend() ranks items in any case"
             )
-        return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+        with read_once():
+            return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, ranks=None, **kwargs):
         """Give every step the ranks of all tokens so far, which attention needs besides the cache."""

@@ -14,6 +14,7 @@ from speeder.data.interactions import LeaveOneOut
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.metrics import metric_values
 from speeder.io.progress import showing
+from speeder.model.content import read_once
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import ModelState, SharedPrefix
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
@@ -39,8 +40,6 @@ class Recommendation:
 
 class RecommenderMixin:
     """`score`, `recommend`, `gates` and `add_items` of [`SpeederForCausalLM`]. All run without gradients."""
-
-    _kept_prefix: SharedPrefix | None = None
 
     @property
     def shared_prefix(self) -> list[int]:
@@ -85,7 +84,7 @@ class RecommenderMixin:
     ) -> Iterator[torch.Tensor]:
         """Run histories through the backbone, packed, a batch at a time.
 
-        The text before the history is computed once and kept until a weight or the catalogue changes.
+        The text before the history is computed once and kept as long as the model is the same.
 
         Yields:
             `(n, H)` float32 queries of up to `batch_size` users; their dot products with `item_vectors` rank items.
@@ -95,16 +94,18 @@ class RecommenderMixin:
                 chunk = [
                     self.catalogue.indices_of(history) for history in histories[start : start + batch_size]
                 ]
-                yield self.item_queries(self._sequence_states([self.sequence(history) for history in chunk]))
+                with read_once():
+                    states = self._sequence_states([self.sequence(history) for history in chunk])
+                yield self.item_queries(states)
 
     def _sequence_states(self, sequences: list[TokenSequence]) -> torch.Tensor:
         """The final states of sequences' last tokens: `(B, H)`."""
         if not self.shared_prefix:
             batch = {name: tensor.to(self.device) for name, tensor in pack_batch(sequences).items()}
             return self.last_states(**batch)
-        if self._kept_prefix is None or not ModelState(self).same(self._kept_prefix.state):
-            self._kept_prefix = SharedPrefix(self)
-        return self._kept_prefix.states(self, sequences)
+        state = ModelState(self)
+        prefix = self._kept_prefix.get(state.content, lambda: SharedPrefix(self, state))
+        return prefix.states(self, sequences)
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 64) -> torch.Tensor:
@@ -120,8 +121,8 @@ class RecommenderMixin:
             ValueError: no history, an empty one, or an index out of range.
         """
         self._check_histories(histories)
-        states = torch.cat(list(self.user_states(histories, batch_size)))
-        with self.evaluating():
+        with self.evaluating(), read_once():
+            states = torch.cat(list(self.user_states(histories, batch_size)))
             return self.item_logits(states, self.item_table()).cpu()
 
     @torch.no_grad()
@@ -145,11 +146,15 @@ class RecommenderMixin:
             id.
         """
         self._check_histories(histories)
-        vectors = self._vectors()
-        states = self.user_states(histories, batch_size)
         batches = range(0, len(histories), batch_size)
         results: list[list[Recommendation]] = []
-        with showing("recommending", len(batches), "batch", show=progress) as work:
+        with (
+            self.evaluating(),
+            read_once(),
+            showing("recommending", len(batches), "batch", show=progress) as work,
+        ):
+            vectors = self._vectors()
+            states = self.user_states(histories, batch_size)
             for start, state in zip(batches, states, strict=True):
                 chunk = [
                     sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]
@@ -193,10 +198,9 @@ class RecommenderMixin:
 
     def _vectors(self) -> torch.Tensor | ItemStore:
         """The scoring vectors, or the store, that `_best` searches."""
-        if self.item_store is not None:
-            return self.item_store
         with self.evaluating():
-            return self.item_vectors(self.item_tokens()[0])
+            table = self.item_table()
+        return self.item_vectors(table) if isinstance(table, torch.Tensor) else table
 
     def _best(
         self,

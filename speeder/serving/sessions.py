@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from speeder.model.content import read_once
 from speeder.model.kv_cache import (
     KeyValuePool,
     ModelState,
@@ -71,9 +72,8 @@ class UserSessions:
 
     When the room is used up, the states of the least recently used users are dropped. Their events, as indices of the
     catalogue, stay until `forget` (8 bytes each), and their next visit runs the whole history. So does every user's
-    after a change of the model: its weights, catalogue, prompt or autocast's dtype. Changes are noticed by the tensors'
-    versions and by each switch to training. A write to a weight's `.data` in evaluation mode is not noticed: call
-    `clear` after it. Not safe for several threads at once.
+    after a change of the model: its weights, adapters, catalogue, prompt or autocast's dtype. To notice any change,
+    each call reads all weights once. Not safe for several threads at once.
 
     Args:
         max_tokens: tokens whose keys and values are kept at most, with those of the running batch and the instruction.
@@ -96,6 +96,7 @@ class UserSessions:
         self._root = self._state = None
 
     @torch.no_grad()
+    @read_once()
     def recommend(
         self, events: Mapping[Hashable, Sequence[int | str]], k: int = 10, exclude_seen: bool = True
     ) -> dict[Hashable, list[Recommendation]]:
@@ -123,6 +124,7 @@ class UserSessions:
         return dict(zip(histories, found, strict=True))
 
     @torch.no_grad()
+    @read_once()
     def score(self, events: Mapping[Hashable, Sequence[int | str]]) -> torch.Tensor:
         """Add users' new events and score the whole catalogue as each one's next item.
 
@@ -138,6 +140,7 @@ class UserSessions:
         return scores
 
     @torch.no_grad()
+    @read_once()
     def extend(self, events: Mapping[Hashable, Sequence[int | str]]) -> None:
         """Add users' new events and run them, so that the next `recommend` has less to compute.
 

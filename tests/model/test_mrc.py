@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
-from speeder.model.mrc import CLOSED, drop_modalities
+from speeder.model.mrc import CLOSED, MRC, drop_modalities
 from tests.model.worlds import tiny_catalogue, tiny_model
 
 
@@ -106,8 +106,8 @@ def test_item_tokens_are_kept_until_a_weight_changes():
 
 def test_the_catalogue_is_compressed_once_for_many_requests(monkeypatch):
     model, calls = tiny_model(), []
-    forward = model.mrc.forward
-    monkeypatch.setattr(model.mrc, "forward", lambda *rows: calls.append(1) or forward(*rows))
+    forward = MRC.forward
+    monkeypatch.setattr(MRC, "forward", lambda *args: calls.append(1) or forward(*args))
     for history in ([1, 2], [3], [4, 5, 6]):
         model.recommend([history], k=3)
         model.score([history])
@@ -131,7 +131,7 @@ def test_kept_item_tokens_do_not_outlive_an_optimizer_step(fused):
     model.eval()
     after = model.score([[1, 2, 3]])
     assert (after - before).abs().max() > 1e-2
-    model._item_cache = None
+    model.clear_cache()
     torch.testing.assert_close(model.score([[1, 2, 3]]), after)
 
 

@@ -1,0 +1,269 @@
+"""What is kept between calls never outlives what it was computed from, however that was changed."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from speeder.errors import SpeederError
+from speeder.model.content import Kept, checksums, content_of, read_once
+from speeder.retrieval.shards import write_token_shards
+from speeder.serving.sessions import UserSessions
+from tests.model.worlds import tiny_model
+
+HISTORY = [1, 2, 3]
+ADAPTED = ["q_proj", "v_proj"]
+
+
+def anew(model) -> dict[str, torch.Tensor]:
+    """What a copy of the model, which has kept nothing, answers."""
+    fresh = copy.deepcopy(model)
+    return {"scores": fresh.score([HISTORY]), **fresh.gates()}
+
+
+def kept(model, sessions: UserSessions) -> dict[str, torch.Tensor]:
+    """What the model answers with all that it keeps, after the checks that its ways of answering agree."""
+    scores = model.score([HISTORY])
+    torch.testing.assert_close(sessions.score({"user": []}), scores, atol=2e-5, rtol=1e-4)
+    best = model.recommend([HISTORY], k=5, exclude_seen=False)[0]
+    found = torch.tensor([item.score for item in best])
+    torch.testing.assert_close(found, scores[0].topk(5).values, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(found, scores[0, [item.item for item in best]], atol=2e-5, rtol=1e-4)
+    return {"scores": scores, **model.gates()}
+
+
+def check_after(change: Callable[[], object], model) -> None:
+    """Answer, change the model, and answer again: as a model without any memory does, and otherwise than before."""
+    sessions = UserSessions(model, 80)
+    sessions.extend({"user": HISTORY})
+    before = kept(model, sessions)
+    change()
+    after, expected = kept(model, sessions), anew(model)
+    for name, value in expected.items():
+        torch.testing.assert_close(after[name], value, atol=2e-5, rtol=1e-4)
+    assert (after["scores"] - before["scores"]).abs().max() > 1e-3, "the change does not show"
+
+
+def stirred(tensor: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return tensor + 0.5 * torch.randn(tensor.shape, generator=generator)
+
+
+PARTS = {
+    "mrc.experts.text.down.weight": "an expert",
+    "mrc.gates.text.weight": "a gate",
+    "mrc.norm_weight": "the tokens' norm",
+    "mrc.item_embedding.weight": "the learned embedding",
+    "backbone.model.layers.0.self_attn.k_proj.weight": "the first layer's keys",
+    "backbone.model.embed_tokens.weight": "the instruction's words",
+    "spae.relative_bias": "SPAE's table",
+    "item_head.weight": "the item head",
+}
+
+
+@pytest.mark.parametrize("name", PARTS, ids=PARTS.values())
+@pytest.mark.parametrize(
+    "way", ["data", "data, swapped", "in place", "inference mode", "state dict", "numpy"]
+)
+def test_any_write_to_any_weight(name, way):
+    """Of an average swapped in by `.data`, torch tells nothing: no version, and for a copy no other address."""
+    model = tiny_model(prompt_prefix=[5, 6], item_embedding=True)
+    parameter = model.get_parameter(name)
+
+    @torch.no_grad()
+    def change() -> None:
+        value = stirred(parameter)
+        if way == "data":
+            parameter.data.copy_(value)
+            model.eval()  # which is no change of the mode
+        elif way == "data, swapped":
+            parameter.data = value
+        elif way == "in place":
+            parameter.copy_(value)
+        elif way == "inference mode":
+            with torch.inference_mode():
+                parameter.data.copy_(value)
+        elif way == "numpy":
+            parameter.detach().numpy()[...] = value.numpy()
+        else:
+            model.load_state_dict({name: value}, strict=False)
+
+    check_after(change, model)
+
+
+def test_two_rows_that_change_places():
+    """A sum or an exclusive or of all numbers stays the same."""
+    model = tiny_model(item_embedding=True)
+    rows = model.mrc.item_embedding.weight
+    check_after(lambda: rows.data.copy_(rows.detach().flip(0)), model)
+
+
+@pytest.mark.parametrize("name", ["gate_offset", "features_text", "present"])
+def test_buffers(name):
+    model = tiny_model()
+    buffer = model.mrc.get_buffer(name)
+    model.mrc.present.data[:, 0] = True  # so that no item ends without a modality
+
+    def change() -> None:
+        value = stirred(buffer.float()) if name != "present" else torch.tensor([True, False, False])
+        buffer.data.copy_(value)
+
+    check_after(change, model)
+
+
+@pytest.mark.parametrize("change", ["off", "other", "scale", "merged"])
+def test_adapters_that_are_switched(change):
+    """An adapter's copy of MRC, and LoRA in the backbone: `.training`, addresses and versions stay as they are."""
+    model = tiny_model(prompt_prefix=[5])
+    settings = {"target_modules": ADAPTED, "modules_to_save": ["mrc"], "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(**settings)).eval()
+    adapted.add_adapter("other", LoraConfig(**settings, r=4))
+    with torch.no_grad():
+        for part in model.mrc.modules_to_save.values():
+            for parameter in part.parameters():
+                parameter.copy_(stirred(parameter))
+
+    def scale() -> None:
+        for module in adapted.modules():
+            if isinstance(getattr(module, "scaling", None), dict):
+                module.scaling["default"] *= 3
+
+    if change == "off":
+        sessions = UserSessions(model, 80)
+        sessions.extend({"user": HISTORY})
+        before = kept(model, sessions)["scores"]
+        with adapted.disable_adapter():
+            inside, expected = kept(model, sessions)["scores"], anew(model)["scores"]
+        torch.testing.assert_close(inside, expected, atol=2e-5, rtol=1e-4)
+        assert (inside - before).abs().max() > 1e-3
+        torch.testing.assert_close(kept(model, sessions)["scores"], before, atol=2e-5, rtol=1e-4)
+        return
+    steps = {"other": lambda: adapted.set_adapter("other"), "scale": scale}
+    if change == "merged":
+        steps["merged"] = lambda: (scale(), adapted.merge_adapter())
+    check_after(steps[change], model)
+
+
+def test_a_hook_may_do_anything():
+    """Nothing is kept of a module with a hook, whose function may change by itself."""
+    model, factor = tiny_model(), [1.0]
+    model.mrc.experts["text"].register_forward_hook(lambda module, args, output: output * factor[0])
+    check_after(lambda: factor.__setitem__(0, -2.0), model)
+
+
+def test_a_parametrization():
+    model = tiny_model()
+    check_after(lambda: parametrizations.orthogonal(model.mrc.experts["text"].up), model)
+
+
+def test_a_module_that_draws_at_random_is_not_kept():
+    model = tiny_model(modality_dropout=0.5)
+    model.mrc.train()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        draws = [model.item_tokens()[1] for _ in range(5)]
+    assert any(not torch.equal(draws[0], draw) for draw in draws[1:])
+
+
+def test_a_store_of_item_tokens_is_refused_once_mrc_has_changed(tmp_path):
+    model = tiny_model()
+    model.use_item_store(write_token_shards(model, tmp_path / "shards"))
+    before = model.score([HISTORY])
+    weight = model.mrc.norm_weight
+    weight.data.copy_(2 * weight)
+    for ask in (lambda: model.score([HISTORY]), lambda: model.recommend([HISTORY], k=2)):
+        with pytest.raises(SpeederError, match="item store: expected MRC as it was"):
+            ask()
+    weight.data.copy_(weight / 2)
+    assert torch.equal(model.score([HISTORY]), before)
+    weight.data.copy_(2 * weight)
+    model.use_item_store(None)
+    torch.testing.assert_close(model.score([HISTORY]), anew(model)["scores"])
+
+
+def test_clear_cache_frees_what_is_kept():
+    model = tiny_model(prompt_prefix=[5])
+    before = model.score([HISTORY])
+    with torch.no_grad():
+        tokens = model.item_tokens()[0]
+        assert model.item_tokens()[0] is tokens
+        model.clear_cache()
+        assert model.item_tokens()[0] is not tokens
+    assert torch.equal(model.score([HISTORY]), before)
+
+
+# --- the content itself --------------------------------------------------------------------------------------------
+
+
+def test_content_is_read_once_where_nothing_may_change():
+    layer = nn.Linear(3, 2).eval()
+    with read_once():
+        first = content_of(layer)
+        layer.weight.data.zero_()
+        with read_once():
+            assert content_of(layer) == first
+        assert content_of(layer) == first, "an inner context does not end the outer one"
+    assert content_of(layer) != first
+
+
+def test_equal_contents_of_equal_modules_only():
+    one = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)).eval()
+    same, other = copy.deepcopy(one), copy.deepcopy(one)
+    other[1].p = 0.2
+    assert content_of(one) == content_of(same) != content_of(other)
+    assert content_of(one) != content_of(one[0], one[1])
+    assert content_of(one.double()) != content_of(same)
+    tied, untied = nn.ModuleList([one[0], one[0]]), nn.ModuleList([one[0], copy.deepcopy(one[0])])
+    assert content_of(tied.eval()) != content_of(untied.eval())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.train(),
+        lambda layer: layer.register_forward_pre_hook(lambda module, args: None),
+        lambda layer: setattr(layer, "forward", layer.forward),
+        lambda layer: layer.to("meta"),
+    ],
+    ids=["training", "hook", "forward replaced", "not in memory"],
+)
+def test_where_the_content_is_not_known_nothing_is_kept(change):
+    layer, values = nn.Linear(3, 2).eval(), Kept()
+    assert values.get(content_of(layer), lambda: "old") == "old"
+    assert values.get(content_of(layer), lambda: "new") == "old"
+    change(layer)
+    assert content_of(layer) is None
+    assert values.get(content_of(layer), lambda: "new") == "new"
+    assert values.get(content_of(layer), lambda: "newer") == "newer"
+
+
+def test_what_fails_to_be_computed_is_not_kept():
+    layer, values = nn.Linear(3, 2).eval(), Kept()
+    with pytest.raises(MemoryError):
+        values.get(content_of(layer), lambda: (_ for _ in ()).throw(MemoryError()))
+    assert values.get(content_of(layer), lambda: "right") == "right"
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 99), chunks=st.integers(0, 2), seed=st.integers(0, 99), data=st.data())
+def test_checksums_of_an_accelerator_tell_contents_apart(size, chunks, seed, data):
+    """Computed here on the CPU: one changed bit, and any two numbers that change places."""
+    generator = torch.Generator().manual_seed(seed)
+    count = size + 4 * chunks * (1 << 20)
+    raw = torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+    first = checksums(raw)
+    assert first.shape == (math.ceil(count / (4 << 20)),)
+    assert torch.equal(first, checksums(raw.clone()))
+    place, bit = data.draw(st.integers(0, count - 1)), data.draw(st.integers(0, 7))
+    other = raw.clone()
+    other[place] ^= 1 << bit
+    assert not torch.equal(first, checksums(other))
+    rolled = raw.roll(1)
+    assert torch.equal(rolled, raw) or not torch.equal(first, checksums(rolled))
