@@ -25,6 +25,15 @@ def training_hash(sequences: Sequence[Sequence[int]]) -> str:
     return digest.hexdigest()
 
 
+def ids_hash(ids: Sequence[str]) -> str:
+    """SHA-256 over external ids in order."""
+    digest = hashlib.sha256(b"speeder ids v1")
+    for external in ids:
+        encoded = external.encode()
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()
+
+
 def features_hash(features: torch.Tensor, present: torch.Tensor) -> str:
     """SHA-256 over `(I, F)` features as float32 and `(I,)` presence.
 

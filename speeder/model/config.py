@@ -32,6 +32,7 @@ class SpeederConfig(PretrainedConfig):
         expert_hidden_size: width of an expert's hidden layer; None takes the backbone's hidden size.
         item_embedding: whether a learned embedding per item joins the features as one more modality ("item").
         num_warm_items: items with a row of that embedding; items added later have none.
+        warm_items_hash: hash of their ids in order (`ids_hash`): a catalogue must begin with them.
         modality_dropout: probability, in training, that an item is read without one of its modalities.
         cold_dropout: probability, in training, that an item is read like a new item: without the modalities that are
             fitted on interactions (`FITTED`), by its text and picture only. It makes recommendations of new items
@@ -77,6 +78,7 @@ class SpeederConfig(PretrainedConfig):
     expert_hidden_size: int | None = None
     item_embedding: bool = False
     num_warm_items: int = 0
+    warm_items_hash: str | None = None
     modality_dropout: float = 0.0
     cold_dropout: float = 0.0
     embedding_rms: float = 1.0

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
 from speeder.io.files import read_json, recover_folder
 from speeder.model.config import ATTENTION_NAME, SpeederConfig
@@ -102,6 +103,7 @@ DERIVED = {
     "text_config",
     "num_items",
     "num_warm_items",
+    "warm_items_hash",
     "modalities",
     "embedding_rms",
     "training_hash",
@@ -272,3 +274,12 @@ def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
             f"{name_or_path}: its catalogue cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
     return manifest.parent
+
+
+def saved_warm_items(name_or_path: str | Path, count: int, **kwargs) -> str | None:
+    """`ids_hash` of the first `count` items of a saved recommender's own catalogue; None if it has none."""
+    try:
+        folder = catalogue_folder(name_or_path, **kwargs)
+    except SpeederError:  # a checkpoint
+        return None
+    return ids_hash(ItemCatalogue.load(folder).ids[:count])

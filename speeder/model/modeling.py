@@ -18,6 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speeder.data.catalogue import ItemCatalogue, move_catalogue, saved_hash
+from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
 from speeder.io.files import replaced_files
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
@@ -32,6 +33,7 @@ from speeder.model.loading import (
     catalogue_folder,
     check_saved_model,
     from_backbone,
+    saved_warm_items,
 )
 from speeder.model.lora import add_lora, merge_lora
 from speeder.model.mrc import MRC
@@ -66,6 +68,9 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    _keys_to_ignore_on_load_missing = (
+        r"mrc\.item_trained",
+    )  # version 0.1.0 had none: all rows count as trained
 
     def __init__(self, config: SpeederConfig):
         super().__init__(config)
@@ -116,6 +121,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                     init.xavier_normal_(linear.weight)
                     init.zeros_(linear.bias)
             if hasattr(module, "item_embedding"):
+                init.ones_(module.item_trained)
                 init.normal_(module.item_embedding.weight, std=0.02)
                 init.zeros_(module.item_gate)
         elif module is self:
@@ -128,13 +134,52 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """Set the catalogue of the items with ids from `V` on.
 
         Raises:
-            SpeederError: it lacks a modality that this model reads, or an item has no modality.
+            SpeederError: it lacks a modality that this model reads; an item has no modality; or the model has a learned
+                embedding per item, and the catalogue does not begin with the items of its rows.
         """
+        self._check_warm_items(catalogue)
         self.mrc.set_catalogue(catalogue)
         self.catalogue = catalogue
         self.config.num_items = len(catalogue)
         self.item_store = None
         self.clear_cache()
+
+    def _check_warm_items(self, catalogue: ItemCatalogue) -> None:
+        """Rows of the learned embedding belong to items by place: another order would give them to other items."""
+        count = self.config.num_warm_items
+        if count == 0:
+            return
+        here = ids_hash(catalogue.ids[:count])
+        if self.config.warm_items_hash is None:  # new, or of version 0.1.0, which noted none
+            self.config.warm_items_hash = here
+        elif self.config.warm_items_hash != here:
+            raise SpeederError(
+                f"catalogue: expected one that begins with the {count} items that this model has a learned embedding "
+                "of, in the same order; new items come after them (add_items)"
+            )
+
+    def set_trained_items(self, trained: torch.Tensor) -> None:
+        """Tell which items training reads or predicts. The learned embedding of the others is left out of their tokens.
+
+        `speeder.train` calls it; without a call every row counts as trained.
+
+        Args:
+            trained: `(I,)` bool.
+
+        Raises:
+            ValueError: it has another shape or dtype.
+            SpeederError: the model has no catalogue.
+        """
+        if trained.dtype != torch.bool or tuple(trained.shape) != (self.config.num_items,):
+            raise ValueError(
+                f"trained: expected ({self.config.num_items},) bool, got {tuple(trained.shape)} {trained.dtype}"
+            )
+        if self.catalogue is None:
+            raise SpeederError("set_trained_items: expected a model with a catalogue")
+        if self.config.item_embedding:
+            rows = self.mrc.item_trained
+            rows.copy_(trained[: len(rows)])
+            self.set_catalogue(self.catalogue)
 
     def use_item_store(self, store: ItemStore | None) -> None:
         """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.
@@ -551,6 +596,10 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                 folder = catalogue_folder(pretrained_model_name_or_path, **kwargs)
                 check_catalogue_hash(folder, model.config.catalogue_hash)
                 catalogue = ItemCatalogue.load(folder)
+            elif model.config.num_warm_items and model.config.warm_items_hash is None:
+                model.config.warm_items_hash = saved_warm_items(
+                    pretrained_model_name_or_path, model.config.num_warm_items, **kwargs
+                )
             model.set_catalogue(catalogue)
         return (model, info) if with_info else model
 

@@ -66,12 +66,16 @@ class MRC(nn.Module):
                 config.num_warm_items, config.tokens_per_item * config.hidden_size
             )
             self.item_gate = nn.Parameter(torch.zeros(()))
+            # rows that training has read or predicted; the others are as they began
+            self.register_buffer("item_trained", torch.ones(config.num_warm_items, dtype=torch.bool))
         self.norm_weight = nn.Parameter(torch.ones(config.hidden_size))
         # what MPO moves from CLOSED to 0 as it opens a modality
         self.register_buffer("gate_offset", torch.zeros(len(self.names)))
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """Set a catalogue's features, normalised once, and its presence mask.
+
+        The learned embedding counts as absent for items that training never met, unless they have nothing else.
 
         Raises:
             SpeederError: a modality is missing or has another width, or an item has no modality.
@@ -93,7 +97,14 @@ class MRC(nn.Module):
                 buffers[f"features_{name}"] = normalised(features).to(device, dtype)
             columns.append(catalogue.present[name])
         if ITEM in self.names:
-            columns.append(torch.arange(len(catalogue)) < self.item_embedding.num_embeddings)
+            rows = min(len(catalogue), len(self.item_trained))
+            learned = torch.zeros(len(catalogue), dtype=torch.bool)
+            learned[:rows] = self.item_trained[:rows].cpu()
+            if columns:
+                learned[:rows] |= ~torch.stack(columns, dim=1)[:rows].any(dim=1)
+            else:
+                learned[:rows] = True
+            columns.append(learned)
         present = torch.stack(columns, dim=1) if columns else torch.zeros(len(catalogue), 0, dtype=torch.bool)
         bare = (~present.any(dim=1)).nonzero().flatten().tolist()
         if bare:

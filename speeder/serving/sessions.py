@@ -73,7 +73,8 @@ class UserSessions:
     When the room is used up, the states of the least recently used users are dropped. Their events, as indices of the
     catalogue, stay until `forget` (8 bytes each), and their next visit runs the whole history. So does every user's
     after a change of the model: its weights, adapters, catalogue, prompt or autocast's dtype. To notice any change,
-    each call reads all weights once. Not safe for several threads at once.
+    each call reads all weights once. Known events follow their ids into another catalogue; those of items that it lacks
+    are forgotten. Not safe for several threads at once.
 
     Args:
         max_tokens: tokens whose keys and values are kept at most, with those of the running batch and the instruction.
@@ -92,6 +93,7 @@ class UserSessions:
         self._pool = KeyValuePool(max_tokens)
         self._check_length(len(model.sequence([0] * model.config.max_history).ids))
         self._histories: dict[Hashable, array] = {}
+        self._catalogue = model.catalogue  # whose indices the histories hold
         self._states: OrderedDict[Hashable, KeptState] = OrderedDict()  # the least recently used comes first
         self._root = self._state = None
 
@@ -153,6 +155,7 @@ class UserSessions:
 
     def history(self, user: Hashable) -> list[int]:
         """The item indices of a user's events, oldest first; empty for an unknown user."""
+        self._follow_catalogue()
         return list(self._histories.get(user, ()))
 
     def forget(self, user: Hashable) -> None:
@@ -187,6 +190,17 @@ class UserSessions:
         }
         self.model._check_histories(list(histories.values()))
         return histories
+
+    def _follow_catalogue(self) -> None:
+        old, new = self._catalogue, self.model.catalogue
+        if new is old:
+            return
+        self._catalogue = new
+        if new.ids[: len(old)] != old.ids:  # more than new items at the end
+            place = {external: row for row, external in enumerate(new.ids)}
+            rows = [place.get(external) for external in old.ids]
+            for user, items in self._histories.items():
+                self._histories[user] = array("q", [rows[i] for i in items if rows[i] is not None])
 
     def _take_in(self, histories: dict[Hashable, list[int]]) -> None:
         for user, history in histories.items():

@@ -65,6 +65,12 @@ class TrainingSequences(Dataset):
         return text + config.tokens_per_item * len(self.windows[index // self.per_window])
 
 
+def occurs(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
+    """Whether each item is in any of users' training parts, as a target or before one: `(num_items,)` bool."""
+    read = [sequence for sequence in sequences if len(sequence) > 1]  # a single event has nothing to predict
+    return np.bincount(np.concatenate([np.zeros(0, dtype=np.int64), *read]), minlength=num_items) > 0
+
+
 def target_counts(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
     """How often each item is a target in an epoch over users' training parts: `(num_items,)` int64."""
     return np.bincount(np.concatenate([sequence[1:] for sequence in sequences]), minlength=num_items)

@@ -33,7 +33,7 @@ from speeder.recipes.schema import AUTO, Recipe, Stage
 from speeder.training.bad_batches import BadBatches
 from speeder.training.callbacks import CheckpointMarker, EpochTeller, NegativesClock
 from speeder.training.checkpoints import last_checkpoint, remove_checkpoint
-from speeder.training.dataset import TrainingSequences, target_counts
+from speeder.training.dataset import TrainingSequences, occurs, target_counts
 from speeder.training.distributed import check_shared, from_main, processes
 from speeder.training.ema import WeightAverage
 from speeder.training.fsdp import copy_for_sharding
@@ -93,6 +93,7 @@ def train(
     state = read_state(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)
+    model.set_trained_items(torch.from_numpy(occurs(data.split.training(), len(data.catalogue))))
     # a baseline keeps its tokenizer itself
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
     prompts = None

@@ -14,7 +14,7 @@ from speeder.errors import SpeederError
 from speeder.model.config import SpeederConfig
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.processor import SpeederProcessor, template_ids
-from tests.model.worlds import TEXT, save_tiny_backbone, tiny_catalogue, tiny_model
+from tests.model.worlds import TEXT, save_tiny_backbone, tiny_backbone, tiny_catalogue, tiny_model
 
 HISTORIES = [[1, 2, 3], [4], list(range(10, 19))]
 
@@ -293,3 +293,81 @@ def test_recommend_checks_what_it_is_given():
     assert {item.item for item in best} == set(range(20)) - {1, 2}
     assert [item.score for item in best] == sorted((item.score for item in best), reverse=True)
     assert len(model.recommend([[1, 2]], k=20, exclude_seen=False)[0]) == 20
+
+
+# --- the learned embedding belongs to items, not to places ---------------------------------------------------------
+
+
+def reordered(catalogue: ItemCatalogue, order: list[int]) -> ItemCatalogue:
+    rows = torch.tensor(order)
+    return ItemCatalogue(
+        [catalogue.ids[i] for i in order],
+        [catalogue.titles[i] for i in order],
+        features={name: part[rows] for name, part in catalogue.features.items()},
+        present={name: part[rows] for name, part in catalogue.present.items()},
+    )
+
+
+@pytest.mark.parametrize("order", [list(range(19, -1, -1)), list(range(12)), [1, 0, *range(2, 20)]])
+@pytest.mark.parametrize("version", ["0.1.0", "today"])
+def test_a_catalogue_in_another_order_is_refused_with_a_learned_embedding(tmp_path, order, version):
+    """Its rows belong to items by place."""
+    model = tiny_model(item_embedding=True)
+    model.save_pretrained(tmp_path / "saved")
+    if version == "0.1.0":  # whose configuration noted no items
+        path = tmp_path / "saved" / "config.json"
+        config = json.loads(path.read_text())
+        assert config.pop("warm_items_hash")
+        path.write_text(json.dumps(config))
+    other = reordered(model.catalogue, order)
+    with pytest.raises(
+        SpeederError, match="begins with the 20 items that this model has a learned embedding of"
+    ):
+        SpeederForCausalLM.from_pretrained(tmp_path / "saved", catalogue=other)
+    with pytest.raises(SpeederError, match="in the same order"):
+        model.set_catalogue(other)
+    same = SpeederForCausalLM.from_pretrained(tmp_path / "saved", catalogue=model.catalogue)
+    assert torch.equal(same.score([[1, 2]]), model.score([[1, 2]]))
+
+
+def test_without_a_learned_embedding_any_order_gives_the_same_scores(tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    order = list(range(19, -1, -1))
+    other = SpeederForCausalLM.from_pretrained(tmp_path, catalogue=reordered(model.catalogue, order))
+    scores = other.score([["id1", "id2"]])[:, order]
+    torch.testing.assert_close(scores, model.score([["id1", "id2"]]), atol=2e-5, rtol=1e-4)
+
+
+def test_untrained_rows_of_the_learned_embedding_are_left_out(tmp_path):
+    """Where an item has anything else; the choice is saved, and new items come after it."""
+    model = tiny_model(item_embedding=True)
+    before = model.gates()["item"]
+    trained = torch.arange(20) < 15
+    model.set_trained_items(trained)
+    gates = model.gates()["item"]
+    assert (gates[15:] == 0).all() and torch.equal(gates[:15], before[:15])
+    moved = model.mrc.item_embedding.weight
+    scores = model.score([[1, 16]])
+    moved.data[15:] += 1  # noise that no longer reaches a score
+    assert torch.equal(model.score([[1, 16]]), scores)
+    model.save_pretrained(tmp_path)
+    loaded = SpeederForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.gates()["item"], gates)
+    loaded.add_items(reordered(renamed(tiny_catalogue(3)), [0, 1, 2]))
+    assert torch.equal(loaded.gates()["item"][:20], gates) and (loaded.gates()["item"][20:] == 0).all()
+    with pytest.raises(ValueError, match=r"trained: expected \(20,\) bool, got \(3,\)"):
+        model.set_trained_items(trained[:3])
+
+
+def test_an_item_that_has_nothing_else_keeps_its_row():
+    catalogue = tiny_catalogue()
+    model = SpeederForCausalLM.from_backbone(tiny_backbone(), catalogue, modalities=[], item_embedding=True)
+    model.set_trained_items(torch.zeros(20, dtype=torch.bool))
+    assert (model.gates()["item"] == 1).all()
+
+
+def renamed(catalogue: ItemCatalogue) -> ItemCatalogue:
+    return ItemCatalogue(
+        [f"new {i}" for i in range(len(catalogue))], features=catalogue.features, present=catalogue.present
+    )

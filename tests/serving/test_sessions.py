@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speeder.baselines.text.text_prompt import TextPrompt
+from speeder.data.catalogue import ItemCatalogue
 from speeder.model.kv_cache import common_length
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.sequences import pack_batch
@@ -401,3 +402,23 @@ def test_wrong_arguments_are_named():
     for score in (lambda: other.score([[1]]), lambda: UserSessions(other, 60).score({"a": [1]})):
         with pytest.raises(ValueError, match="attn_implementation: expected 'spae'"):
             score()
+
+
+def test_events_follow_their_ids_into_another_catalogue():
+    """They are kept as indices, which name other items there."""
+    model = tiny_model(prompt_prefix=[5])
+    sessions = UserSessions(model, 80)
+    sessions.extend({"a": ["id1", "id2", "id3"], "b": ["id4"]})
+    model.add_items(ItemCatalogue(["new"], features={"text": torch.ones(1, 7)}))
+    assert sessions.history("a") == [1, 2, 3], "items were only added"
+    whole_catalogue, kept = model.catalogue, [3, 0, 2, *range(4, 20)]  # without "id1", in another order
+    model.set_catalogue(
+        ItemCatalogue(
+            [whole_catalogue.ids[i] for i in kept],
+            features={name: part[kept] for name, part in whole_catalogue.features.items()},
+            present={name: part[kept] for name, part in whole_catalogue.present.items()},
+        )
+    )
+    assert sessions.history("a") == [2, 0] and sessions.history("b") == [3]
+    scores = sessions.score({"a": ["id5"], "b": []})
+    torch.testing.assert_close(scores, whole(model, [["id2", "id3", "id5"], ["id4"]]), **NEAR)

@@ -141,6 +141,16 @@ def test_a_run_folder_is_whole(uninterrupted):
     }
 
 
+def test_what_training_never_met_is_not_trusted(place, uninterrupted):
+    """Rows of the learned embedding stay random for items that only the held-out events have."""
+    data = PreparedData.load(place / "data")
+    met = {int(item) for sequence in data.split.training() for item in sequence}
+    never = [item for item in range(len(data.catalogue)) if item not in met]
+    assert never and met
+    gates = SpeederForCausalLM.from_pretrained(uninterrupted / "model").gates()["item"]
+    assert (gates[never] == 0).all() and (gates[sorted(met)] > 0).all()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "moment", ["before a checkpoint", "in stage 2", "between files of a checkpoint", "stage 3"]
