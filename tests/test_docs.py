@@ -61,9 +61,9 @@ def readme_blocks(language: str = "") -> list[str]:
 
 
 def write_shop(folder: Path) -> None:
-    """A small shop in the two files that the README describes, with the items that its commands name."""
+    """A small shop in the two files that the README describes, with the user that its command names."""
     folder.mkdir()
-    items = ["50", "172", "133", *map(str, range(200, 230))]
+    items = [f"SKU-{number}" for number in range(33)]
     titles = [
         f"{random.choice(('Red', 'Blue', 'Old'))} {random.choice(('kettle', 'lamp', 'chair'))} {i}"
         for i in items
@@ -71,9 +71,9 @@ def write_shop(folder: Path) -> None:
     rows = [f"{item},{title}" for item, title in zip(items, titles, strict=True)]
     (folder / "items.csv").write_text("\n".join(["item,title", *rows]) + "\n")
     events = ["user,item,timestamp"]
-    for user in range(40):
+    for user in ["anna", *(f"u{number}" for number in range(40))]:
         for time, item in enumerate(random.sample(items, random.randint(4, 9))):
-            events.append(f"u{user},{item},{1_700_000_000 + 86_400 * time}")
+            events.append(f"{user},{item},{1_700_000_000 + 86_400 * time}")
     (folder / "interactions.csv").write_text("\n".join(events) + "\n")
 
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from speeder.errors import SpeederError
+from speeder.io.extras import pip_command
 from speeder.serving.http.limits import Limits
 
 SUMMARY = "Serve a recommender: an HTTP API, and a web page to try it."
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     """
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:
-        raise SpeederError(f"serve: expected pip install 'speeder[serve]', found no {', '.join(missing)}")
+        raise SpeederError(f"serve: found no {', '.join(missing)}: {pip_command('serve')}")
     limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
     if options.threads is not None and options.threads < 1:
         raise SpeederError(f"--threads: expected at least 1, got {options.threads}")

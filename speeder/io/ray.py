@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from speeder.errors import SpeederError
+from speeder.io.extras import pip_command
 from speeder.io.parts import Parts, Work
 from speeder.io.ray_address import check_reachable
 
@@ -42,7 +43,7 @@ class OnRay:
         wrong number of workers.
         """
         if find_spec("ray") is None:
-            raise SpeederError('ray: expected Ray Data, which is not installed: pip install "speeder[ray]"')
+            raise SpeederError(f"ray: expected Ray Data, which is not installed: {pip_command('ray')}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: expected at least 1, got {self.workers}")
         if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():

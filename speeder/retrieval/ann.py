@@ -1,4 +1,4 @@
-"""Retrieval through faiss (`pip install "speeder[ann]"`): an index over item tokens, and its recall of the exact top k.
+"""Retrieval through faiss (the extra `ann`): an index over item tokens, and its recall of the exact top k.
 
 An index finds candidates, which are then scored exactly by their tokens from the shards. So scores are the model's; an
 index can only miss items.
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from speeder.errors import SpeederError
+from speeder.io.extras import pip_command
 from speeder.io.files import atomic_folder, check_files, describe_files, read_json, write_json
 from speeder.model.item_store import ItemRows, scoring_vectors, seen_table
 from speeder.retrieval.shards import TokenShards, best, check_k, hide
@@ -37,9 +38,7 @@ def load_faiss():
     try:
         import faiss
     except ImportError:
-        raise SpeederError(
-            'index: expected faiss, which is not installed: pip install "speeder[ann]"'
-        ) from None
+        raise SpeederError(f"index: expected faiss, which is not installed: {pip_command('ann')}") from None
     faiss.omp_set_num_threads(torch.get_num_threads())
     return faiss
 

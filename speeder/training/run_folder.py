@@ -56,8 +56,11 @@ def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -
     path = run / "recipe.json"
     if not resume:
         if path.exists():
+            if (run / "state.json").exists() and read_json(run / "state.json").get("model") == "model":
+                raise SpeederError(f"{run}: holds a finished run; choose another folder")
             raise SpeederError(
-                f"{run}: holds a run already; resume it with --resume, or choose another folder"
+                f"{run}: holds an unfinished run; go on with it (--resume, in Python resume=True), or choose another "
+                "folder"
             )
         return {"finished": [], "model": None}
     if not path.exists():

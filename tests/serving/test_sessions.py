@@ -421,4 +421,4 @@ def test_events_follow_their_ids_into_another_catalogue():
     )
     assert sessions.history("a") == [2, 0] and sessions.history("b") == [3]
     scores = sessions.score({"a": ["id5"], "b": []})
-    torch.testing.assert_close(scores, whole(model, [["id2", "id3", "id5"], ["id4"]]), **NEAR)
+    torch.testing.assert_close(scores, whole(model, [[2, 0, 4], [3]]), **NEAR)

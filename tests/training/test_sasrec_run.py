@@ -66,7 +66,7 @@ def test_a_run_is_evaluated_compared_and_refused_as_any_other(folder, uninterrup
     assert "expected a run of a language model, got SASRec" in capsys.readouterr().err
     again = ["train", "--data", str(folder / "data"), "--recipe", str(folder / "recipe.yaml")]
     assert main([*again, "--out", str(uninterrupted)]) == 1
-    assert "holds a run already" in capsys.readouterr().err
+    assert "holds a finished run" in capsys.readouterr().err
     assert main(["demo", "--out", str(folder / "demo"), "--recipe", str(folder / "recipe.yaml")]) == 1
 
 

@@ -199,7 +199,7 @@ def test_a_torn_checkpoint_is_not_resumed_from(place, uninterrupted, tmp_path):
 def test_what_cannot_be_resumed_is_refused(place, uninterrupted, tmp_path):
     data = PreparedData.load(place / "data")
     recipe = recipe_from_dict(yaml.safe_load((place / "recipe.yaml").read_text()))
-    with pytest.raises(SpeederError, match="holds a run already"):
+    with pytest.raises(SpeederError, match="holds a finished run"):
         train(recipe, data, uninterrupted)
     other = recipe_from_dict(recipe.to_dict() | {"seed": 9})
     with pytest.raises(SpeederError, match="not those that this run began with"):
