@@ -90,6 +90,30 @@ def comparison_table(evaluations: "Mapping[str, Evaluation]") -> str:
     return "\n\n".join([*(f"**{table.title}**\n\n{_markdown(table)}" for table in tables), note]) + "\n"
 
 
+def terminal_table(evaluations: "Mapping[str, Evaluation]") -> str:
+    """The comparison in few columns, for a terminal: every metric with seen items masked, and the interval of the main
+    one.
+
+    Raises:
+        ValueError: see ``check_same_task``.
+    """
+    tables, _ = comparison_tables(evaluations)
+    first, main = next(iter(evaluations.values())), tables[0]
+    place = list(main.columns).index(first.main_metric)
+    header = ["", *main.columns, f"{first.main_metric}, 95 % interval"]
+    rows = [
+        [name, *(f"{cell.value:.4f}" for cell in cells), f"{cells[place].low:.4f} to {cells[place].high:.4f}"]
+        for name, cells in main.rows.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in [header, *rows]
+    ]
+    head = f"{len(first):,} users, their {first.split} items, {_ranked(first)}. {main.title}."
+    return "\n".join([head + _untold(evaluations), "", *lines])
+
+
 def comparison_latex(evaluations: "Mapping[str, Evaluation]") -> str:
     """The comparison as LaTeX tables, for the package booktabs; see ``comparison_tables``."""
     tables, note = comparison_tables(evaluations)
@@ -156,22 +180,23 @@ def _untold(evaluations: "Mapping[str, Evaluation]") -> str:
     return f" Fitted on: unknown for {', '.join(names)}." if names else ""
 
 
+def _ranked(first: "Evaluation") -> str:
+    if first.protocol in ("full", COLD_ITEMS):
+        return f"all {first.num_items:,} items ranked"
+    if first.protocol == COLD_ONLY:
+        return f"the {first.num_ranked:,} cold items alone ranked"
+    return f"{first.num_ranked} candidates each: the target and {first.num_ranked - 1} uniform negatives"
+
+
 def _how_measured(first: "Evaluation") -> str:
     drawn = ""
-    if first.protocol in ("full", COLD_ITEMS):
-        ranked = f"all {first.num_items:,} items ranked"
-    elif first.protocol == COLD_ONLY:
-        ranked = f"the {first.num_ranked:,} cold items alone ranked"
-    else:
-        ranked = (
-            f"{first.num_ranked} candidates each: the target and {first.num_ranked - 1} uniform negatives"
-        )
+    if first.protocol not in ("full", COLD_ITEMS, COLD_ONLY):
         drawn = f" Candidates `{first.candidates_hash}`, seed {first.candidates_seed}."
     how = "Leave one out"
     if first.protocol in (COLD_ITEMS, COLD_ONLY):
         how = "Cold items, never seen in training"
     return (
-        f"{how}, {first.split} targets, {len(first):,} users, {ranked}. "
+        f"{how}, {first.split} targets, {len(first):,} users, {_ranked(first)}. "
         f"In brackets: 95 % bootstrap interval over users, {first.resamples:,} resamples. "
         f"The best of each column is bold. Ties count against the target"
         f"{' (half in AUC)' if 'AUC' in first.metric_names else ''}. Split `{first.split_hash}`.{drawn}"

@@ -59,7 +59,7 @@ def evaluate_cold_run(
         ask_for: gives the `UserMap` that runs a model over users.
 
     Returns:
-        the Markdown tables.
+        tables for the terminal, and where all tables lie.
     """
     cold = ColdItems.beside(data_folder, data)
     models = dict(baselines_for(cold, data)) if with_baselines else {}
@@ -78,7 +78,7 @@ def evaluate_cold_run(
     for protocol in (COLD_ITEMS, COLD_ONLY):
         evaluations: dict[str, Evaluation] = {name: found[protocol] for name, found in rows.items()}
         tables.append(write_results(run, evaluations, measure_folder("test", protocol)))
-    return "\n".join(tables)
+    return "\n\n".join(tables)
 
 
 def baselines_for(cold: ColdItems, warm: PreparedData) -> dict[str, Scorer]:

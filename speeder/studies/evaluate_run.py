@@ -18,7 +18,7 @@ from speeder.evaluation.evaluate import evaluate, evaluate_candidates, evaluate_
 from speeder.evaluation.leaks import LeakError, check_features, check_model_features, check_split
 from speeder.evaluation.result import COLD_ITEMS, PROTOCOLS, Evaluation, evaluation_file
 from speeder.evaluation.scorer import Scorer
-from speeder.evaluation.tables import comparison_latex, comparison_table
+from speeder.evaluation.tables import comparison_latex, comparison_table, terminal_table
 from speeder.evaluation.users import UserMap, in_this_process
 from speeder.io.files import write_json, write_text
 from speeder.model.modeling import SpeederForCausalLM
@@ -299,18 +299,21 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
         kind: the measure's folder; unless "test", it is part of the files' names, as in `results-test-vhr.md`.
 
     Returns:
-        the Markdown tables.
+        a table for the terminal, and where all tables lie.
     """
-    table = comparison_table(evaluations)
     suffix = "" if kind == "test" else f"-{kind}"
-    for ending, text in (("md", table + "\n"), ("tex", comparison_latex(evaluations))):
+    for ending, text in (
+        ("md", comparison_table(evaluations) + "\n"),
+        ("tex", comparison_latex(evaluations)),
+    ):
         write_text(run / f"results{suffix}.{ending}", text)
     # each user's ranks lie in evaluations/
     summary = {name: evaluation.summary() for name, evaluation in evaluations.items()}
     write_json(run / f"results{suffix}.json", summary)
     metric = next(iter(evaluations.values())).main_metric
     plot_comparison(evaluations, run / "plots" / f"comparison{suffix}.png", metric)
-    return table
+    all_tables = run / f"results{suffix}.md"
+    return f"{terminal_table(evaluations)}\n\nAll tables, with seen items allowed and by slices of users: {all_tables}"
 
 
 def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:

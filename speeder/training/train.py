@@ -93,7 +93,8 @@ def train(
     state = read_state(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)
-    model.set_trained_items(torch.from_numpy(occurs(data.split.training(), len(data.catalogue))))
+    if model.config.item_embedding:
+        model.set_trained_items(torch.from_numpy(occurs(data.split.training(), len(data.catalogue))))
     # a baseline keeps its tokenizer itself
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
     prompts = None

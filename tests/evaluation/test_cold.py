@@ -233,10 +233,10 @@ def test_the_command_line(place, capsys):
     assert main(["evaluate", str(run), "--protocol", "cold-items"]) == 0
     table = capsys.readouterr().out
     for row in ("popularity", "content neighbours (text)", "Speeder"):
-        assert table.count(f"| {row} |") >= 3
+        assert table.count(f"\n{row}") == 2
     assert "all 48 items ranked" in table and "cold items alone ranked" in table
     for kind in ("test-cold-items", "test-cold-only"):
-        assert (run / f"results-{kind}.md").read_text().strip() in table
+        assert f"results-{kind}.md" in table and "popularity" in (run / f"results-{kind}.md").read_text()
         kept = Evaluation.load(run / "evaluations" / kind / "model.json")
         assert kept.fitted_on == "the split's training part" and (kept.target_counts == 0).all()
     assert main(["evaluate", str(run), "--protocol", "cold-items", "--no-baselines"]) == 0

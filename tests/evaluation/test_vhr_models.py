@@ -33,7 +33,7 @@ def test_every_model_answers_among_the_same_candidates(tmp_path, capsys):
         capsys.readouterr()
         more = ["--answers", "titles"] if name == "speeder" else []
         assert main(["evaluate", run, "--protocol", "vhr", "--no-baselines", *more]) == 0
-        assert f"| {label} |" in capsys.readouterr().out
+        assert f"\n{label}" in capsys.readouterr().out
     runs.append(str(tmp_path / "speeder" / "evaluations" / "test-vhr" / "model-titles.json"))
     assert main(["compare", *runs, "--protocol", "vhr", "--out", str(tmp_path / "compared")]) == 0
     found = json.loads((tmp_path / "compared" / "comparison.json").read_text())

@@ -56,7 +56,7 @@ def one_line(capsys):
 def test_a_damaged_evaluation_is_measured_again(run, caplog, capsys):
     assert main(["evaluate", str(run)]) == 0
     table, file = capsys.readouterr().out, run / "evaluations" / "test" / "popularity.json"
-    assert "| popularity" in table
+    assert "\npopularity" in table
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING, "speeder.studies.evaluate_run"):
@@ -132,7 +132,7 @@ def test_data_that_moved(run, capsys):
     assert main(["evaluate", str(run)]) == 1
     assert "use evaluate --data DIR" in one_line(capsys)
     assert main(["evaluate", str(run), "--data", str(moved)]) == 0
-    assert "| popularity" in capsys.readouterr().out
+    assert "\npopularity" in capsys.readouterr().out
     synthetic_world(num_users=40, history=8, seed=1).save(run.parent / "other")
     assert main(["evaluate", str(run), "--data", str(run.parent / "other")]) == 1
     assert "other: its split is" in one_line(capsys)
