@@ -302,7 +302,7 @@ def test_a_baseline_is_held_to_what_it_was_trained_on(trained):
 def test_the_commands_serve_baselines(place, trained, capsys):
     trained("text-prompt")
     assert main(["evaluate", str(place / "text-prompt"), "--no-baselines"]) == 0
-    assert "| text prompt |" in capsys.readouterr().out
+    assert "\ntext prompt" in capsys.readouterr().out
     assert main(["recommend", str(place / "text-prompt"), "--history", "i1", "i2", "-k", "2"]) == 0
     assert "The Dune Path" in capsys.readouterr().out.splitlines()[0]
 
