@@ -3,9 +3,10 @@ as much as old ones."""
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch.nn import functional as F
+
+from speeder.data.item_indices import item_array
 
 
 class ContentNeighbours:
@@ -34,10 +35,14 @@ class ContentNeighbours:
         self.present, self.max_history, self.training_hash = present, max_history, training_hash
 
     def score(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
-        """`(n, I)` float32 cosines."""
+        """`(n, I)` float32 cosines; raises `TypeError` or `IndexError` for what is no item of the catalogue."""
         means = []
         for history in histories:
-            read = np.asarray(history, dtype=np.int64)[-self.max_history if self.max_history else None :]
+            read = item_array("histories", history)[-self.max_history if self.max_history else None :]
+            if len(read) and not 0 <= read.min() <= read.max() < len(self.rows):
+                raise IndexError(
+                    f"histories: expected items in 0..{len(self.rows) - 1}, got {read.min()}..{read.max()}"
+                )
             means.append(self.rows[torch.from_numpy(read)].sum(dim=0))
         scores = F.normalize(torch.stack(means), dim=1) @ self.rows.T
         return scores.masked_fill(~self.present, -1.0)

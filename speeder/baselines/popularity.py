@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from speeder.data.fingerprints import training_hash
+from speeder.data.item_indices import item_array
 
 
 class Popularity:
@@ -21,7 +22,7 @@ class Popularity:
 
     def __init__(self, training_sequences: Sequence[Sequence[int]], num_items: int) -> None:
         flat = np.concatenate(
-            [np.asarray(sequence, dtype=np.int64) for sequence in training_sequences] or [[]]
+            [item_array("training_sequences", sequence) for sequence in training_sequences] or [[]]
         )
         if len(flat) and not 0 <= flat.min() <= flat.max() < num_items:
             raise IndexError(

@@ -5,10 +5,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from speeder.data.item_indices import as_index, check_ordered, item_array
 from speeder.errors import SpeederError
 from speeder.io.files import (
     atomic_folder,
@@ -85,11 +87,23 @@ class ItemCatalogue:
             raise KeyError(f"no item has the id {external_id!r} among {len(self)} items") from None
 
     def indices_of(self, entries: Sequence[int | str]) -> list[int]:
-        """Item indices (int) and external ids (str), also mixed, as item indices.
+        """Item indices (integers of Python, numpy or torch) and external ids (str), also mixed, as item indices.
 
-        Raises `ValueError` for an index out of range, `KeyError` for an unknown id.
+        Raises `ValueError` for an index out of range, `KeyError` for an unknown id, `TypeError` for anything else, such
+        as 1.0, True or b"1".
         """
-        rows = [self.index_of(entry) if isinstance(entry, str) else int(entry) for entry in entries]
+        check_ordered("items", entries)
+        if isinstance(entries, torch.Tensor) or (
+            isinstance(entries, np.ndarray) and entries.dtype.kind not in "OUT"
+        ):
+            rows = item_array("items", entries).tolist()
+        elif set(map(type, entries)) <= {int}:
+            rows = list(entries)
+        else:
+            rows = [
+                self.index_of(entry) if isinstance(entry, str) else as_index("items", entry)
+                for entry in entries
+            ]
         count = len(self)
         if rows and (min(rows) < 0 or max(rows) >= count):
             wrong = next(row for row in rows if not 0 <= row < count)
@@ -134,8 +148,8 @@ class ItemCatalogue:
         )
 
     def select(self, rows: Sequence[int]) -> "ItemCatalogue":
-        """The items of these rows, in this order; raises `IndexError` or `ValueError` for invalid rows."""
-        rows = torch.as_tensor(rows, dtype=torch.long)
+        """The items of these rows, in this order; raises `IndexError`, `TypeError` or `ValueError` for invalid rows."""
+        rows = torch.tensor(item_array("rows", rows))
         if len(rows) and int(rows.min()) < 0:
             raise ValueError(f"rows must lie in 0..{len(self) - 1}, but hold {int(rows.min())}")
         columns = ([column[row] for row in rows.tolist()] for column in self._columns())

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from speeder.data.item_indices import item_array
+
 if TYPE_CHECKING:
     import torch
 
@@ -19,7 +21,7 @@ def training_hash(sequences: Sequence[Sequence[int]]) -> str:
     """SHA-256 over sequences of item indices, users in order: what a model or a feature was fitted on."""
     digest = hashlib.sha256(b"speeder training sequences v1")
     for sequence in sequences:
-        items = np.asarray(sequence, dtype="<i8")
+        items = item_array("sequences", sequence).astype("<i8", copy=False)
         digest.update(len(items).to_bytes(8, "little"))
         digest.update(items.tobytes())
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.io.files import read_json, write_text
 
@@ -91,7 +92,7 @@ class Candidates:
 
         That order follows from a second stream over users and items, so the target's position does not reveal it.
         """
-        items = np.concatenate([self.negatives, np.asarray(targets, dtype=np.int64)[:, None]], axis=1)
+        items = np.concatenate([self.negatives, item_array("targets", targets)[:, None]], axis=1)
         keys = _chain(self.seed, f"order {self.split}", self.users.astype(np.uint64)[:, None], items)
         return np.take_along_axis(items, keys.argsort(axis=1), axis=1)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from speeder.data.item_indices import item_array
+
 CUTOFFS = (5, 10, 20)
 METRICS = (*(f"HR@{k}" for k in CUTOFFS), *(f"NDCG@{k}" for k in CUTOFFS), "MRR")
 
@@ -29,7 +31,7 @@ def target_ranks(
         (n,) int64 ranks in ``1..I``.
 
     Raises:
-        TypeError: scores are not floating point.
+        TypeError: scores are not floating point, or items are not integers.
         ValueError: shapes do not agree, or a score is NaN.
         IndexError: a target or a history's item lies outside ``0..I-1``.
     """
@@ -53,7 +55,7 @@ def target_ranks(
         raise ValueError(f"histories: expected {num_rows} of them, one a row of scores, got {len(histories)}")
     lengths = torch.tensor([len(history) for history in histories], dtype=torch.int64)
     rows = torch.arange(num_rows).repeat_interleave(lengths)
-    flat = [np.asarray(history, dtype=np.int64) for history in histories]
+    flat = [item_array("histories", history) for history in histories]
     columns = torch.from_numpy(np.concatenate(flat)) if flat else torch.empty(0, dtype=torch.int64)
     _check_items("histories", columns, num_items)
     at_least[rows, columns] = False

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from speeder.data.item_indices import item_indices
+
 
 @dataclass(frozen=True)
 class ItemRows:
@@ -52,7 +54,8 @@ def scoring_vectors(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def seen_table(seen: Sequence[Sequence[int]] | None, rows: int, device: torch.device) -> torch.Tensor:
-    """Lists of items as `(n, L)` int64, padded with -1."""
+    """Lists of items as `(n, L)` int64, padded with -1; raises `TypeError` for an item that is no integer."""
+    seen = None if seen is None else [item_indices("seen", row) for row in seen]
     longest = max(map(len, seen), default=0) if seen is not None else 0
     table = [[*row, *[-1] * (longest - len(row))] for row in seen] if longest else [[]] * rows
     return torch.tensor(table, dtype=torch.int64, device=device).reshape(rows, longest)

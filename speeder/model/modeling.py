@@ -41,6 +41,7 @@ from speeder.model.negatives import Candidates, NegativeSampler
 from speeder.model.packing import (
     SequenceLayout,
     check_cu_seqlens,
+    check_integers,
     item_ranks,
     item_slots,
     last_positions,
@@ -293,6 +294,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             `hidden_states[-1]`.
 
         Raises:
+            TypeError: ids, labels, ranks or cu_seqlens are not integers.
             ValueError: shapes do not fit, an id is out of range, or a combination is not supported.
         """
         if vocabulary not in VOCABULARIES:
@@ -310,6 +312,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self._check_arguments(input_ids, cu_seqlens, attention_mask, cache)
         targets = None
         if labels is not None:
+            check_integers("labels", labels)
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels: expected {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
             if cu_seqlens is not None:
@@ -396,6 +399,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             raise ValueError(
                 f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}"
             )
+        check_integers("input_ids", input_ids)
         if cu_seqlens is not None and (attention_mask is not None or cache is not None):
             raise ValueError("cu_seqlens: packed sequences take neither attention_mask nor cache")
         if cu_seqlens is not None and len(input_ids) != 1:

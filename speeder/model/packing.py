@@ -50,6 +50,7 @@ def packed_layout(
         item_mask: `(T,)` bool, True at item tokens.
 
     Raises:
+        TypeError: `cu_seqlens` or `ranks` does not hold integers.
         ValueError: `cu_seqlens` does not run from 0 to `T` without falling, or `ranks` is not `(T,)`.
     """
     check_cu_seqlens(cu_seqlens, len(item_mask))
@@ -59,6 +60,7 @@ def packed_layout(
         ranks = torch.cat([item_ranks(row, tokens_per_item) for row in rows])
     elif ranks.shape != item_mask.shape:
         raise ValueError(f"ranks: expected ({len(item_mask)},), got {tuple(ranks.shape)}")
+    check_integers("ranks", ranks)
     ranks = ranks.int()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
     cu_seqlens, longest = cu_seqlens.int(), int(lengths.max())
@@ -70,12 +72,20 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
     """Check `cu_seqlens` of packed sequences.
 
     Raises:
-        ValueError: `cu_seqlens` does not run from 0 to `tokens` without falling.
+        TypeError: it does not hold integers.
+        ValueError: it does not run from 0 to `tokens` without falling.
     """
+    check_integers("cu_seqlens", cu_seqlens)
     if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any():
         raise ValueError(f"cu_seqlens: expected (B + 1,) rising from 0, got {cu_seqlens.tolist()[:8]}")
     if cu_seqlens[-1] != tokens:
         raise ValueError(f"cu_seqlens: expected to end at T = {tokens}, got {int(cu_seqlens[-1])}")
+
+
+def check_integers(name: str, tensor: torch.Tensor) -> None:
+    """Raise `TypeError` for a tensor of another dtype than integers, which a cast would cut."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
 
 
 def last_positions(cu_seqlens: torch.Tensor, at_least: int = 1) -> torch.Tensor:
@@ -91,8 +101,10 @@ def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> S
         ranks: `(B, S)` int32.
 
     Raises:
+        TypeError: `ranks` does not hold integers.
         ValueError: a row has only padding.
     """
+    check_integers("ranks", ranks)
     lengths = mask.sum(dim=-1)
     if (lengths == 0).any():
         raise ValueError(f"attention_mask: row {int((lengths == 0).nonzero()[0])} has only padding")

@@ -11,6 +11,7 @@ import torch
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
+from speeder.data.item_indices import check_ordered, is_single
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.metrics import metric_values
 from speeder.io.progress import showing
@@ -118,7 +119,8 @@ class RecommenderMixin:
             `(n, I)` float32 logits on the CPU.
 
         Raises:
-            ValueError: no history, an empty one, or an index out of range.
+            ValueError: no history, an empty one, or an index out of range. KeyError: an unknown id. TypeError: an item
+                is neither an integer nor a string.
         """
         self._check_histories(histories)
         with self.evaluating(), read_once():
@@ -142,8 +144,8 @@ class RecommenderMixin:
             exclude_seen: leave out every item of the history, also those too old to be read.
 
         Raises:
-            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: an unknown
-            id.
+            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: an unknown id.
+            TypeError: an item is neither an integer nor a string.
         """
         self._check_histories(histories)
         batches = range(0, len(histories), batch_size)
@@ -240,10 +242,12 @@ class RecommenderMixin:
     def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
         if len(histories) == 0:
             raise ValueError("histories: expected at least one history, got none")
-        if isinstance(histories, str) or any(isinstance(history, int | str) for history in histories):
+        if is_single(histories) or any(is_single(history) for history in histories):
             raise ValueError(
                 "histories: expected a list of histories, such as [[3, 7]], got a single history"
             )
+        for row, history in enumerate(histories):
+            check_ordered(f"histories, row {row}", history)
         if not self.config.prompt_prefix and not self.config.prompt_suffix:
             for row, history in enumerate(histories):
                 if len(history) == 0:

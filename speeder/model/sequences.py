@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from speeder.data.item_indices import item_indices
 from speeder.model.config import SpeederConfig
 from speeder.model.packing import cu_seqlens
 
@@ -38,11 +39,14 @@ def build_sequence(
         supervision: `"all"`: every item but the first is a target; `"last"`: only `target` is.
 
     Raises:
-        ValueError: `supervision` is unknown, or there is neither a history nor a prompt.
+        TypeError: an item is not an integer.
+        ValueError: `supervision` is unknown, an index is negative, or there is neither a history nor a prompt.
     """
     if supervision not in ("all", "last"):
         raise ValueError(f"supervision: expected 'all' or 'last', got {supervision!r}")
-    items = list(history)[-config.max_history :]
+    items = item_indices("history", history)[-config.max_history :]
+    if target is not None:
+        [target] = item_indices("target", [target])
     if not items and not config.prompt_prefix and not config.prompt_suffix:
         raise ValueError("history: expected at least one item, got none, and the prompt has no text either")
     k, first_id = config.tokens_per_item, config.text_vocab_size

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.item_indices import item_indices
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import draw_items
 from speeder.model.config import SpeederConfig
@@ -64,11 +65,11 @@ class TitlePrompts:
             candidates: item indices, in the order of the prompt.
             target: the item whose title is the answer.
         """
-        items = [int(item) for item in history][-self.config.max_history :]
+        items = item_indices("history", history)[-self.config.max_history :]
         k, first = self.config.tokens_per_item, self.config.text_vocab_size
         before, between, after = self.pieces
         read = [first + item for item in items for _ in range(k)]
-        listed = [first + int(item) for item in candidates for _ in range(k)]
+        listed = [first + item for item in item_indices("candidates", candidates) for _ in range(k)]
         ids = [*before, *read, *between, *listed, *after]
         ranks = [-1] * len(ids)
         ranks[len(before) : len(before) + len(read)] = [rank for rank in range(len(items)) for _ in range(k)]

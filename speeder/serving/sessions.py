@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from speeder.data.item_indices import is_single
 from speeder.model.content import read_once
 from speeder.model.kv_cache import (
     KeyValuePool,
@@ -111,7 +112,7 @@ class UserSessions:
 
         Raises:
             ValueError: no user, a user without any event, an index out of range, or `k` out of range. KeyError: an
-                unknown id. Then no event is added.
+                unknown id. TypeError: an item is neither an integer nor a string. Then no event is added.
         """
         histories = self._extended(events)
         seen = [sorted(set(history)) for history in histories.values()] if exclude_seen else None
@@ -182,7 +183,7 @@ class UserSessions:
         if not isinstance(events, Mapping):
             raise ValueError(f"events: expected a mapping from users to items, got {type(events).__name__}")
         for user, items in events.items():
-            if isinstance(items, int | str):
+            if is_single(items):
                 raise ValueError(f"events: expected a list of items for {user!r}, got {items!r}")
         histories = {
             user: self.history(user) + list(self.model.catalogue.indices_of(items))

@@ -14,6 +14,7 @@ from torch import Tensor
 from speeder.baselines.sasrec.checkpoint import FitState, load_checkpoint, save_checkpoint
 from speeder.baselines.sasrec.model import SASRec, check_sequences, pad
 from speeder.data.fingerprints import training_hash
+from speeder.data.item_indices import item_array
 from speeder.evaluation.metrics import metric_values, target_ranks
 from speeder.io.progress import showing
 from speeder.recipes.sasrec import SASRecConfig
@@ -65,7 +66,7 @@ def fit_sasrec(
     epochs = config.epochs if epochs is None else epochs
     if epochs < 1:
         raise ValueError(f"epochs: expected at least 1, got {epochs}")
-    sequences = [np.asarray(sequence, dtype=np.int64) for sequence in training_sequences]
+    sequences = [item_array("training_sequences", sequence) for sequence in training_sequences]
     check_sequences("training_sequences", sequences, num_items)
     windows = cut_windows(sequences, config.max_length)
     if not windows:

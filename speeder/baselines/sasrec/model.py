@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, read_json, sha256_file, write_json
 from speeder.recipes.sasrec import SASRecConfig
@@ -70,12 +71,13 @@ class SASRec(nn.Module):
 
         Raises:
             ValueError: an empty history.
+            TypeError: an item is not an integer.
             IndexError: an item outside the catalogue.
         """
         if not len(histories):
             return torch.empty(0, self.num_items)
         device = self.items.weight.device
-        tails = [np.asarray(history, dtype=np.int64)[-self.config.max_length :] for history in histories]
+        tails = [item_array("histories", history)[-self.config.max_length :] for history in histories]
         check_sequences("histories", tails, self.num_items)
         lengths = torch.tensor([len(tail) for tail in tails], device=device)
         if not lengths.all():

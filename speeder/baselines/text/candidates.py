@@ -8,6 +8,7 @@ import numpy as np
 
 from speeder.baselines.text.base import TextBaseline
 from speeder.data.interactions import LeaveOneOut
+from speeder.data.item_indices import item_indices
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates, draw_items
 from speeder.evaluation.metrics import metric_values
@@ -51,4 +52,4 @@ class CandidateBaseline(TextBaseline):
         raise SpeederError(f"{self.name} ranks candidates alone, not a whole catalogue")
 
     def _newest(self, history: Sequence[int]) -> list[int]:
-        return [int(item) for item in history][-self.config.max_history :]
+        return item_indices("history", history)[-self.config.max_history :]

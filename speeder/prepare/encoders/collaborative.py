@@ -9,6 +9,7 @@ import torch
 
 from speeder.baselines.sasrec.fit import fit_sasrec
 from speeder.data.fingerprints import training_hash
+from speeder.data.item_indices import item_array
 from speeder.recipes.load import settings_for
 from speeder.recipes.sasrec import SASRecConfig
 
@@ -63,7 +64,9 @@ def collaborative_features(
     )
     present = torch.zeros(num_items, dtype=torch.bool)
     present[
-        torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in training_sequences]))
+        torch.from_numpy(
+            np.concatenate([item_array("training_sequences", row) for row in training_sequences])
+        )
     ] = True
     known = model.items.weight.detach().float().cpu()[present]
     deviation = known.std(dim=0, correction=0).clamp_min(torch.finfo(torch.float32).tiny)

@@ -93,7 +93,7 @@ def request_models(limits: Limits) -> RequestModels:
     entry = Annotated[str, Field(min_length=1, max_length=_MAX_ID)]
 
     class History(BaseModel):
-        model_config = ConfigDict(extra="forbid")
+        model_config = ConfigDict(extra="forbid", strict=True)  # neither "5" nor 5.0 nor true is the number 5
 
         history: Annotated[
             list[entry] | None,
@@ -115,16 +115,14 @@ def request_models(limits: Limits) -> RequestModels:
             return self
 
     class RecommendRequest(History):
-        model_config = ConfigDict(
-            extra="forbid", json_schema_extra={"examples": [{"history": ["50", "172", "133"], "k": 5}]}
-        )
+        model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["50", "172", "133"], "k": 5}]})
 
         k: Annotated[int, Field(description="number of items", ge=1, le=limits.max_k)] = 10
         exclude_seen: Annotated[bool, Field(description="leave out every item of the history")] = True
 
     class ExplainRequest(History):
         model_config = ConfigDict(
-            extra="forbid", json_schema_extra={"examples": [{"history": ["50", "172"], "items": ["181"]}]}
+            json_schema_extra={"examples": [{"history": ["50", "172"], "items": ["181"]}]}
         )
 
         items: Annotated[
