@@ -534,7 +534,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         with read_once():
             return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, ranks=None, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, ranks=None, **kwargs):
         """Give every step the ranks of all tokens so far, which attention needs besides the cache."""
         item_mask = input_ids >= self.config.text_vocab_size
         if attention_mask is not None:
@@ -549,7 +549,16 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
     # ---- saving and loading -------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, *, save_catalogue: bool = True, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        *args,
+        save_catalogue: bool = True,
+        **kwargs,
+    ) -> None:
         """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender.
 
         The folder's old content stays whole until everything is written.
@@ -557,19 +566,19 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         Raises:
             SpeederError: the disk is full; or `catalogue/` has anything else.
         """
-        whole = save_catalogue and self.catalogue is not None and kwargs.get("is_main_process", True)
+        whole = save_catalogue and self.catalogue is not None and is_main_process
         catalogue = Path(save_directory) / CATALOGUE_FOLDER
-        if kwargs.get("push_to_hub"):  # which uploads the very folder, at the end of super's
+        if push_to_hub:  # which uploads the very folder, at the end of super's
             if whole:
                 self.catalogue.save(catalogue)
                 self.config.catalogue_hash = saved_hash(catalogue)
-            super().save_pretrained(save_directory, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, state_dict, True, *args, **kwargs)
             return
         with replaced_files(save_directory) as temporary:
             if whole:
                 self.catalogue.save(temporary / CATALOGUE_FOLDER)
                 self.config.catalogue_hash = saved_hash(temporary / CATALOGUE_FOLDER)
-            super().save_pretrained(temporary, **kwargs)
+            super().save_pretrained(temporary, is_main_process, state_dict, False, *args, **kwargs)
             if whole:
                 move_catalogue(temporary / CATALOGUE_FOLDER, catalogue)
             remove_other_weights(Path(save_directory), temporary)
@@ -607,13 +616,23 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             model.set_catalogue(catalogue)
         return (model, info) if with_info else model
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """As in transformers, without the reentrant variant: SPAE's tables come from outside of every layer."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError("gradient_checkpointing_kwargs: expected use_reentrant=False, got True")
-        super().gradient_checkpointing_enable(
-            {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        )
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 5.24 on; the old name calls it
+
+        def activation_checkpointing_enable(
+            self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs
+        ) -> None:
+            """As in transformers, without the reentrant variant: SPAE's tables come from outside of every layer."""
+            settings = not_reentrant("activation_checkpointing_kwargs", activation_checkpointing_kwargs)
+            super().activation_checkpointing_enable(settings, *args, **kwargs)
+
+    else:
+
+        def gradient_checkpointing_enable(
+            self, gradient_checkpointing_kwargs: dict | None = None, *args, **kwargs
+        ) -> None:
+            """As in transformers, without the reentrant variant: SPAE's tables come from outside of every layer."""
+            settings = not_reentrant("gradient_checkpointing_kwargs", gradient_checkpointing_kwargs)
+            super().gradient_checkpointing_enable(settings, *args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs) -> None:
         """Not supported: item ids begin where the text vocabulary ends."""
@@ -626,6 +645,17 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         """Hash of what the model was trained on (`data.fingerprints.training_hash`), for the leak check; None if
         unknown."""
         return self.config.training_hash
+
+
+def not_reentrant(name: str, settings: dict | None) -> dict:
+    """Settings of `torch.utils.checkpoint`, with the variant that Speeder needs.
+
+    Raises:
+        ValueError: they ask for the other.
+    """
+    if (settings or {}).get("use_reentrant"):
+        raise ValueError(f"{name}: expected use_reentrant=False, got True")
+    return {**(settings or {}), "use_reentrant": False}
 
 
 def without_last(

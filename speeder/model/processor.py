@@ -118,12 +118,12 @@ class SpeederProcessor(ProcessorMixin):
         """The content of `processor_config.json`; configuration and catalogue have their own files."""
         return {"processor_class": type(self).__name__}
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
         """Save the tokenizer, the configuration and the catalogue."""
         self.catalogue.save(Path(save_directory) / CATALOGUE_FOLDER)
         self.config.catalogue_hash = saved_hash(Path(save_directory) / CATALOGUE_FOLDER)
         self.config.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SpeederProcessor:

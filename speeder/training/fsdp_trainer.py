@@ -44,16 +44,16 @@ class ShardedTrainer(SpeederTrainer):
                    f"cpu_ram_efficient_loading {plugin.cpu_ram_efficient_loading}")
             )  # fmt: skip
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+    def compute_loss(self, model, inputs, return_outputs: bool = False, *args, **kwargs):
+        found = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         loss, *outputs = found if return_outputs else (found,)
         loss = loss + touch_unsharded(model)
         return (loss, *outputs) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             gather(self.model, self.plain, only="mrc.")
-        super().log(logs, start_time)
+        super().log(logs, *args, **kwargs)
 
     def _validation_metrics(self) -> dict[str, float]:
         self.gather()
@@ -73,14 +73,14 @@ class ShardedTrainer(SpeederTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self._as_if_whole(super()._load_from_checkpoint, resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        self._as_if_whole(super()._load_best_model)
+    def _load_best_model(self, *args, **kwargs) -> None:
+        self._as_if_whole(super()._load_best_model, *args, **kwargs)
 
-    def _as_if_whole(self, load, *args) -> None:
+    def _as_if_whole(self, load, *args, **kwargs) -> None:
         """Let the `Trainer` load into the whole model, then shard its weights."""
         sharded, self.model, self.is_fsdp_enabled = self.model, self.plain, False
         try:
-            load(*args)
+            load(*args, **kwargs)
         finally:
             self.model, self.is_fsdp_enabled = sharded, True
         scatter(self.plain, self.model)

@@ -83,12 +83,12 @@ class SpeederTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self.parameter_groups, betas=(0.9, 0.98), fused=True)
         return self.optimizer
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add each modality's mean gate weight to every log line with a loss."""
         if "loss" in logs:
             gates = self.plain.gates(None if self.plain.config.negatives == "full" else GATE_SAMPLE)
             logs |= {f"gate/{name}": float(weights.mean()) for name, weights in gates.items()}
-        super().log(logs, start_time)
+        super().log(logs, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
@@ -113,11 +113,11 @@ class SpeederTrainer(Trainer):
         means = self.accelerator.reduce(sums.to(self.args.device), "sum") / users
         return dict(zip(found, means.tolist(), strict=True))
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, *args, **kwargs) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             with writing(folder):
-                super()._save_checkpoint(model, trial)
+                super()._save_checkpoint(*args, **kwargs)
         except WriteError:  # an incomplete checkpoint is of no use, and takes disk space
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -132,26 +132,26 @@ class SpeederTrainer(Trainer):
         if self.average is not None:
             self.average.save(output_dir, self.args.should_save)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args, **kwargs) -> None:
         with reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
             if self.average is not None:
                 self.average.load(resume_from_checkpoint)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args, **kwargs) -> None:
         with reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            super()._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(self, checkpoint: str | None, *args, **kwargs) -> None:
         with reading(checkpoint):
-            super()._load_rng_state(checkpoint)
+            super()._load_rng_state(checkpoint, *args, **kwargs)
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
+    def _load_scaler(self, checkpoint: str | None, *args, **kwargs) -> None:
         with reading(checkpoint):
-            super()._load_scaler(checkpoint)
+            super()._load_scaler(checkpoint, *args, **kwargs)
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
+    def _load_best_model(self, *args, **kwargs) -> None:
+        super()._load_best_model(*args, **kwargs)
         if self.average is not None:
             self.average.load(self.state.best_model_checkpoint)
 

@@ -142,9 +142,9 @@ class TextBaseline(SpeederForCausalLM):
 
     # ---- saving and loading ---------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs) -> None:
         """Save weights, configuration, catalogue and tokenizer."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
