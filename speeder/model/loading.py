@@ -53,8 +53,8 @@ def from_backbone(
         the model, in evaluation mode, float32 unless the given model is not.
 
     Raises:
-        SpeederError: the backbone cannot be loaded or cut, or computes something that Speeder does not support (such as
-            state beside attention); the catalogue lacks a modality; or a setting is unknown.
+        SpeederError: the backbone cannot be loaded or cut, has offloaded weights, or computes something that Speeder
+            does not support (such as state beside attention); the catalogue lacks a modality; or a setting is unknown.
         ValueError: a setting is out of its range.
     """
     kinds = (cls.config_class, PretrainedConfig)
@@ -64,6 +64,11 @@ def from_backbone(
         known = ", ".join(sorted(every - inherited - DERIVED))
         raise SpeederError(f"from_backbone: unknown setting {unknown[0]!r}; known: {known}")
     backbone = name_or_model if isinstance(name_or_model, PreTrainedModel) else load_backbone(name_or_model)
+    if any(weight.is_meta for weight in backbone.parameters()):
+        raise SpeederError(
+            "backbone: expected all weights in memory, got some that are offloaded; save the recommender first, and "
+            "load it with device_map"
+        )
     if layers is not None:
         cut_layers(backbone, layers)
     names = list(catalogue.modalities) if modalities is None else modalities

@@ -14,19 +14,14 @@ def add_lora(self, settings: dict) -> None:
         settings: arguments of `peft.LoraConfig`, such as `r`, `lora_alpha`, `target_modules`.
 
     Raises:
-        SpeederError: PEFT refuses the settings, or they adapt the text embedding, whose rows are read directly.
+        SpeederError: PEFT refuses the settings.
     """
     from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     try:
         inject_adapter_in_model(LoraConfig(**settings), self.backbone)
     except (TypeError, ValueError) as error:
         raise SpeederError(f"lora: {str(error).splitlines()[0]}") from error
-    if isinstance(self.backbone.get_input_embeddings(), BaseTunerLayer):
-        raise SpeederError(
-            "lora: target_modules: the text embedding cannot be adapted; name attention or MLP layers"
-        )
     self.config.lora = dict(settings)
 
 

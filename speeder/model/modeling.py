@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from speeder.errors import SpeederError
 from speeder.io.files import replaced_files
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.model.content import Kept, content_of, read_once
+from speeder.model.embeddings import embedding_scale, read_directly
 from speeder.model.heads import ScoringMixin, next_labels
 from speeder.model.item_store import ItemRows, ItemStore
 from speeder.model.kv_cache import SharedPrefix
@@ -38,6 +40,7 @@ from speeder.model.loading import (
 from speeder.model.lora import add_lora, merge_lora
 from speeder.model.mrc import MRC
 from speeder.model.negatives import Candidates, NegativeSampler
+from speeder.model.offload import check_own_parts, keep_own_parts, own_parts_wait
 from speeder.model.packing import (
     SequenceLayout,
     check_cu_seqlens,
@@ -240,6 +243,11 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self._kept_tokens.clear()
         self._kept_prefix.clear()
 
+    @property
+    def device(self) -> torch.device:
+        """The device that computes, also where weights of the backbone are offloaded."""
+        return self.logit_scale.device
+
     def train(self, mode: bool = True) -> SpeederForCausalLM:
         """As in `nn.Module`; what was kept in the other mode is freed, and training uses no item store."""
         if mode != self.training:
@@ -373,7 +381,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         ids = input_ids.flatten()
         if layout.query_index is not None:
             ids = ids[layout.query_index]
-        embeddings = self.dropout(self._embed(ids, layout, item_table))
+        embeddings = self.dropout(self._embed(ids, layout, item_table, (batch, new)))
         use_cache = use_cache or cache is not None
         if use_cache:
             if cache is None:
@@ -395,6 +403,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         return decoded, layout, cache
 
     def _check_arguments(self, input_ids, cu_seqlens, attention_mask, cache) -> None:
+        check_own_parts(self)
         if input_ids.ndim != 2 or input_ids.numel() == 0:
             raise ValueError(
                 f"input_ids: expected (B, S) with at least one token, got {tuple(input_ids.shape)}"
@@ -443,6 +452,12 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             packed = grid.index_copy(0, layout.query_index, packed)
         return packed.unflatten(0, (batch, -1))
 
+    @staticmethod
+    def _repack(grid: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
+        """`(B, S, ...) -> (Tq, ...)`: what `_unpack` spread out."""
+        flat = grid.flatten(0, 1)
+        return flat if layout.query_index is None else flat[layout.query_index]
+
     def _needs_items(self, ids: torch.Tensor, targets: torch.Tensor | None, vocabulary: str) -> bool:
         if self.config.num_items == 0:
             return False
@@ -470,14 +485,17 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         ids: torch.Tensor,
         layout: SequenceLayout,
         item_table: torch.Tensor | ItemRows | ItemStore | None,
+        shape: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """`(T,)` ids to `(T, H)` embeddings: text rows, or item tokens with their position prompt, in one pass."""
+        """`(T,)` ids to `(T, H)` embeddings: text rows, or item tokens with their position prompt, in one pass.
+
+        A plain embedding's rows are read by the kernel. Another module, such as one with an adapter, with weights that
+        Accelerate loads, or with hooks, is called; its hooks see the embeddings of all tokens.
+
+        Args:
+            shape: `(B, S)` of the batch, which hooks see; by default one row.
+        """
         words = self.backbone.get_input_embeddings()
-        if hasattr(
-            words, "unshard"
-        ):  # FSDP2 gathers weights of modules that are called; this one is only read
-            words.unshard()
-        table = words.weight
         text = self.config.text_vocab_size
         if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
             raise ValueError(
@@ -485,6 +503,38 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                 f"{self.config.num_items} items), got {int(ids.min())}..{int(ids.max())}"
             )
         item_mask = ids >= text
+        word_ids = torch.where(item_mask, 0, ids)
+        # Gemma's embedding modules multiply by a constant; item tokens are calibrated to the rows before it
+        scale = embedding_scale(words)
+        if read_directly(words):
+            packed = self._pack_embeddings(words.weight, word_ids, ids, layout, item_table)
+            return packed if scale is None else packed * scale.to(packed.dtype)
+        shape = shape or (1, len(ids))
+
+        def with_items(module: nn.Module, args: tuple, rows: torch.Tensor) -> torch.Tensor:
+            rows = self._repack(rows, layout)
+            own_row = torch.arange(len(ids), device=ids.device)
+            packed = self._pack_embeddings(rows, own_row, ids, layout, item_table)
+            if scale is not None:
+                packed = torch.where(item_mask[:, None], packed * scale.to(packed.dtype), rows)
+            return self._unpack(packed, layout, *shape)
+
+        handle = words.register_forward_hook(with_items, prepend=True)
+        try:
+            return self._repack(words(self._unpack(word_ids, layout, *shape)), layout)
+        finally:
+            handle.remove()
+
+    def _pack_embeddings(
+        self,
+        table: torch.Tensor,
+        rows_of_words: torch.Tensor,
+        ids: torch.Tensor,
+        layout: SequenceLayout,
+        item_table: torch.Tensor | ItemRows | ItemStore | None,
+    ) -> torch.Tensor:
+        """`(T, H)` embeddings of `(T,)` ids, of which text is `table[rows_of_words]`."""
+        text, item_mask = self.config.text_vocab_size, ids >= self.config.text_vocab_size
         k = self.config.tokens_per_item
         prompts = self.spae.position_prompts
         ranks = layout.rank_q
@@ -505,16 +555,14 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                 tokens = F.embedding(rows.clamp(min=0), tokens)
                 rows = torch.where(item_mask, torch.arange(len(ids), device=ids.device), -1)
             items = (tokens * self.config.embedding_rms).to(table.dtype)
-        packed = pack_tokens(
-            torch.where(item_mask, 0, ids),
+        return pack_tokens(
+            rows_of_words,
             table,
             items,
             rows.int(),
             ranks.clamp(max=len(prompts) - 1),
             prompts.to(table.dtype),
         )
-        # Gemma's embedding modules multiply by a constant; item tokens are calibrated to the rows before it
-        return packed * words.embed_scale.to(packed.dtype) if hasattr(words, "embed_scale") else packed
 
     # ---- generation ---------------------------------------------------------------------------------------
 
@@ -593,15 +641,24 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             catalogue: used instead of the saved one; needed for checkpoints, which have none.
 
         Raises:
-            SpeederError: it is no Speeder model; a file is missing, cut or damaged; or the catalogue is not the
-                one that it was saved with.
+            SpeederError: it is no Speeder model; a file is missing, cut or damaged; the catalogue is not the
+                one that it was saved with; or `device_map` names several devices that compute.
         """
         check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         kwargs |= {"use_safetensors": True, "trust_remote_code": False}
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        device_map = kwargs.pop("device_map", None)
+        if isinstance(device_map, dict):
+            device_map = keep_own_parts(device_map)
+        load = partial(
+            super().from_pretrained, pretrained_model_name_or_path, *args, output_loading_info=True
         )
+        model, info = load(device_map=device_map, **kwargs)
+        if getattr(model, "hf_device_map", None):
+            placed = keep_own_parts(model.hf_device_map)
+            if own_parts_wait(model):  # a map that transformers made
+                del model
+                model, info = load(device_map=placed, **kwargs)
         check_loaded(pretrained_model_name_or_path, cls.config_class, info, **kwargs)
         align_weights(model)
         if model.config.num_items:
@@ -616,7 +673,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             model.set_catalogue(catalogue)
         return (model, info) if with_info else model
 
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):  # transformers 5.24 on; the old name calls it
+    # transformers 5.24 on, where the old name calls the new one
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
 
         def activation_checkpointing_enable(
             self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs

@@ -18,6 +18,7 @@ from speeder.io.progress import showing
 from speeder.model.content import read_once
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import ModelState, SharedPrefix
+from speeder.model.offload import check_own_parts
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
 
@@ -49,15 +50,18 @@ class RecommenderMixin:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode in this context, the earlier mode afterwards."""
+        """Evaluation mode in this context; afterwards every module has its earlier mode again."""
         if not self.training:
             yield
             return
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             yield
         finally:
-            self.train()
+            self.train()  # drops what was kept in evaluation mode
+            for module, mode in modes:
+                module.training = mode
 
     def sequence(
         self, history: Sequence[int], target: int | None = None, supervision: str = "all"
@@ -240,6 +244,7 @@ class RecommenderMixin:
         return Recommendation(item, self.catalogue.ids[item], self.catalogue.titles[item], score)
 
     def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
+        check_own_parts(self)
         if len(histories) == 0:
             raise ValueError("histories: expected at least one history, got none")
         if is_single(histories) or any(is_single(history) for history in histories):

@@ -84,10 +84,13 @@ class SASRec(nn.Module):
             raise ValueError(
                 f"histories: expected at least one item each, number {int(lengths.argmin())} is empty"
             )
-        was_training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
-        hidden = self(pad(tails).to(device), lengths)
-        self.train(was_training)
+        try:
+            hidden = self(pad(tails).to(device), lengths)
+        finally:
+            for module, mode in modes:
+                module.training = mode
         last = hidden[torch.arange(len(tails), device=device), lengths - 1]
         return (last @ self.items.weight.T).float().cpu()
 
