@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before anything imports triton
@@ -55,3 +56,13 @@ def _fresh_tensors_hold_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture
+def damaged_exif() -> bytes:
+    """EXIF data with one wrong byte, at which Pillow raises neither `OSError` nor `ValueError`."""
+    told = Image.Exif()
+    told.update({0x0112: 6, 0x010E: "at home"})
+    damaged = bytearray(told.tobytes())
+    damaged[17] = 0  # the type of the description
+    return bytes(damaged)

@@ -15,9 +15,10 @@ from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.io.files import sha256_file
+from speeder.io.pictures import endings
 from speeder.prepare.encoders.cache import NotFinite
 from speeder.prepare.encoders.collaborative import collaborative_features
-from speeder.prepare.posters import Poster, match_posters
+from speeder.prepare.posters import LIST, Poster, is_file, match_posters
 from speeder.recipes.load import settings_for
 from speeder.recipes.schema import MODALITIES
 
@@ -87,6 +88,12 @@ def add_features(
             features, present, broken = image_encoder.encode(catalogue.images)
         for path, reason in broken.items():
             log.warning("%s is not a readable picture: %s", path, reason)
+        if not present.any():
+            path, reason = next(iter(broken.items()))
+            raise SpeederError(
+                f"none of {len(broken)} pictures can be read (the first is {path}: {reason}); leave out the image "
+                "modality (--without image), or mend them"
+            )
         with naming_item("image", catalogue.ids):
             catalogue = catalogue.with_features("image", features, present)
         encoders["image"] = _encoder_record(image_encoder)
@@ -126,7 +133,12 @@ def naming_item(modality: str, ids: Sequence[str]) -> Iterator[None]:
 
 
 def add_images(
-    data: PreparedData, folder: str | Path | None, *, by_name: bool = False, include_plot: bool = True
+    data: PreparedData,
+    folder: str | Path | None,
+    *,
+    by_name: bool = False,
+    include_plot: bool = True,
+    must_match: bool = True,
 ) -> PreparedData:
     """The data with paths of pictures, and with plots in the texts if the folder has them.
 
@@ -135,6 +147,9 @@ def add_images(
         by_name: whether the catalogue's images are names of files in the folder. A name that leads out of it is
             refused, and listed in the manifest.
         include_plot: whether the folder's plots are added to the items' texts.
+        must_match: whether a folder that has nothing for any item is refused.
+
+    Raises `SpeederError` for a folder that cannot be read, or has nothing for any item.
     """
     catalogue, refused, manifest = data.catalogue, [], dict(data.manifest)
     named = sum(name is not None for name in catalogue.images)
@@ -148,6 +163,7 @@ def add_images(
         posters, refused = _named(Path(folder), catalogue)
     else:
         posters = match_posters(folder, catalogue.titles, catalogue.ids)
+    _tell_unmatched(Path(folder), catalogue, posters, bool(by_name and named), must_match)
     posters = [poster or Poster() for poster in posters]
     plots = [poster.plot if include_plot else None for poster in posters]
     texts = [
@@ -177,20 +193,56 @@ def _named(folder: Path, catalogue: ItemCatalogue) -> tuple[list[Poster], list[s
         inside = name and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
         if name and not inside:
             refused.append(id_)
-        posters.append(Poster(str(folder / name) if inside and _is_file(folder / name) else None))
+        posters.append(Poster(str(folder / name) if inside and is_file(folder / name) else None))
     return posters, refused
 
 
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name longer than the file system takes
-        return False
+def _tell_unmatched(
+    folder: Path, catalogue: ItemCatalogue, posters: Sequence[Poster | None], by_name: bool, must_match: bool
+) -> None:
+    """Warn of items without a picture; if there is nothing at all for them, raise `SpeederError` or warn."""
+    without = [
+        id_ for id_, poster in zip(catalogue.ids, posters, strict=True) if not (poster and poster.image)
+    ]
+    if any(poster is not None and poster != Poster() for poster in posters):
+        if without:
+            log.warning(
+                "%d of %d items have no picture in %s, the first: %r",
+                len(without),
+                len(catalogue),
+                folder,
+                without[0],
+            )
+        return
+    if by_name:
+        name = next(name for name in catalogue.images if name)
+        looked_for = f"the files that the items name, such as {name!r}"
+    elif (folder / LIST).is_file():
+        title = next((title for title in catalogue.titles if title), "")
+        looked_for = f"the items' titles in {LIST}, such as {title!r}"
+    else:
+        names = f"{catalogue.ids[0]}{endings()[0]}" if catalogue.ids else f"ID{endings()[0]}"
+        looked_for = (
+            f"files named by item id, such as {names!r}, with any of the endings {' '.join(endings())}"
+        )
+    there = next((entry.name for entry in folder.iterdir()), None)
+    holds = "it is empty" if there is None else f"it holds such as {there!r}"
+    message = f"{folder}: no picture matches an item: looked for {looked_for}; {holds}"
+    if must_match:
+        raise SpeederError(message)
+    log.warning("%s", message)
 
 
 def _hash_all(paths: Sequence[str | None]) -> str:
     """One hash over all pictures' hashes, in catalogue order."""
-    return hashlib.sha256("\n".join(sha256_file(path) if path else "" for path in paths).encode()).hexdigest()
+    return hashlib.sha256("\n".join(map(_hash, paths)).encode()).hexdigest()
+
+
+def _hash(path: str | None) -> str:
+    try:
+        return sha256_file(path) if path else ""
+    except OSError:  # the encoder names it as broken
+        return "not readable"
 
 
 def _encoder_record(encoder: EncodesTexts | EncodesImages) -> dict[str, str]:

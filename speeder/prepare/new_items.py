@@ -19,6 +19,7 @@ from speeder.io.files import atomic_folder, check_owned, read_json, recover_fold
 from speeder.model.config import SpeederConfig
 from speeder.model.loading import CATALOGUE_FOLDER
 from speeder.prepare.features import EncodesImages, EncodesTexts, naming_item
+from speeder.prepare.posters import is_file
 from speeder.prepare.readers.lines import BLANK, BadLine, LineCount
 from speeder.prepare.readers.plain import describe, item_rows
 from speeder.prepare.readers.text import MAX_TEXT, MAX_TITLE
@@ -99,11 +100,7 @@ def read_items(
 def _picture(folder: Path, name: str, where: str) -> str:
     if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise SpeederError(f"{where}: the picture {name!r} lies outside the folder {folder}")
-    try:
-        there = (folder / name).is_file()
-    except OSError:  # a name longer than the file system takes
-        there = False
-    if not there:
+    if not is_file(folder / name):
         raise SpeederError(f"{where}: there is no picture {folder / name}")
     return str(folder / name)
 
@@ -186,7 +183,7 @@ def _check_encoder(
     wanted: list[torch.Tensor] = []
     column = [] if known is None else known.texts if modality == "text" else known.images
     for row, content in enumerate(column):
-        if content and known.present[modality][row] and (modality == "text" or Path(content).is_file()):
+        if content and known.present[modality][row] and (modality == "text" or is_file(Path(content))):
             inputs.append(content)
             wanted.append(known.features[modality][row])
         if len(inputs) == _PROBES:

@@ -46,7 +46,7 @@ def prepare(
         out: folder to write.
         items: the file of items, if it is not in the folder.
         images: folder of pictures named by item id (or by the item table's `image` column); None takes the data's own,
-            if any. Nothing is downloaded.
+            if any. Nothing is downloaded. A folder given here that has nothing for any item is refused.
         core: k of the k-core filter; None takes the format's default, 1 filters nothing.
         min_rating: interactions with a lower rating are dropped.
         repeats: keep repeated interactions of a user with an item; else only the earliest.
@@ -81,7 +81,7 @@ def prepare(
             min_rating=min_rating,
             repeats=repeats,
         )
-    data = add_images(data, images or raw.images, by_name=raw.images_by_name)
+    data = add_images(data, images or raw.images, by_name=raw.images_by_name, must_match=images is not None)
     return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
 
 

@@ -1,6 +1,9 @@
 """Pictures and plots for titles, from a folder of posters with or without a list of their titles."""
 
 import json
+import logging
+import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +11,11 @@ from pathlib import Path
 
 from speeder.data.titles import split_year, title_keys
 from speeder.errors import SpeederError
+from speeder.io.pictures import endings
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+log = logging.getLogger(__name__)
+
+LIST = "items.jsonl"
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ def match_posters(
 
     Args:
         folder: holds `items.jsonl` (an object a line: `title`, and `plot`, `image` or null), which is joined
-            by title and year; or else pictures named `{item_id}.jpg|jpeg|png|webp`, joined by `ids`.
+            by title and year; or else pictures named by item id, joined by `ids`. Any ending that Pillow opens, in
+            any case, is a picture's; of several pictures of an item the most usual ending is taken, with a warning.
         titles: such as `"The Usual Suspects (1995)"`, or `"Usual Suspects, The (1995)"`.
         ids: external item ids, needed for a folder without `items.jsonl`.
 
@@ -36,28 +43,60 @@ def match_posters(
     folder = Path(folder)
     if not folder.is_dir():
         raise SpeederError(f"{folder} is not a folder of posters")
-    if (folder / "items.jsonl").is_file():
+    if (folder / LIST).is_file():
         return _match_titles(_read_list(folder), titles)
     if ids is None:
-        raise SpeederError(f"{folder} has no items.jsonl to match titles with")
-    return [_picture_of(folder, external_id) for external_id in ids]
+        raise SpeederError(f"{folder} has no {LIST} to match titles with")
+    pictures = _pictures_by_stem(folder)
+    found = [pictures.get(_spelled(external)) for external in ids]
+    several = [(external, names) for external, names in zip(ids, found, strict=True) if names and names[1:]]
+    if several:
+        external, (taken, *others) = several[0]
+        log.warning(
+            "%s: %d items have several pictures; of item %r, %s is taken and not %s",
+            folder,
+            len(several),
+            external,
+            taken,
+            ", ".join(others),
+        )
+    return [Poster(image=str(folder / names[0])) if names else None for names in found]
 
 
-def _picture_of(folder: Path, external_id: str) -> Poster | None:
-    if Path(external_id).name != external_id:  # an id such as "../x" names no file of this folder
-        return None
-    for suffix in _SUFFIXES:
-        path = folder / f"{external_id}{suffix}"
-        if path.is_file():
-            return Poster(image=str(path))
-    return None
+def is_file(path: Path) -> bool:
+    """Whether there is a file of that name; False for a name that the file system does not take."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _pictures_by_stem(folder: Path) -> dict[str, list[str]]:
+    """The names of a folder's picture files, under their names without the ending; usual endings come first."""
+    places = {ending: place for place, ending in enumerate(endings())}
+    found: dict[str, list[tuple]] = defaultdict(list)
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem, ending = os.path.splitext(entry.name)
+                place = places.get(ending.lower())
+                if place is not None and entry.is_file():
+                    found[_spelled(stem)].append((place, ending != ending.lower(), entry.name))
+    except OSError as error:
+        raise SpeederError(f"{folder} cannot be read: {error.strerror or error}") from error
+    return {stem: [name for *_, name in sorted(names)] for stem, names in found.items()}
+
+
+def _spelled(name: str) -> str:
+    """The one spelling of accents: some systems store `é` in file names as two characters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _read_list(folder: Path) -> list[tuple[str, Poster]]:
     """Titles with their posters; a picture that is not in the folder is ignored."""
     entries = []
     try:
-        lines = (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (folder / LIST).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SpeederError(f"{folder / 'items.jsonl'} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -79,7 +118,7 @@ def _read_list(folder: Path) -> list[tuple[str, Poster]]:
         path = folder / image if image else None
         plot = (plot or "").strip()
         poster = Poster(
-            image=str(path) if path and path.is_file() else None,
+            image=str(path) if path and is_file(path) else None,
             plot=plot if plot not in ("", "N/A") else None,
         )
         entries.append((title, poster))

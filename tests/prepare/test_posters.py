@@ -103,6 +103,40 @@ def test_pictures_named_by_id(tmp_path: Path) -> None:
     assert found == [Poster(str(tmp_path / "7.png")), Poster(str(tmp_path / "8.webp")), None, None]
 
 
+def test_any_ending_in_any_case(tmp_path: Path) -> None:
+    names = ["i0.JPG", "i1.Png", "i2.gif", "i3.BMP", "i4.tiff", "i.5.jpeg", "i6.jfif", "i7.avif"]
+    for name in [*names, "i8.heic", "i9.txt", "i9", "i9.pdf", "._i0.jpg"]:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "i8.jpg").mkdir()
+    ids = ["i0", "i1", "i2", "i3", "i4", "i.5", "i6", "i7", "i8", "i9", "I0", "", ".", "..", "nul\0byte"]
+    found = match_posters(tmp_path, [""] * len(ids), ids)
+    assert found == [Poster(str(tmp_path / name)) for name in names] + [None] * 7
+
+
+def test_one_spelling_of_accents(tmp_path: Path) -> None:
+    (tmp_path / "Ame\u0301lie.jpg").write_bytes(b"")  # as macOS writes it
+    assert match_posters(tmp_path, [""], ["Am\u00e9lie"]) == [Poster(str(tmp_path / "Ame\u0301lie.jpg"))]
+
+
+def test_of_several_pictures_of_an_item_the_taken_one_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.png", "a.GIF", "a.JPG", "a.jpg", "b.bmp", "c.tif", "c.gif"):
+        (tmp_path / name).write_bytes(b"")
+    found = match_posters(tmp_path, [""] * 3, ["a", "b", "c"])
+    assert [Path(poster.image).name for poster in found] == ["a.jpg", "b.bmp", "c.gif"]
+    expected = "2 items have several pictures; of item 'a', a.jpg is taken and not a.JPG, a.png, a.GIF"
+    assert expected in caplog.text
+
+
+def test_an_id_longer_than_a_file_name_has_no_picture(tmp_path: Path) -> None:
+    long = "\u732b" * 90  # 270 bytes in UTF-8, and a file name may have 255
+    assert match_posters(tmp_path, [""], [long]) == [None]
+    write_list(tmp_path, [{"title": "Heat (1995)"}])
+    (tmp_path / "items.jsonl").write_text(json.dumps({"title": "Heat (1995)", "image": f"{long}.jpg"}))
+    assert match_posters(tmp_path, ["Heat (1995)"]) == [Poster()]
+
+
 def test_unreadable_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(SpeederError, match="is not a folder of posters"):
         match_posters(tmp_path / "none", [])

@@ -1,6 +1,5 @@
 """Pictures to feature vectors, by EfficientNet-Lite0 or any Hugging Face vision model such as CLIP."""
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from speeder.io.assets import resolve
 from speeder.io.assets_convert import EFFICIENTNET_LITE0
 from speeder.io.files import read_json
+from speeder.io.pictures import read_rgb
 from speeder.prepare.encoders.cache import FeatureCache, content_key, encode_cached, module_hash
 from speeder.prepare.encoders.efficientnet_lite import EfficientNetLite0
 from speeder.prepare.encoders.pretrained import (
@@ -38,24 +38,6 @@ _TOWERS = {
     "siglip2": "Siglip2VisionModel",
 }
 _PROJECTED = _TOWERS["clip"]
-
-
-def read_picture(content: bytes) -> Image.Image:
-    """Decodes a picture file's bytes to RGB, upright, transparency on white.
-
-    Raises `ValueError` for anything that is not a complete picture.
-    """
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise nearly anything on a broken file
-        reason = str(error) or type(error).__name__
-        raise ValueError(reason.partition(" <")[0]) from error
 
 
 def _speckled(height: int, width: int) -> Image.Image:
@@ -115,7 +97,7 @@ class ImageEncoder:
             self.width = len(rows[0])
             processor = f"{type(self._processor).__name__}:{self._processor.to_json_string()}"
             identity = f"{processor}:{model_identity(self._model, self._unused)}"
-        self.identity = f"image-2:{content_key(identity)}"
+        self.identity = f"image-3:{content_key(identity)}"
 
     def _load(self, folder: str) -> None:
         # the configuration first: so a missing model and a missing processor give different errors
@@ -180,7 +162,7 @@ class ImageEncoder:
         pictures = []
         for path in paths:
             try:
-                pictures.append(read_picture(Path(path).read_bytes()))
+                pictures.append(read_rgb(Path(path).read_bytes()))
             except (ValueError, OSError) as error:
                 pictures.append(None)
                 if broken is not None:

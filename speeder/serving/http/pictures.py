@@ -11,7 +11,6 @@ from speeder.io.pictures import small_jpeg
 
 log = logging.getLogger(__name__)
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 SIZE = (320, 480)
 QUALITY = 84
 KEPT = 1024  # pictures in memory, some 20 KB each
@@ -46,7 +45,7 @@ class Pictures:
         if not self.there(row):
             return None
         try:
-            return small_jpeg(self._paths[row], SIZE, QUALITY, FORMATS)
+            return small_jpeg(self._paths[row], SIZE, QUALITY)
         except (OSError, ValueError) as error:
             log.warning("%s cannot be shown: %s", self._paths[row], error)
             return None

@@ -9,7 +9,6 @@ from speeder.io.pictures import small_jpeg
 
 _SIZE = (184, 276)  # pixels: twice what a page shows, for screens that have them
 _QUALITY = 74
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Thumbnails:
 
     def _make(self, path: str) -> str | None:
         try:
-            jpeg = small_jpeg(path, _SIZE, _QUALITY, _FORMATS)
+            jpeg = small_jpeg(path, _SIZE, _QUALITY)
         except (OSError, ValueError) as error:
             self.broken[path] = str(error) or type(error).__name__
             return None

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from speeder.errors import SpeederError
 from speeder.prepare.encoders.efficientnet_lite import EfficientNetLite0
-from speeder.prepare.encoders.image import ImageEncoder, efficientnet_pixels, read_picture
+from speeder.prepare.encoders.image import ImageEncoder, efficientnet_pixels
 
 
 @pytest.fixture(scope="module")
@@ -57,32 +57,6 @@ def test_pixels_are_normalised_and_the_centre_is_kept() -> None:
     assert pixels[:, 100, 100].tolist() == pytest.approx([0.0, 1.0, -127 / 128])
     ImageDraw.Draw(picture).rectangle((0, 0, 100, 90), fill="white")  # above the central square
     assert torch.equal(efficientnet_pixels(picture), pixels)
-
-
-def test_every_usual_kind_of_picture_is_read() -> None:
-    red = Image.new("RGB", (20, 30), (255, 0, 0))
-    for kind in ("JPEG", "PNG", "WEBP", "GIF"):
-        picture = read_picture(encoded(red, kind))
-        assert (picture.mode, picture.size) == ("RGB", (20, 30))
-        pixel = picture.getpixel((10, 10))
-        assert pixel[0] > 250 and max(pixel[1:]) < 5
-    for mode in ("L", "P", "LA", "1", "I;16"):
-        assert read_picture(encoded(Image.new(mode, (4, 5)), "PNG")).mode == "RGB"
-    assert read_picture(encoded(Image.new("CMYK", (4, 5)), "JPEG")).mode == "RGB"
-    clear = Image.new("RGBA", (4, 5), (0, 0, 0, 0))
-    assert read_picture(encoded(clear, "PNG")).getpixel((1, 1)) == (255, 255, 255)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held upright
-    assert read_picture(encoded(red, "JPEG", exif=turned)).size == (30, 20)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_half_a_picture_is_none(kind: str) -> None:
-    content = encoded(noise(), kind)
-    for damaged in (content[: len(content) // 2], content[:20], b"", b"<html>not found</html>"):
-        with pytest.raises(ValueError, match=r"\w") as caught:
-            read_picture(damaged)
-        assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
 
 
 def test_missing_and_broken_pictures_are_absent_and_named(encoder: ImageEncoder, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_pictures_become_small_jpegs_without_what_else_their_files_hold(pictures
 
 def test_what_is_no_picture_is_not_shown(pictures):
     served = Pictures(pictures)
-    assert [served.jpeg(row) for row in range(3, 12)] == [None] * 9
+    assert [served.jpeg(row) for row in range(3, 11)] == [None] * 8
+    assert served.jpeg(11) is not None  # a GIF, and `prepare` takes its features from it
     assert not any(served.there(row) for row in (7, 8, 9, 10))
 
 
@@ -66,3 +67,10 @@ def test_what_a_camera_held_sideways_is_shown_upright(tmp_path):
     served = Pictures(ItemCatalogue(["i0"], images=[str(tmp_path / "turned.jpg")]))
     with Image.open(io.BytesIO(served.jpeg(0))) as shown:
         assert shown.size == (60, 90) and not shown.getexif()
+
+
+def test_damaged_exif_data_end_nothing(tmp_path, damaged_exif):
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "x.jpg", exif=damaged_exif)
+    served = Pictures(ItemCatalogue(["i0"], images=[str(tmp_path / "x.jpg")]))
+    with Image.open(io.BytesIO(served.jpeg(0))) as shown:
+        assert shown.size == (30, 20)  # how it is turned could still be read

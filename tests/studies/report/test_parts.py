@@ -107,3 +107,9 @@ def test_upright_and_without_what_the_camera_noted(tmp_path):
 )
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_damaged_exif_data_end_no_report(tmp_path: Path, damaged_exif: bytes) -> None:
+    Image.new("RGB", (20, 30), "red").save(tmp_path / "x.jpg", exif=damaged_exif)
+    thumbnails = Thumbnails()
+    assert thumbnails.address(str(tmp_path / "x.jpg")).startswith("data:image/jpeg") and not thumbnails.broken
