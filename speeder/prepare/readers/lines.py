@@ -49,12 +49,18 @@ class LineCount:
 
 
 def read_lines(
-    path: Path, count: LineCount, *, encoding: str = "utf-8", limit: int = MAX_LINE_BYTES
+    path: Path,
+    count: LineCount,
+    *,
+    encoding: str = "utf-8",
+    limit: int = MAX_LINE_BYTES,
+    raw_lines: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Lines of a plain or gzipped file with their numbers from 1, without their ends; read as a stream.
 
     Every line is counted as read. Lines of more than `limit` bytes (which are never held whole), in another encoding,
-    or blank, are dropped and counted. The progress display shows how much of the file is read. Raises `SpeederError`,
+    or blank, are dropped and counted. With `raw_lines`, blank lines are not dropped, and lines keep their ends, since
+    both may belong to a quoted cell. The progress display shows how much of the file is read. Raises `SpeederError`,
     with the line's number, if the file cannot be read or its gzip stream is broken or cut off.
     """
     number = 0
@@ -77,13 +83,15 @@ def read_lines(
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 try:
-                    text = line.decode(encoding).rstrip("\r\n")
+                    text = line.decode(encoding)
                 except UnicodeDecodeError:
                     count.drop(number, "not UTF-8" if encoding == "utf-8" else f"not {encoding}")
                     continue
-                if not text or text.isspace():
-                    count.drop(number, BLANK)
-                    continue
+                if not raw_lines:
+                    text = text.rstrip("\r\n")
+                    if not text or text.isspace():
+                        count.drop(number, BLANK)
+                        continue
                 yield number, text
             work.update(raw.tell() - work.done)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -29,7 +29,9 @@ def split_rows(
     """
     for number, line in read_lines(path, count, encoding=encoding):
         try:
-            fields = _cells([line], separator) if quoted and '"' in line else line.split(separator)
+            fields = _one_line(line, separator) if quoted and '"' in line else line.split(separator)
+            if fields is None:
+                raise BadLine(_QUOTES)
             _of_width(fields, width)
         except BadLine as error:
             count.drop(number, str(error))
@@ -42,15 +44,17 @@ def csv_rows(
 ) -> Iterator[tuple[int, list[str | None]]]:
     """Rows of a CSV or TSV file with a header: the wanted columns' fields, None for a missing column.
 
-    A quoted cell may have line ends; its row is counted by its first line only. The first `required` columns must
-    exist, else `SpeederError`.
+    They are what Python's `csv.reader` gives: a quote inside a cell that does not start with one is a character like
+    any other. A quoted cell may have line ends; its row is counted by its first line only. There the quotes must
+    match strictly, else only the first line is dropped, so that a stray quote does not drop the rows after it. The
+    first `required` columns must exist, else `SpeederError`.
 
     Args:
         columns: each column's possible names.
         separator: None: a tab if the header has one, else a comma.
     """
-    lines = _Lines(read_lines(path, count))
-    _, header = next(lines, (0, None))
+    lines = _Lines(read_lines(path, count, raw_lines=True), count)
+    number, header = next(lines, (0, None))
     wrong = next((reason for reason in count.dropped if reason != BLANK), None)
     if wrong or header is None:
         raise SpeederError(
@@ -60,14 +64,14 @@ def csv_rows(
         )
     count.read -= 1
     separator = separator or ("\t" if "\t" in header else ",")
-    names = [name.strip('"') for name in header.split(separator)]
+    try:
+        names = _record(lines, number, header, separator, count)
+    except BadLine as error:
+        raise SpeederError(f"{path} line {number}: the header has {error}") from None
     picks = pick_columns(path, names, columns, required)
     for number, line in lines:
         try:
-            if '"' in line:
-                cells = _record(lines, line, separator, len(names), count)
-            else:
-                cells = _of_width(line.split(separator), len(names))
+            cells = _of_width(_record(lines, number, line, separator, count), len(names))
         except BadLine as error:
             count.drop(number, str(error))
             continue
@@ -75,57 +79,80 @@ def csv_rows(
 
 
 class _Lines:
-    """Numbered lines that can be put back."""
+    """Numbered lines that can be put back; blank ones, which are no rows, are dropped and counted."""
 
-    def __init__(self, source: Iterator[tuple[int, str]]):
-        self.source, self.returned = source, []
+    def __init__(self, source: Iterator[tuple[int, str]], count: LineCount):
+        self.source, self.count, self.returned = source, count, []
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> tuple[int, str]:
+        while True:
+            number, line = self.any()
+            if line and not line.isspace():
+                return number, line
+            self.count.drop(number, BLANK)
+
+    def any(self) -> tuple[int, str]:
+        """The next line, also a blank one; raises `StopIteration` at the end."""
         return self.returned.pop() if self.returned else next(self.source)
 
 
-def _record(lines: _Lines, first: str, separator: str, width: int, count: LineCount) -> list[str]:
-    """The cells of a row that starts with `first` and may continue on further lines.
+def _record(lines: _Lines, number: int, first: str, separator: str, count: LineCount) -> list[str]:
+    """The cells of a row that starts with line `number`, `first`, and may continue on further lines.
 
-    Raises `BadLine` if they make no row. The further lines are put back then, so that a stray quote does not drop the
-    rows after it.
+    Raises `BadLine` if they make no row. The further lines are put back then.
     """
+    if '"' not in first:
+        return first.rstrip("\r\n").split(separator)
+    cells = _one_line(first, separator)
+    if cells is not None:
+        return cells
     taken: list[tuple[int, str]] = []
-    size, within_quotes = len(first), first.count('"') % 2 == 1
+
+    def record() -> Iterator[str]:
+        yield first
+        size = len(first)
+        while len(taken) < _RECORD_LINES and size < _RECORD_SIZE:
+            try:
+                taken.append(lines.any())
+            except StopIteration:
+                return
+            if taken[-1][0] != number + len(taken):  # a line between was dropped
+                return
+            size += len(taken[-1][1])
+            yield taken[-1][1]
+
     try:
-        while within_quotes:
-            following = next(lines, None) if len(taken) < _RECORD_LINES and size < _RECORD_SIZE else None
-            if following is None:
-                raise BadLine(_QUOTES)
-            taken.append(following)
-            size += len(following[1])
-            within_quotes ^= following[1].count('"') % 2 == 1
-        cells = _of_width(_cells([first, *(line for _, line in taken)], separator), width)
-    except BadLine:
+        cells = next(csv.reader(record(), delimiter=separator, strict=True))
+    except csv.Error as error:
         lines.returned += reversed(taken)
-        raise
+        raise BadLine(_reason(error)) from None
     count.read -= len(taken)
     return cells
+
+
+def _one_line(line: str, separator: str) -> list[str] | None:
+    """The cells of one line; None if it ends within quotes. Raises `BadLine`."""
+    reader = csv.reader([line, ""], delimiter=separator)  # it asks for the second only within quotes
+    try:
+        cells = next(reader)
+    except csv.Error as error:
+        raise BadLine(_reason(error)) from None
+    return cells if reader.line_num == 1 else None
+
+
+def _reason(error: csv.Error) -> str:
+    if "limit" in str(error):
+        return "cell longer than 128 KiB"
+    return "carriage return within a row" if "new-line" in str(error) else _QUOTES
 
 
 def _of_width(fields: list[str], width: int) -> list[str]:
     if len(fields) != width:
         raise BadLine("wrong number of fields")
     return fields
-
-
-def _cells(lines: Sequence[str], separator: str) -> list[str]:
-    """The fields of one row; raises `BadLine` if its quotes do not match."""
-    try:
-        rows = list(csv.reader([f"{line}\n" for line in lines], delimiter=separator, strict=True))
-    except csv.Error as error:
-        raise BadLine("cell longer than 128 KiB" if "limit" in str(error) else _QUOTES) from None
-    if len(rows) != 1:
-        raise BadLine(_QUOTES)
-    return rows[0]
 
 
 def unquoted(text: str) -> str:
