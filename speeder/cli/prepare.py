@@ -74,6 +74,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out text, image or collaborative features",
     )
     parser.add_argument(
+        "--require",
+        nargs="+",
+        default=[],
+        choices=["text", "image"],
+        metavar="MODALITY",
+        help="leave out items that have none of these (text, image), with their interactions: for recipes that read"
+        " nothing else",
+    )
+    parser.add_argument(
         "--text-encoder",
         metavar="MODEL",
         help="an asset, a folder or a Hub id, or backbone:MODEL for the mean of a language model's input"
@@ -98,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
 
     modalities = [name for name in MODALITIES if name not in options.without]
     runner = runner_for(options)
-    settings: dict = {"modalities": modalities, "runner": runner}
+    settings: dict = {"modalities": modalities, "runner": runner, "require": options.require}
     if options.text_encoder and "text" in modalities:
         from speeder.prepare.encoders.text import TextEncoder
 

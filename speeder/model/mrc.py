@@ -111,7 +111,7 @@ class MRC(nn.Module):
             named = ", ".join(catalogue.ids[i] for i in bare[:3])
             raise SpeederError(
                 f"catalogue: {len(bare)} item(s) have none of the modalities {', '.join(self.names)} "
-                f"(for one: {named}); give them features or leave them out"
+                f"(for one: {named}); give them features or leave them out{_how(self.names)}"
             )
         buffers["present"] = present.to(device)
         for name, buffer in buffers.items():  # change nothing before everything is checked
@@ -201,6 +201,12 @@ class MRC(nn.Module):
 def normalised(features: torch.Tensor) -> torch.Tensor:
     """`(U, F)` float32 features with mean 0 and variance 1 in each row."""
     return F.layer_norm(features.float(), features.shape[1:])
+
+
+def _how(names: list[str]) -> str:
+    """How to leave out items that have none of these modalities."""
+    content = " ".join(name for name in names if name in ("text", "image"))
+    return f" (speeder prepare --require {content})" if content else ""
 
 
 def drop_modalities(present: torch.Tensor, probability: float, is_open: torch.Tensor) -> torch.Tensor:

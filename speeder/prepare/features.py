@@ -18,6 +18,7 @@ from speeder.io.files import sha256_file
 from speeder.io.pictures import endings
 from speeder.prepare.encoders.cache import NotFinite
 from speeder.prepare.encoders.collaborative import collaborative_features
+from speeder.prepare.leave_out import leave_out_bare
 from speeder.prepare.posters import LIST, Poster, is_file, match_posters
 from speeder.recipes.load import settings_for
 from speeder.recipes.schema import MODALITIES
@@ -54,6 +55,7 @@ def add_features(
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
     runner: "Runner | None" = None,
+    require: Collection[str] = (),
 ) -> PreparedData:
     """The data with features, and the manifest's record of the encoders.
 
@@ -62,6 +64,7 @@ def add_features(
         modalities: the modalities to add, of [`MODALITIES`]; `"image"` only if an item has a picture.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
         runner: runs these defaults elsewhere; None: in this process.
+        require: of `"text"` and `"image"`: items that have none of these are left out; see `leave_out_bare`.
 
     Raises `SpeederError` if an encoder cannot be loaded, or the text modality is wanted and no item has a text.
     """
@@ -99,6 +102,9 @@ def add_features(
         encoders["image"] = _encoder_record(image_encoder)
         broken = {Path(path).name: reason for path, reason in sorted(broken.items())}
         manifest["images"] = {**manifest.get("images", {}), "broken": broken}
+    if require:
+        data = leave_out_bare(PreparedData(catalogue, data.interactions, manifest), require)
+        catalogue, manifest = data.catalogue, data.manifest
     if "collaborative" in modalities:
         try:
             training = data.split.training()

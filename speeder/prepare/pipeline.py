@@ -35,6 +35,7 @@ def prepare(
     text_encoder: EncodesTexts | None = None,
     image_encoder: EncodesImages | None = None,
     runner: "Runner | None" = None,
+    require: Collection[str] = (),
 ) -> PreparedData:
     """Reads raw files, filters, encodes texts and pictures, and saves the result, whole or not at all.
 
@@ -54,6 +55,8 @@ def prepare(
         modalities: features to add.
         text_encoder, image_encoder: None loads the defaults (all-MiniLM-L6-v2, EfficientNet-Lite0).
         runner: runs these defaults elsewhere, such as an `OnRay`; None: in this process.
+        require: of `"text"` and `"image"`: items that have none of these are left out, with their interactions. It is
+            the last filter, so users and items may then have fewer than `core` interactions.
 
     Returns:
         The saved data. The manifest has neither time nor machine: the same input gives the same manifest.
@@ -82,7 +85,7 @@ def prepare(
             repeats=repeats,
         )
     data = add_images(data, images or raw.images, by_name=raw.images_by_name, must_match=images is not None)
-    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require)
 
 
 def prepare_ml100k(
@@ -95,6 +98,7 @@ def prepare_ml100k(
     image_encoder: EncodesImages | None = None,
     modalities: Collection[str] = MODALITIES,
     runner: "Runner | None" = None,
+    require: Collection[str] = (),
     on_text: Callable[[PreparedData], None] | None = None,
 ) -> PreparedData:
     """Prepares MovieLens-100K from the package index, whole: every rating counts, every film is in the catalogue.
@@ -104,7 +108,7 @@ def prepare_ml100k(
         source: folder with the raw files (RecBole's atomic ones); None fetches the `ml-100k` asset.
         posters: as in `match_posters`; None: no pictures.
         include_plot: whether the plots of `posters` are added to the films' texts.
-        text_encoder, image_encoder, modalities, runner: as in `prepare`.
+        text_encoder, image_encoder, modalities, runner, require: as in `prepare`.
         on_text: called with the data once their texts are encoded, before the slower steps.
 
     Returns:
@@ -116,7 +120,7 @@ def prepare_ml100k(
         data = add_features(data, ["text"], text_encoder, runner=runner)
         on_text(data)
         modalities = [name for name in modalities if name != "text"]
-    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require)
 
 
 def _encode_and_save(
@@ -126,8 +130,9 @@ def _encode_and_save(
     text_encoder: EncodesTexts | None,
     image_encoder: EncodesImages | None,
     runner: "Runner | None",
+    require: Collection[str],
 ) -> PreparedData:
-    data = add_features(data, modalities, text_encoder, image_encoder, runner)
+    data = add_features(data, modalities, text_encoder, image_encoder, runner, require)
     data.manifest["versions"] = {
         name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")
     }

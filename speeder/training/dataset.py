@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch.utils.data import Dataset
 
+from speeder.data.interactions import LeaveOneOut
 from speeder.errors import SpeederError
 from speeder.model.config import SpeederConfig
 from speeder.model.sequences import TokenSequence, build_sequence
@@ -69,6 +70,20 @@ def occurs(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
     """Whether each item is in any of users' training parts, as a target or before one: `(num_items,)` bool."""
     read = [sequence for sequence in sequences if len(sequence) > 1]  # a single event has nothing to predict
     return np.bincount(np.concatenate([np.zeros(0, dtype=np.int64), *read]), minlength=num_items) > 0
+
+
+def check_users(split: LeaveOneOut) -> None:
+    """Raise `SpeederError` unless there are users to train on and users to validate on."""
+    if not any(len(sequence) > 1 for sequence in split.training()):
+        raise SpeederError(
+            "training data: expected a user with at least two training interactions, got none (the last two"
+            " interactions of a user with three or more are held out)"
+        )
+    if not len(split.users("validation")):
+        raise SpeederError(
+            "training data: expected a user with at least three interactions, whose second last is ranked at each"
+            " checkpoint; got none"
+        )
 
 
 def target_counts(sequences: list[np.ndarray], num_items: int) -> np.ndarray:

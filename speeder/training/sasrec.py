@@ -12,6 +12,7 @@ from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import check_split
 from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
+from speeder.training.dataset import check_users
 from speeder.training.run_folder import begin_run, finish_stage, read_state, stage_folder, write_stage_log
 
 _STAGE = "sasrec"
@@ -51,6 +52,7 @@ def train_sasrec(
     """
     run = Path(run)
     check_split(data.split, data.interactions)
+    check_users(data.split)
     state = read_state(run, recipe, data, resume)
     begin_run(run, recipe, data, data_folder)
     if state["model"]:

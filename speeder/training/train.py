@@ -33,7 +33,7 @@ from speeder.recipes.schema import AUTO, Recipe, Stage
 from speeder.training.bad_batches import BadBatches
 from speeder.training.callbacks import CheckpointMarker, EpochTeller, NegativesClock
 from speeder.training.checkpoints import last_checkpoint, remove_checkpoint
-from speeder.training.dataset import TrainingSequences, occurs, target_counts
+from speeder.training.dataset import TrainingSequences, check_users, occurs, target_counts
 from speeder.training.distributed import check_shared, from_main, processes
 from speeder.training.ema import WeightAverage
 from speeder.training.fsdp import copy_for_sharding
@@ -83,13 +83,14 @@ def train(
         the finished recommender, in evaluation mode; also saved in `run/model`.
 
     Raises:
-        SpeederError: the folder is in use, or has nothing to resume; the recipe or the data are not the run's; or the
-            data leak (`LeakError`).
+        SpeederError: the folder is in use, or has nothing to resume; the recipe or the data are not the run's; the
+            data have no user to train or to validate on, or leak (`LeakError`).
     """
     run = Path(run)
     _check_modalities(recipe, data)
     check_split(data.split, data.interactions)
     check_features(data)
+    check_users(data.split)
     state = read_state(run, recipe, data, resume)
     tokenizer = load_tokenizer(recipe.backbone)
     model = _load_model(run, state, recipe, data, tokenizer)

@@ -8,6 +8,7 @@ from PIL import Image
 
 from speeder.cli.main import build_parser, main
 from speeder.data import PreparedData
+from speeder.prepare.leave_out import leave_out_bare
 from speeder.prepare.readers import READERS
 from speeder.prepare.synthetic import synthetic_world
 from tests.model.worlds import save_tiny_backbone
@@ -146,3 +147,69 @@ def test_from_raw_amazon_2018_files_to_a_table_in_three_commands(
         for user, row in zip(world.interactions.user_ids, sequences, strict=True)
     }
     assert mine == theirs
+
+
+def test_items_without_text_are_left_out_by_the_flag_that_training_names(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SPEEDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_tiny_backbone(Path("backbone"))
+    recipe = RECIPE.split("  - {{name: +coll")[0].format(backbone="backbone")
+    Path("recipe.yaml").write_text(recipe)
+    rows = [f"u{n},i{(n + step) % 6},{step}\n" for n in range(8) for step in range(4)]
+    rows += ["lonely,i5,1\n"]
+    Path("interactions.csv").write_text("user,item,timestamp\n" + "".join(rows))
+    Path("items.csv").write_text(
+        "item,title\n" + "".join(f"i{n},w{n} w{n + 1}\n" for n in range(5)) + "i5,\n"
+    )
+    prepare = [
+        "prepare",
+        "plain",
+        ".",
+        "--out",
+        "data",
+        "--without",
+        "image",
+        "--text-encoder",
+        "backbone:backbone",
+    ]
+    training = ["train", "--data", "data", "--recipe", "recipe.yaml", "--out", "run"]
+    assert main(prepare) == 0
+    whole = PreparedData.load("data")
+    capsys.readouterr()
+    assert main(training) == 1 and not Path("run").exists()
+    told = capsys.readouterr().err
+    assert "1 item(s) have none of the modalities text (for one: i5)" in told
+    assert "speeder prepare --require text" in told
+
+    assert main([*prepare, "--require", "text"]) == 0
+    message = "1 of 6 items have no text and are left out (the first: 'i5'), with 5 interactions and 1 users"
+    assert message in caplog.text
+    assert "5 item without the modalities of --require" in capsys.readouterr().out
+    data = PreparedData.load("data")
+    assert data.catalogue.ids == [id_ for id_ in whole.catalogue.ids if id_ != "i5"]
+    assert data.interactions.user_ids == whole.interactions.user_ids[:-1]
+    before, after = (
+        [[each.catalogue.ids[item] for item in row] for row in each.interactions.sequences()]
+        for each in (whole, data)
+    )
+    assert after == [[item for item in row if item != "i5"] for row in before[:-1]]
+    counts = data.manifest["interactions"]
+    assert counts["kept"] == len(data.interactions) and counts["read"] == len(rows)
+    assert counts["kept"] + sum(counts["dropped"].values()) == counts["read"]
+    assert data.manifest["items"]["left_out"] == {"require": ["text"], "items": 1}
+    assert main(training) == 0 and main(["describe", "data", "--tokenizer", "backbone"]) == 0
+
+    capsys.readouterr()
+    assert main([*prepare, "--require", "image"]) == 1
+    assert "require: no item has image features; the data have: text" in capsys.readouterr().err
+
+
+def test_nothing_is_left_out_where_nothing_is_bare(tmp_path: Path) -> None:
+    world = synthetic_world(num_users=30)
+    data = PreparedData(world.catalogue, world.interactions, world.manifest)
+    assert leave_out_bare(data, ["text"]) is data

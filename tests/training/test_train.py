@@ -13,6 +13,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from speeder.data import PreparedData
+from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash
+from speeder.data.interactions import Interactions
 from speeder.errors import SpeederError
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.leaks import LeakError
@@ -20,8 +22,10 @@ from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.sequences import pack_batch
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import recipe_from_dict
+from speeder.recipes.sasrec import SASRecRecipe
 from speeder.training.dataset import TrainingSequences
 from speeder.training.run_folder import stage_logs
+from speeder.training.sasrec import train_sasrec
 from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone, tiny_model
 
@@ -246,3 +250,35 @@ def test_the_loss_is_the_mean_over_labels_and_splits_over_accumulated_batches():
     kept = targets >= 0
     by_hand = torch.nn.functional.cross_entropy(logits[kept][:, 64:], targets[kept] - 64)
     torch.testing.assert_close(whole, by_hand, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([(0, 0), (0, 1), (1, 2), (1, 3)], "at least three interactions, whose second last is ranked"),
+        ([(0, 0), (0, 1), (0, 2), (1, 2)], "at least two training interactions, got none"),
+        ([(0, 0), (1, 1)], "at least two training interactions, got none"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["speeder", "sasrec"])
+def test_data_that_nobody_can_be_validated_or_trained_on_are_refused_first(
+    place, tmp_path, rows, message, kind
+):
+    catalogue = PreparedData.load(place / "data").catalogue
+    users, items = zip(*rows, strict=True)
+    data = PreparedData(catalogue, Interactions(users, items, range(len(rows)), ["a", "b"]), {})
+    data.manifest["encoders"] = {
+        name: {
+            "fitted_on": FITTED_ON_NOTHING,
+            "features_hash": features_hash(features, catalogue.present[name]),
+        }
+        for name, features in catalogue.features.items()
+    }
+    for resume in (False, True) if kind == "speeder" else (False,):
+        with pytest.raises(SpeederError, match=message):
+            if kind == "sasrec":
+                train_sasrec(SASRecRecipe(), data, tmp_path / "run")
+            else:
+                recipe = recipe_from_dict(yaml.safe_load((place / "recipe.yaml").read_text()))
+                train(recipe, data, tmp_path / "run", resume=resume)
+    assert not (tmp_path / "run").exists()
