@@ -49,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         the exit status: 0; 1 after a mistake, which is printed in one line; 130 after Ctrl-C.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal's encoding may lack the letters of a title
     options = build_parser().parse_args(arguments)
     # progress bars of reading and writing weights would interrupt those of training and ranking
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
-    from speeder.data.find_run import run_data
+    from speeder.data.find_run import recorded_data, run_data
     from speeder.data.prepared import PreparedData
     from speeder.io.files import read_json
     from speeder.io.memory import keep_freed_memory
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         raise SpeederError("train: SASRec trains on one process; start it without torchrun")
     for note in notes if together.is_main_process else []:
         print(f"Note: {note}")
-    folder = options.data or read_json(options.out / "recipe.json")["data"]
+    folder = options.data or recorded_data(options.out)
     train_by = train_sasrec if isinstance(recipe, SASRecRecipe) else train
     model = train_by(recipe, data, options.out, resume=options.resume, data_folder=folder)
     if together.is_main_process:

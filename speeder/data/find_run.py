@@ -7,6 +7,7 @@ from pathlib import Path
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.io.files import read_json
+from speeder.io.places import find_recorded
 
 
 def find_model(run: Path) -> Path:
@@ -17,13 +18,20 @@ def find_model(run: Path) -> Path:
     raise SpeederError(f"{run}: expected a finished run or a saved recommender, found no model in it")
 
 
+def recorded_data(run: Path) -> Path | None:
+    """The data's folder by a run's `recipe.json`, also if both were moved together; None if it records none."""
+    known = read_json(run / "recipe.json")
+    folder = known.get("data")
+    return None if folder is None else find_recorded(run, folder, known.get("data_from_run"))
+
+
 def data_folder_of(run: Path, given: Path | None) -> Path:
     """The folder of a run's data: `given`, or the run's record.
 
     Raises:
         SpeederError: there is neither.
     """
-    folder = given or read_json(run / "recipe.json").get("data")
+    folder = given or recorded_data(run)
     if folder is None:
         raise SpeederError(f"{run}: the run has no record of its data's folder; use evaluate --data DIR")
     return Path(folder)
@@ -41,7 +49,7 @@ def run_data(run: Path, folder: Path | None = None) -> PreparedData:
     if not (run / "recipe.json").exists():
         raise SpeederError(f"{run}: expected a run folder, found no recipe.json")
     known = read_json(run / "recipe.json")
-    folder = folder or known.get("data")
+    folder = folder or recorded_data(run)
     if folder is None:
         raise SpeederError(
             f"{run}: the run has no record of its data's folder (train's data_folder); use evaluate --data DIR"

@@ -25,6 +25,7 @@ from speeder.io.files import replaced_files
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.model.content import Kept, content_of, read_once
 from speeder.model.embeddings import embedding_scale, read_directly
+from speeder.model.generation import check_beams, check_items_only
 from speeder.model.heads import ScoringMixin, next_labels
 from speeder.model.item_store import ItemRows, ItemStore
 from speeder.model.kv_cache import SharedPrefix
@@ -566,21 +567,37 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
     # ---- generation ---------------------------------------------------------------------------------------
 
+    @read_once()
     def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
         """transformers' `generate`, over items by default; `vocabulary="text"` writes text, `"all"` either.
 
         Items seen in the prompt are left out with `no_repeat_ngram_size=1`.
 
         Raises:
-            ValueError: items are to be generated with several tokens per item (use `recommend`).
+            ValueError: items are to be generated with several tokens per item (use `recommend`), by more beams than
+                there are items, or more of them than are left.
         """
         if vocabulary != "text" and self.config.tokens_per_item > 1:
             raise ValueError(
                 f"vocabulary: expected 'text' with tokens_per_item = {self.config.tokens_per_item}, "
                 f"got {vocabulary!r}; recommend() ranks items in any case"
             )
-        with read_once():
+        if vocabulary != "items":
             return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+        settings = kwargs.get("generation_config") or self.generation_config
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        once = kwargs.get("no_repeat_ngram_size", settings.no_repeat_ngram_size) == 1
+        beams = kwargs.get("num_beams", settings.num_beams)
+        check_beams(beams, self.config.num_items, prompt if once else None, self.config.text_vocab_size)
+        found = super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+        ends = kwargs.get("eos_token_id", settings.eos_token_id)
+        check_items_only(
+            found if isinstance(found, torch.Tensor) else found.sequences,
+            0 if prompt is None else prompt.shape[1],
+            self.config.text_vocab_size,
+            ends,
+        )
+        return found
 
     def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, ranks=None, **kwargs):
         """Give every step the ranks of all tokens so far, which attention needs besides the cache."""

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from speeder.data.catalogue import ItemCatalogue, saved_hash
+from speeder.data.find_run import recorded_data
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_folder, check_owned, read_json, recover_folder, write_json
 from speeder.model.config import SpeederConfig
@@ -302,8 +303,7 @@ def without_added(model: object, catalogue: ItemCatalogue) -> int:
 def prepared_encoders(run: Path) -> dict[str, str]:
     """The names of the encoders of a run's data, by modality, as far as they are recorded."""
     try:
-        data = Path(read_json(run / "recipe.json")["data"])
-        records = read_json(data / "manifest.json")["content"]["encoders"]
+        records = read_json(recorded_data(run) / "manifest.json")["content"]["encoders"]
         return {name: record["name"] for name, record in records.items() if name in ("text", "image")}
     except (SpeederError, KeyError, TypeError):  # no run, or its data are gone: the defaults are tried
         return {}

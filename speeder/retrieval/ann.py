@@ -17,6 +17,7 @@ import torch
 from speeder.errors import SpeederError
 from speeder.io.extras import pip_command
 from speeder.io.files import atomic_folder, check_files, describe_files, read_json, write_json
+from speeder.io.places import find_recorded, path_from
 from speeder.model.item_store import ItemRows, scoring_vectors, seen_table
 from speeder.retrieval.shards import TokenShards, best, check_k, hide
 
@@ -109,6 +110,7 @@ def build_index(
         manifest = {"format": FORMAT, "kind": kind, "settings": settings, "items": count}
         manifest |= {"hidden_size": width, "identity": shards.identity, "search": search}
         manifest["shards"] = str(shards.folder.resolve())
+        manifest["shards_from_index"] = path_from(folder, shards.folder)
         write_json(temporary / "manifest.json", manifest | {"files": describe_files(temporary, [INDEX_FILE])})
     return ItemIndex(folder, shards)
 
@@ -135,7 +137,7 @@ class ItemIndex:
 
     Args:
         folder: as `build_index` wrote it.
-        shards: None opens the shards of the build, at their path at that time.
+        shards: None opens the shards of the build, also if they were moved together with the index.
         search: search settings: `ef_search` (hnsw: candidates in the graph), `nprobe` (ivf-pq: lists), `refine`
             (candidates per requested item that are scored exactly). Defaults are those of the build, or else `SEARCH`.
 
@@ -150,7 +152,10 @@ class ItemIndex:
         if manifest.get("format") != FORMAT:
             raise SpeederError(f"{self.folder} holds {manifest.get('format')!r}, and {FORMAT!r} was expected")
         check_files(self.folder, manifest.get("files"), verify=False)
-        self.shards = TokenShards(manifest["shards"]) if shards is None else shards
+        if shards is None:
+            way = manifest.get("shards_from_index")
+            shards = TokenShards(find_recorded(self.folder, manifest["shards"], way))
+        self.shards = shards
         if manifest["identity"] != self.shards.identity:
             raise SpeederError(
                 f"{self.folder}: the index was built over other tokens than those in {self.shards.folder}"

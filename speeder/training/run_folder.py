@@ -15,11 +15,15 @@ from typing import Any, Protocol
 
 import torch
 
+from speeder.data.find_run import recorded_data
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.io.disk_full import WriteError, writing
 from speeder.io.files import read_json, safe_name, write_json
 from speeder.io.machine import describe
+from speeder.io.places import path_from
+
+_PLACE = ("data", "data_from_run", "precision")  # in recipe.json, but not of the run's identity
 
 
 class AnyRecipe(Protocol):
@@ -43,7 +47,7 @@ def run_identity(recipe: AnyRecipe, data: PreparedData) -> dict:
 def begun_identity(run: Path) -> dict:
     """The identity of a run that has begun, for comparison with `run_identity`."""
     began = read_json(run / "recipe.json")
-    return {key: value for key, value in began.items() if key not in ("data", "precision")}
+    return {key: value for key, value in began.items() if key not in _PLACE}
 
 
 def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -> dict:
@@ -98,8 +102,10 @@ def begin_run(
         precision: the run's precision, if its recipe has `"auto"`.
     """
     if data_folder is None and (run / "recipe.json").exists():
-        data_folder = read_json(run / "recipe.json").get("data")
-    place = {"data": str(Path(data_folder).resolve()) if data_folder else None}
+        data_folder = recorded_data(run)
+    place: dict[str, str | None] = {"data": None}
+    if data_folder is not None:
+        place = {"data": str(Path(data_folder).resolve()), "data_from_run": path_from(run, data_folder)}
     place |= {"precision": precision} if precision else {}
     write_json(run / "recipe.json", run_identity(recipe, data) | place)
 

@@ -1,6 +1,8 @@
 """The command line: help with examples, one readable line and a code above zero for what a user can get wrong."""
 
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -218,4 +220,71 @@ def test_what_runs_on_one_process_refuses_several(monkeypatch, capsys):
     assert main(["evaluate", "runs/none"]) == 1
     assert capsys.readouterr().err == (
         "speeder: evaluate: runs on one process; start it without torchrun or accelerate\n"
+    )
+
+
+def moved(run, tmp_path):
+    """A folder with the run and its data, which lies where they never were; the old one is gone."""
+    old = tmp_path / "old"
+    shutil.copytree(run.parent, old)
+    known = json.loads((old / "run" / "recipe.json").read_text())
+    assert known["data_from_run"] == "../data"
+    (old / "run" / "recipe.json").write_text(json.dumps(known | {"data": str(old / "data")}))
+    new = tmp_path / "elsewhere" / "new"
+    new.parent.mkdir()
+    shutil.move(old, new)
+    return new / "run"
+
+
+def test_a_run_that_was_moved_together_with_its_data(run, tmp_path, capsys):
+    new = moved(run, tmp_path)
+    assert main(["recommend", str(new), "--user", "user-1", "-k", "3"]) == 0
+    assert main(["report", str(new)]) == 0
+    assert "were not found" not in (new / "report.html").read_text()
+    assert main(["evaluate", str(new)]) == 0
+    assert main(["train", "--out", str(new), "--resume"]) == 0
+    assert json.loads((new / "recipe.json").read_text())["data"] == str((new.parent / "data").resolve())
+
+
+def test_a_run_of_version_0_1_0_finds_data_of_the_same_name_beside_it(run, tmp_path):
+    new = moved(run, tmp_path)
+    known = json.loads((new / "recipe.json").read_text())
+    del known["data_from_run"]
+    (new / "recipe.json").write_text(json.dumps(known))
+    assert main(["recommend", str(new), "--user", "user-1"]) == 0
+
+
+def test_moved_data_must_be_the_runs_own(run, tmp_path, capsys):
+    new = moved(run, tmp_path)
+    other = synthetic_world(num_users=40, history=8, seed=5)
+    shutil.rmtree(new.parent / "data")
+    PreparedData(other.catalogue, other.interactions, other.manifest).save(new.parent / "data")
+    assert main(["recommend", str(new), "--user", "user-1"]) == 1
+    assert "was trained on" in capsys.readouterr().err
+
+
+def test_titles_that_a_terminal_cannot_show_end_nothing(run, tmp_path, monkeypatch):
+    shutil.copytree(run / "model", tmp_path / "model")
+    catalogue = ItemCatalogue.load(tmp_path / "model" / "catalogue")
+    catalogue.titles[:] = ["Am\u00e9lie \u732b"] * len(catalogue)
+    model = SpeederForCausalLM.from_pretrained(run / "model")
+    model.set_catalogue(catalogue)
+    model.save_pretrained(tmp_path / "model")
+    for encoding, shown in (
+        ("ascii", b"Am?lie ?"),
+        ("latin-1", b"Am\xe9lie ?"),
+        ("utf-8", "Am\u00e9lie \u732b".encode()),
+    ):
+        out = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding=encoding, write_through=True))
+        assert main(["recommend", str(tmp_path / "model"), "--history", "item-1", "-k", "1"]) == 0
+        assert shown in out.getvalue()
+
+
+def test_a_process_with_an_ascii_terminal(run):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "speeder.cli", "recommend", str(run), "--history", "caf\u00e9"]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert (
+        done.returncode == 1 and b"no item has the id 'caf" in done.stderr and b"Traceback" not in done.stderr
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
 
 from speeder.model.config import CACHE_NAME
 from speeder.model.packing import cu_seqlens, item_ranks, item_slots
@@ -219,3 +219,35 @@ def test_wrong_arguments_are_named(model):
         model(ids[:, :1], past_key_values=cache, cache=cache)
     with pytest.raises(ValueError, match="tokens_per_item = 2"):
         tiny_model(tokens_per_item=2).generate(ids, max_new_tokens=1)
+
+
+def test_no_text_id_is_written_where_no_item_is_left():
+    model = tiny_model()
+    count = model.config.num_items
+    batch = pad_batch([build_sequence([1, 2, 3], model.config)], 0, "left")
+    for wanted in ({"num_beams": count + 1}, {"generation_config": GenerationConfig(num_beams=count + 1)}):
+        with pytest.raises(
+            ValueError, match=f"num_beams: expected at most the {count} items, got {count + 1}"
+        ):
+            model.generate(**batch, **wanted, max_new_tokens=1, do_sample=False)
+    once = dict(do_sample=False, no_repeat_ngram_size=1)
+    found = model.generate(**batch, **once, max_new_tokens=count - 3)
+    assert sorted(found[0, -(count - 3) :].tolist()) == sorted(
+        {*range(TEXT, TEXT + count)} - {TEXT + i for i in (1, 2, 3)}
+    )
+    with pytest.raises(ValueError, match=f"no item was left for token {count - 2} of sequence 0"):
+        model.generate(**batch, **once, max_new_tokens=count - 2)
+    with pytest.raises(
+        ValueError, match=f"at most the {count - 3} items that 3 seen ones leave, got {count}"
+    ):
+        model.generate(**batch, **once, max_new_tokens=1, num_beams=count, num_return_sequences=count)
+    short = model.generate(**batch, **once, max_new_tokens=count - 2, num_beams=2)
+    assert (short[:, -(count - 3) :] >= TEXT).all(), "beam search ends where no item is left"
+    most = model.generate(
+        **batch, max_new_tokens=1, do_sample=False, num_beams=count, num_return_sequences=count
+    )
+    assert sorted(most[:, -1].tolist()) == list(range(TEXT, TEXT + count))
+    ended = model.generate(
+        **batch, do_sample=False, max_new_tokens=4, eos_token_id=int(found[0, -(count - 3)]), pad_token_id=0
+    )
+    assert ended.shape[1] == batch["input_ids"].shape[1] + 1

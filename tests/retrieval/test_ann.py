@@ -8,6 +8,7 @@ import torch
 from speeder.cli.main import main
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
+from speeder.io.files import read_json, write_json
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.retrieval import ann
 from speeder.retrieval.ann import KINDS, ItemIndex, build_index, open_store, recall_at_k
@@ -155,3 +156,23 @@ def test_the_commands(model, tmp_path, capsys):
     assert "--index: expected" in capsys.readouterr().err
     assert main(["index", run, "-k", "0"]) == 1
     assert "-k: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", [True, False], ids=["recorded", "as version 0.1.0 wrote it"])
+def test_an_index_that_was_moved_with_its_shards(model, queries, tmp_path, way):
+    shards = write_token_shards(model, tmp_path / "run" / "index" / "shards", shard_items=700)
+    folder = build_index(shards, tmp_path / "run" / "index" / "exact", "exact").folder
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["shards_from_index"] == "../shards"
+    if not way:
+        del manifest["shards_from_index"]
+        write_json(folder / "manifest.json", manifest)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    found = open_store(tmp_path / "moved" / "index" / "exact")
+    assert found.shards.folder == tmp_path / "moved" / "index" / "shards"
+    assert found.topk(queries[:3], 5)[1].tolist() == shards.topk(queries[:3], 5)[1].tolist()
+
+    (tmp_path / "moved" / "index" / "shards").rename(tmp_path / "away")
+    with pytest.raises(SpeederError, match="expected finished token shards"):
+        open_store(tmp_path / "moved" / "index" / "exact")
+    assert len(ItemIndex(tmp_path / "moved" / "index" / "exact", TokenShards(tmp_path / "away"))) == ITEMS

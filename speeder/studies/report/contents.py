@@ -8,7 +8,7 @@ from typing import Any
 
 from speeder.baselines.auto import baseline_class
 from speeder.baselines.sasrec.model import SASRec
-from speeder.data.find_run import run_data
+from speeder.data.find_run import recorded_data, run_data
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.result import Evaluation, evaluation_file
@@ -106,7 +106,7 @@ def _begin(folder: Path, run: Path) -> RunContents:
 
 
 def _data(contents: RunContents, folder: Path | None) -> PreparedData | None:
-    place = folder or read_json(contents.run / "recipe.json").get("data")
+    place = folder or recorded_data(contents.run)
     if folder is None and (place is None or not Path(place).exists()):
         where = f"they are no longer in {place}" if place else "the run has no record of their folder"
         contents.notes.append(f"Items and users: the run's data were not found, {where} (use --data DIR).")

@@ -95,7 +95,10 @@ def test_what_is_missing_is_told(run):
     shutil.rmtree(run / "evaluations")
     shutil.rmtree(run / "model")
     write_json(run / "state.json", {"finished": ["text"], "model": "model-01"})
-    write_json(run / "recipe.json", read_json(run / "recipe.json") | {"data": str(run / "gone")})
+    write_json(
+        run / "recipe.json",
+        read_json(run / "recipe.json") | {"data": str(run / "gone"), "data_from_run": None},
+    )
     text = write_report(run).read_text(encoding="utf-8")
     for words in (
         "1 of 3 stages are finished",
