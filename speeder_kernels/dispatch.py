@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from speeder_kernels import _host
-from speeder_kernels.validate import FLOATS, names
+from speeder_kernels.validate import FLOATS, HALVES, names
 
 NAMES = ("triton", "cuda", "cpu", "reference")  # in order of preference
 OPS = ("spae_attention", "pack_tokens", "compress_items", "item_cross_entropy", "topk_items")
@@ -36,7 +36,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "reference": OPS,
 }
 DEVICES = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu"}  # the reference runs anywhere
-HALVES = (torch.bfloat16, torch.float16)
+
 
 # What torch 2.10, the oldest that we take, asks for; 2.12 asks for 3.7, 2.14 for 3.8. With 3.6.0 every kernel
 # compiles for sm_90 (six of spae_attention's configurations spill, as they do not with 3.9.0, for which tiles

@@ -3,8 +3,13 @@
 All take packed sequences: `T` tokens of `B` sequences end to end, no padding. All run in float32, bfloat16
 and float16 with sums in float32 (and in float64 on the reference backend), give gradients that are
 bit-identical from run to run on one machine with one number of threads, and work under `torch.compile`.
-First-order gradients only. The numbers in integer tensors are checked on a CPU; on a GPU that would wait for
-the device, so there they are checked only where the environment variable SPEEDER_CHECK is 1. What numbers out of
+A batch of nothing (no tokens, no items, no rows) gives an empty result.
+
+First derivatives in reverse mode only: a second one, forward mode and `torch.func.grad` and its like raise
+NotImplementedError. Numbers (scales, eps, k, lengths) take no gradient, and a tensor that requires one is refused.
+
+The numbers in integer tensors are checked on a CPU; on a GPU that would wait for the device, so there they are
+checked only where the environment variable SPEEDER_CHECK is 1, and by the reference backend. What numbers out of
 range give otherwise is in docs/kernels.md.
 """
 
@@ -15,12 +20,16 @@ import math
 import torch
 from torch import Tensor
 
+from speeder_kernels.derivatives import refuse_forward_mode, refuse_transforms
 from speeder_kernels.validate import (
     FLOATS,
     FLOATS_AND_DOUBLE,
+    HALVES,
     INTEGERS,
+    check_bool,
     check_count,
     check_not_empty,
+    check_number,
     check_positive,
     check_tensor,
 )
@@ -73,15 +82,17 @@ def spae_attention(
             to 256.
         k: `(Tk, Hkv, D)`, Hq a multiple of Hkv; dtype of q.
         v: `(Tk, Hkv, D)`, dtype of q.
-        cu_seqlens_q: `(B+1,)` integers, where each sequence starts among the queries; the last is Tq.
-        cu_seqlens_k: `(B+1,)` integers, the same for the keys; a sequence may be empty.
+        cu_seqlens_q: `(B+1,)` int32 or int64, where each sequence starts among the queries; the last is Tq.
+        cu_seqlens_k: `(B+1,)` int32 or int64, the same for the keys; a sequence may be empty.
         max_seqlen_q: the longest sequence's queries (or more).
         max_seqlen_k: the longest sequence's keys (or more).
-        rank_q: `(Tq,)` integers, the item's place in its user's history; -1 for a token that is not an item.
-        rank_k: `(Tk,)` integers, the same for the keys.
-        relative_bias: `(Hq, R)` float32 or None.
-        absolute_bias: `(Hq, A)` float32 or None.
-        softmax_scale: default `1 / sqrt(D)`.
+        rank_q: `(Tq,)` int32 or int64, the item's place in its user's history; -1 for a token that is not an item.
+            At most 2^31 - 1, in int64 too; the kernels compute in int32.
+        rank_k: `(Tk,)` int32 or int64, the same for the keys.
+        relative_bias: `(Hq, R)` float32, bfloat16 or float16 (also float64 beside a float64 q), or None. Its gradient
+            has its dtype, and is summed in float32 (float64 beside a float64 q).
+        absolute_bias: `(Hq, A)`, the same.
+        softmax_scale: a number, default `1 / sqrt(D)`. A learned temperature belongs into q: multiply q by it.
         causal: whether a query sees only the keys up to its own place.
         backend: None picks; "reference", "cpu", "triton", "cuda" force.
 
@@ -89,48 +100,55 @@ def spae_attention(
         `(Tq, Hq, D)`, dtype of q.
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape or device, an empty batch, wrong cu_seqlens or max_seqlen, a backend that
-            cannot.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device, wrong cu_seqlens or max_seqlen, a softmax_scale that is not finite or
+            requires a gradient, a backend that cannot.
+        IndexError: a rank that does not fit int32, with its position (on a GPU without SPEEDER_CHECK=1, every pair
+            of items of that batch has a score of NaN).
+        NotImplementedError: a second derivative, forward mode, or `torch.func.grad` and its like.
     """
+    refuse_transforms("spae_attention", q, k, v, relative_bias, absolute_bias)
     device = _float_device("q", q, FLOATS_AND_DOUBLE)
     check_tensor("q", q, ("Tq", "Hq", "D"), FLOATS_AND_DOUBLE, device)
-    for dim in range(3):
-        check_not_empty("q", q, dim)
+    check_not_empty("q", q, 1)
+    check_not_empty("q", q, 2)
     _, heads, size = q.shape
     check_tensor("k", k, ("Tk", "Hkv", size), (q.dtype,), device)
-    check_not_empty("k", k)
     check_not_empty("k", k, 1)
     check_tensor("v", v, tuple(k.shape), (q.dtype,), device)
     if heads % k.shape[1]:
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[1]}")
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("B+1",), INTEGERS, device)
-    if cu_seqlens_q.shape[0] < 2:
-        raise ValueError(f"cu_seqlens_q: expected at least 2 elements (B+1), got {cu_seqlens_q.shape[0]}")
+    check_not_empty("cu_seqlens_q", cu_seqlens_q)
     check_tensor("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), INTEGERS, device)
     check_tensor("rank_q", rank_q, (q.shape[0],), INTEGERS, device)
     check_tensor("rank_k", rank_k, (k.shape[0],), INTEGERS, device)
-    bias_dtype = (torch.float64,) if q.dtype == torch.float64 else (torch.float32,)
+    wide, narrower = (
+        (torch.float64, FLOATS_AND_DOUBLE) if q.dtype == torch.float64 else (torch.float32, FLOATS)
+    )
     for name, table in (("relative_bias", relative_bias), ("absolute_bias", absolute_bias)):
         if table is not None:
-            check_tensor(name, table, (heads, "R" if name[0] == "r" else "A"), bias_dtype, device)
+            check_tensor(name, table, (heads, "R" if name[0] == "r" else "A"), narrower, device)
             check_not_empty(name, table, 1)
-    check_count("max_seqlen_q", max_seqlen_q)
-    check_count("max_seqlen_k", max_seqlen_k)
-    scale = 1.0 / math.sqrt(size) if softmax_scale is None else float(softmax_scale)
+    check_count("max_seqlen_q", max_seqlen_q, least=0)
+    check_count("max_seqlen_k", max_seqlen_k, least=0)
+    check_bool("causal", causal)
+    if softmax_scale is None:
+        softmax_scale = 1.0 / math.sqrt(size)
     out, _ = _OPS.spae_attention(
         q,
         k,
         v,
-        cu_seqlens_q.to(torch.int32),
-        cu_seqlens_k.to(torch.int32),
+        cu_seqlens_q,
+        cu_seqlens_k,
         max_seqlen_q,
         max_seqlen_k,
-        rank_q.to(torch.int32),
-        rank_k.to(torch.int32),
-        relative_bias,
-        absolute_bias,
-        scale,
+        rank_q,
+        rank_k,
+        # Widened here, so that a table's gradient is summed in float32 and then rounded once.
+        None if relative_bias is None else relative_bias.to(wide),
+        None if absolute_bias is None else absolute_bias.to(wide),
+        check_number("softmax_scale", softmax_scale, "multiply q by it"),
         causal,
         backend,
     )
@@ -156,10 +174,11 @@ def pack_tokens(
     Args:
         input_ids: `(T,)` integers; read only where `item_rows` is -1.
         text_embedding: `(V, H)`, float32, bfloat16, float16 (or float64).
-        item_tokens: `(U, H)`, dtype of text_embedding; U may be 0 where there is no item.
+        item_tokens: `(U, H)`, dtype of text_embedding (or bfloat16 or float16, which is widened to it: the gradient is
+            summed in float32 and has the table's dtype); U may be 0 where there is no item.
         item_rows: `(T,)` integers: a row of item_tokens, or -1 for a text token.
         ranks: `(T,)` integers: a row of position_prompts, or -1; read only where `item_rows` is not -1.
-        position_prompts: `(P, H)`, dtype of text_embedding; P may be 0 where there is no rank.
+        position_prompts: `(P, H)`, dtype as of item_tokens; P may be 0 where there is no rank.
         backend: None picks; "reference", "cpu", "triton", "cuda" force.
 
     Returns:
@@ -167,26 +186,28 @@ def pack_tokens(
 
     Raises:
         TypeError: a wrong dtype.
-        ValueError: a wrong shape or device, an empty batch, a backend that cannot.
+        ValueError: a wrong shape or device, a backend that cannot.
         IndexError: an id, row or rank out of range, with its position.
+        NotImplementedError: a second derivative, forward mode, or `torch.func.grad` and its like.
     """
+    refuse_transforms("pack_tokens", text_embedding, item_tokens, position_prompts)
     device = _float_device("text_embedding", text_embedding, FLOATS_AND_DOUBLE)
     check_tensor("text_embedding", text_embedding, ("V", "H"), FLOATS_AND_DOUBLE, device)
     check_not_empty("text_embedding", text_embedding, 1)
     check_tensor("input_ids", input_ids, ("T",), INTEGERS, device)
-    check_not_empty("input_ids", input_ids)
-    dtype, hidden = (text_embedding.dtype,), text_embedding.shape[1]
-    check_tensor("item_tokens", item_tokens, ("U", hidden), dtype, device)
+    dtype, hidden = text_embedding.dtype, text_embedding.shape[1]
+    narrower = (dtype,) if dtype in HALVES else (dtype, *HALVES)
+    check_tensor("item_tokens", item_tokens, ("U", hidden), narrower, device)
     check_tensor("item_rows", item_rows, (input_ids.shape[0],), INTEGERS, device)
     check_tensor("ranks", ranks, (input_ids.shape[0],), INTEGERS, device)
-    check_tensor("position_prompts", position_prompts, ("P", hidden), dtype, device)
+    check_tensor("position_prompts", position_prompts, ("P", hidden), narrower, device)
     return _OPS.pack_tokens(
         input_ids.to(torch.int64),
         text_embedding,
-        item_tokens,
+        item_tokens.to(dtype),
         item_rows.to(torch.int64),
         ranks.to(torch.int64),
-        position_prompts,
+        position_prompts.to(dtype),
         backend,
     )
 
@@ -209,28 +230,32 @@ def compress_items(
 
     Args:
         expert_outputs: `(U, M, H)`, float32, bfloat16, float16 (or float64).
-        gate_logits: `(U, M)`, float32 or the dtype of expert_outputs.
+        gate_logits: `(U, M)`, float32, bfloat16, float16 or the dtype of expert_outputs; its gradient has its dtype.
         present: `(U, M)` bool; an item needs at least one modality.
-        norm_weight: `(H,)`, float32 or the dtype of expert_outputs.
-        eps: added to the mean square.
+        norm_weight: `(H,)`, dtypes as of gate_logits.
+        eps: a number, added to the mean square.
         backend: None picks; "reference", "cpu", "triton", "cuda" force.
 
     Returns:
         Tokens `(U, H)` in the dtype of expert_outputs, and gates `(U, M)` in float32 (float64 for float64).
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape or device, an empty batch, an item with no modality, a backend that cannot.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device, an item with no modality, an eps that is not above 0 or requires a
+            gradient, a backend that cannot.
+        NotImplementedError: a second derivative, forward mode, or `torch.func.grad` and its like.
     """
+    refuse_transforms("compress_items", expert_outputs, gate_logits, norm_weight)
     device = _float_device("expert_outputs", expert_outputs, FLOATS_AND_DOUBLE)
     check_tensor("expert_outputs", expert_outputs, ("U", "M", "H"), FLOATS_AND_DOUBLE, device)
-    for dim in range(3):
-        check_not_empty("expert_outputs", expert_outputs, dim)
+    check_not_empty("expert_outputs", expert_outputs, 1)
+    check_not_empty("expert_outputs", expert_outputs, 2)
     items, modalities, hidden = expert_outputs.shape
-    either = (expert_outputs.dtype, torch.float32)
-    check_tensor("gate_logits", gate_logits, (items, modalities), either, device)
+    any_float = tuple(dict.fromkeys((expert_outputs.dtype, *FLOATS)))
+    check_tensor("gate_logits", gate_logits, (items, modalities), any_float, device)
     check_tensor("present", present, (items, modalities), (torch.bool,), device)
-    check_tensor("norm_weight", norm_weight, (hidden,), either, device)
+    check_tensor("norm_weight", norm_weight, (hidden,), any_float, device)
+    eps = check_number("eps", eps, "it is a constant")
     check_positive("eps", eps)
     return _OPS.compress_items(expert_outputs, gate_logits, present, norm_weight, eps, backend)
 
@@ -253,9 +278,10 @@ def item_cross_entropy(
         hidden: `(N, H)`, float32, bfloat16, float16 (or float64).
         item_table: `(I, H)`, dtype of hidden.
         targets: `(N,)` integers in `0 .. I-1`; no value is special.
-        scale: multiplies the dot products; above 0.
-        log_q: `(I,)` float32 (or the dtype of hidden), the log of how often an item is drawn as a negative
-            (Yi et al. 2019); a constant that takes no gradient. Finite: an item that is never drawn has no
+        scale: a number that multiplies the dot products; above 0. A learned temperature belongs into hidden: multiply
+            hidden by it.
+        log_q: `(I,)` float32, bfloat16, float16 (or the dtype of hidden), the log of how often an item is drawn as a
+            negative (Yi et al. 2019); a constant that takes no gradient. Finite: an item that is never drawn has no
             such log (-inf would make every row's loss infinite or NaN), so count it as drawn at least once.
         backend: None picks; "reference", "cpu", "triton", "cuda" force.
 
@@ -263,25 +289,29 @@ def item_cross_entropy(
         `(N,)` float32 (float64 for float64), one loss a row.
 
     Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape, device or scale, an empty batch, a log_q that asks for a gradient or is not
-            finite (without SPEEDER_CHECK=1 a GPU gives a loss that is infinite or NaN), a backend that cannot.
+        TypeError: a wrong dtype or type.
+        ValueError: a wrong shape or device, no items, a scale that is not above 0 or requires a gradient, a log_q
+            that requires one or is not finite (without SPEEDER_CHECK=1 a GPU gives a loss that is infinite or NaN),
+            a backend that cannot.
         IndexError: a target out of range, with its position.
+        NotImplementedError: a second derivative, forward mode, or `torch.func.grad` and its like.
     """
+    refuse_transforms("item_cross_entropy", hidden, item_table, log_q)
     device = _float_device("hidden", hidden, FLOATS_AND_DOUBLE)
     check_tensor("hidden", hidden, ("N", "H"), FLOATS_AND_DOUBLE, device)
-    check_not_empty("hidden", hidden)
     check_not_empty("hidden", hidden, 1)
     check_tensor("item_table", item_table, ("I", hidden.shape[1]), (hidden.dtype,), device)
     check_not_empty("item_table", item_table)
     check_tensor("targets", targets, (hidden.shape[0],), INTEGERS, device)
+    scale = check_number("scale", scale, "multiply hidden by it")
     check_positive("scale", scale)
     if log_q is not None:
-        check_tensor("log_q", log_q, (item_table.shape[0],), (hidden.dtype, torch.float32), device)
+        any_float = tuple(dict.fromkeys((hidden.dtype, *FLOATS)))
+        check_tensor("log_q", log_q, (item_table.shape[0],), any_float, device)
         if log_q.requires_grad:
             raise ValueError("log_q: expected a constant, got a tensor that requires a gradient")
     targets = targets.to(torch.int64)
-    loss, _ = _OPS.item_cross_entropy(hidden, item_table, targets, float(scale), log_q, backend)
+    loss, _ = _OPS.item_cross_entropy(hidden, item_table, targets, scale, log_q, backend)
     return loss
 
 
@@ -312,14 +342,15 @@ def topk_items(
 
     Raises:
         TypeError: a wrong dtype, one of the two exclusion tensors without the other.
-        ValueError: a wrong shape or device, an empty batch, a k that some row cannot fill (the message names
+        ValueError: a wrong shape or device, no items, a k that some row cannot fill (the message names
             the row; on a GPU without SPEEDER_CHECK=1 such places hold -inf and -1), a score that is NaN, a
             backend that cannot.
         IndexError: an excluded item out of range, with its position.
+        NotImplementedError: forward mode.
     """
+    refuse_forward_mode("topk_items", hidden, item_table)
     device = _float_device("hidden", hidden, FLOATS)
     check_tensor("hidden", hidden, ("N", "H"), FLOATS, device)
-    check_not_empty("hidden", hidden)
     check_not_empty("hidden", hidden, 1)
     check_tensor("item_table", item_table, ("I", hidden.shape[1]), (hidden.dtype,), device)
     check_not_empty("item_table", item_table)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from speeder_kernels import reference, reference_attention, validate
+from speeder_kernels import derivatives, reference, reference_attention, validate
 from speeder_kernels.dispatch import choose
 from speeder_kernels.triton import MODULES
 
@@ -38,6 +38,7 @@ def _define(schema: str, decides: int) -> Callable:
         def kernel(*args):
             *rest, backend = args
             tensor = args[decides]
+            derivatives.refuse_forward_mode(op, *args)
             with torch.autocast(tensor.device.type, enabled=False):
                 return function(*rest, choose(op, backend, tensor))
 
@@ -78,6 +79,16 @@ _LIBRARY.define(
 )
 
 
+def _int32(x: Tensor) -> Tensor:
+    return x.to(torch.int32).contiguous()
+
+
+def _nan_unless_they_fit(ranks: tuple[Tensor, Tensor]) -> Tensor:
+    """0, or NaN where a rank does not fit int32; found out without waiting for the device."""
+    fit = [(rank == rank.to(torch.int32)).all() for rank in ranks]
+    return torch.where(torch.stack(fit).all(), 0.0, torch.nan)
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     """The kernels take any strides but in the last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -92,16 +103,28 @@ def _dense_rows(x: Tensor) -> Tensor:
 def _spae_attention(
     q, k, v, cu_q, cu_k, max_q, max_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal, backend
 ):
-    if validate.reads_values(q):
+    validate.check_token_count("q", q.shape[0])
+    validate.check_token_count("k", k.shape[0])
+    tables = [relative_bias, absolute_bias]
+    if validate.reads_values(q, backend):
         validate.check_cu_seqlens_values("cu_seqlens_q", cu_q, q.shape[0], "max_seqlen_q", max_q)
         validate.check_cu_seqlens_values("cu_seqlens_k", cu_k, k.shape[0], "max_seqlen_k", max_k)
+        validate.check_int32_values("rank_q", rank_q)
+        validate.check_int32_values("rank_k", rank_k)
+    elif torch.int64 in (rank_q.dtype, rank_k.dtype):
+        # No error can be raised without waiting: all scores that a rank takes part in become NaN.
+        poison = _nan_unless_they_fit((rank_q, rank_k))
+        tables = [None if table is None else table + poison for table in tables]
+    if q.shape[0] == 0 or k.shape[0] == 0:  # no query, or none that sees a key
+        lse = q.new_full(q.shape[:2], float("inf"), dtype=reference.accumulate_dtype(q.dtype))
+        return q.new_zeros(q.shape), lse
     if backend != "reference":
         dense = (_dense_rows(x) for x in (q, k, v))
-        small = (
-            None if x is None else x.contiguous()
-            for x in (cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias)
-        )
-        return _kernel("spae_attention", backend)(*dense, *small, max_q, max_k, scale, causal)
+        small = (_int32(x) for x in (cu_q, cu_k, rank_q, rank_k))
+        tables = (None if table is None else table.contiguous() for table in tables)
+        # "Or more" than the longest sequence may be more than the int32 in which tiles are counted.
+        longest = (min(max_q, q.shape[0]), min(max_k, k.shape[0]))
+        return _kernel("spae_attention", backend)(*dense, *small, *tables, *longest, scale, causal)
     return reference_attention.spae_attention(
         q, k, v, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal
     )
@@ -121,14 +144,31 @@ def _(
     decides=1,
 )
 def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
-    *small, max_q, max_k, scale, causal, needs, backend = rest
+    *small, relative_bias, absolute_bias, max_q, max_k, scale, causal, needs, backend = rest
+    tables = (relative_bias, absolute_bias)
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return tuple(x.zero_() for x in _spae_gradients(q, k, v, *tables, needs))
     if backend == "reference":
-        return reference_attention.spae_attention_backward(grad, q, k, v, lse, *small, scale, causal, needs)
+        return reference_attention.spae_attention_backward(
+            grad, q, k, v, lse, *small, *tables, scale, causal, needs
+        )
     dense = (_dense_rows(x) for x in (grad, q, k, v))
-    small = (None if x is None else x.contiguous() for x in small)
+    small = (_int32(x) for x in small)
+    tables = (None if table is None else table.contiguous() for table in tables)
+    longest = (min(max_q, q.shape[0]), min(max_k, k.shape[0]))
     bits = sum(need << n for n, need in enumerate(needs))
     kernel = _kernel("spae_attention", backend, "spae_attention_backward")
-    return kernel(*dense, out, lse, *small, max_q, max_k, scale, causal, bits)
+    return kernel(*dense, out, lse, *small, *tables, *longest, scale, causal, bits)
+
+
+def _spae_gradients(q, k, v, relative_bias, absolute_bias, needs):
+    """Tensors for the gradients; empty where `needs` is false."""
+    dense = [_needed(x, x.shape, need) for x, need in zip((q, k, v), needs[:3], strict=True)]
+    tables = [
+        q.new_empty(0, 0) if table is None else _needed(table, table.shape, need)
+        for table, need in zip((relative_bias, absolute_bias), needs[3:], strict=True)
+    ]
+    return (*dense, *tables)
 
 
 @_fake("spae_attention_backward")
@@ -152,12 +192,7 @@ def _(
     needs,
     backend,
 ):
-    dense = [_needed(x, x.shape, need) for x, need in zip((q, k, v), needs[:3], strict=True)]
-    tables = [
-        q.new_empty(0, 0) if table is None else _needed(table, table.shape, need)
-        for table, need in zip((relative_bias, absolute_bias), needs[3:], strict=True)
-    ]
-    return (*dense, *tables)
+    return _spae_gradients(q, k, v, relative_bias, absolute_bias, needs)
 
 
 def _spae_setup(ctx, inputs, output):
@@ -176,9 +211,7 @@ def _spae_backward(ctx, grad, _grad_lse):
     return q, k, v, None, None, None, None, None, None, relative, absolute, None, None, None
 
 
-torch.library.register_autograd(
-    "speeder::spae_attention", _spae_backward, setup_context=_spae_setup, lib=_LIBRARY
-)
+derivatives.register(_LIBRARY, "spae_attention", _spae_backward, _spae_setup)
 
 
 # --- pack_tokens --------------------------------------------------------------------------------------------
@@ -205,8 +238,10 @@ def _pack_tokens(input_ids, text_embedding, item_tokens, item_rows, ranks, posit
     sizes = [table.shape[0] for table in (text_embedding, item_tokens, position_prompts)]
     # The kernel's check is one pass; the other one finds out what is wrong, for the error.
     fit = backend == "cpu" and _OPS.pack_values_fit_kernel(*indices, *sizes)
-    if not fit and validate.reads_values(input_ids):
+    if not fit and validate.reads_values(input_ids, backend):
         validate.check_pack_values(input_ids, item_rows, ranks, sizes)
+    if input_ids.shape[0] == 0:
+        return text_embedding.new_empty(0, text_embedding.shape[1])
     if backend == "reference":
         return reference.pack_tokens(
             input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts
@@ -223,6 +258,10 @@ def _(input_ids, text_embedding, item_tokens, item_rows, ranks, position_prompts
 
 @_define(f"pack_tokens_backward({_PACK_BACKWARD_ARGS}, str? backend) -> (Tensor, Tensor, Tensor)", decides=0)
 def _pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, backend):
+    if input_ids.shape[0] == 0:
+        return tuple(
+            grad.new_zeros(size * need, grad.shape[1]) for size, need in zip(sizes, needs, strict=True)
+        )
     sum_rows = reference.sum_rows if backend == "reference" else functools.partial(_sum_rows, backend)
     return reference.pack_tokens_backward(grad, input_ids, item_rows, ranks, sizes, needs, sum_rows)
 
@@ -253,9 +292,7 @@ def _pack_backward(ctx, grad):
     return None, text, items, None, None, prompts, None
 
 
-torch.library.register_autograd(
-    "speeder::pack_tokens", _pack_backward, setup_context=_pack_setup, lib=_LIBRARY
-)
+derivatives.register(_LIBRARY, "pack_tokens", _pack_backward, _pack_setup)
 
 
 # --- compress_items -----------------------------------------------------------------------------------------
@@ -280,18 +317,24 @@ def _float32(x: Tensor) -> Tensor:
 
 @_define(f"compress_items({_COMPRESS_ARGS}, str? backend) -> (Tensor, Tensor)", decides=0)
 def _compress_items(expert_outputs, gate_logits, present, norm_weight, eps, backend):
-    if validate.reads_values(present):
+    if validate.reads_values(present, backend):
         validate.check_present_values(present)
+    if expert_outputs.shape[0] == 0:
+        return _new_tokens(expert_outputs, gate_logits)
     if backend == "reference":
         return reference.compress_items(expert_outputs, gate_logits, present, norm_weight, eps)
     tensors = _compress_tensors(expert_outputs, gate_logits, present, norm_weight)
     return _kernel("compress_items", backend)(*tensors, eps)
 
 
-@_fake("compress_items")
-def _(expert_outputs, gate_logits, present, norm_weight, eps, backend):
+def _new_tokens(expert_outputs: Tensor, gate_logits: Tensor) -> tuple[Tensor, Tensor]:
     gates = gate_logits.new_empty(gate_logits.shape, dtype=reference.accumulate_dtype(expert_outputs.dtype))
     return expert_outputs.new_empty(expert_outputs.shape[0], expert_outputs.shape[2]), gates
+
+
+@_fake("compress_items")
+def _(expert_outputs, gate_logits, present, norm_weight, eps, backend):
+    return _new_tokens(expert_outputs, gate_logits)
 
 
 @_define(
@@ -302,6 +345,9 @@ def _(expert_outputs, gate_logits, present, norm_weight, eps, backend):
 def _compress_items_backward(
     grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps, needs, backend
 ):
+    if expert_outputs.shape[0] == 0:
+        inputs = (expert_outputs, gate_logits, norm_weight)
+        return tuple(_needed(x, x.shape, need).zero_() for x, need in zip(inputs, needs, strict=True))
     if backend == "reference":
         grads = reference.compress_items_backward(
             grad_tokens, grad_gates, expert_outputs, gate_logits, present, norm_weight, eps
@@ -337,9 +383,7 @@ def _compress_backward(ctx, grad_tokens, grad_gates):
     return experts, logits, None, weight, None, None
 
 
-torch.library.register_autograd(
-    "speeder::compress_items", _compress_backward, setup_context=_compress_setup, lib=_LIBRARY
-)
+derivatives.register(_LIBRARY, "compress_items", _compress_backward, _compress_setup)
 
 
 # --- item_cross_entropy -------------------------------------------------------------------------------------
@@ -362,10 +406,12 @@ _LIBRARY.define(
     decides=0,
 )
 def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
-    if validate.reads_values(targets):
+    if validate.reads_values(targets, backend):
         validate.check_range("targets", targets, 0, item_table.shape[0])
         if log_q is not None:
             validate.check_finite_values("log_q", log_q)
+    if hidden.shape[0] == 0:
+        return _new_losses(hidden)
     if backend != "reference":
         tensors = (x.contiguous() for x in (hidden, item_table, targets))
         log_q = None if log_q is None else _float32(log_q)
@@ -373,10 +419,14 @@ def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
     return reference.item_cross_entropy(hidden, item_table, targets, scale, log_q)
 
 
-@_fake("item_cross_entropy")
-def _(hidden, item_table, targets, scale, log_q, backend):
+def _new_losses(hidden: Tensor) -> tuple[Tensor, Tensor]:
     dtype = reference.accumulate_dtype(hidden.dtype)
     return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(2))
+
+
+@_fake("item_cross_entropy")
+def _(hidden, item_table, targets, scale, log_q, backend):
+    return _new_losses(hidden)
 
 
 @_define(
@@ -385,6 +435,9 @@ def _(hidden, item_table, targets, scale, log_q, backend):
     decides=1,
 )
 def _item_cross_entropy_backward(grad, hidden, item_table, targets, lse, scale, log_q, needs, backend):
+    if hidden.shape[0] == 0:
+        inputs = (hidden, item_table)
+        return tuple(_needed(x, x.shape, need).zero_() for x, need in zip(inputs, needs, strict=True))
     if backend == "reference":
         return reference.item_cross_entropy_backward(
             grad, hidden, item_table, targets, lse, scale, log_q, needs
@@ -419,9 +472,7 @@ def _cross_entropy_backward(ctx, grad, _grad_lse):
     return grad_hidden, grad_table, None, None, None, None
 
 
-torch.library.register_autograd(
-    "speeder::item_cross_entropy", _cross_entropy_backward, setup_context=_cross_entropy_setup, lib=_LIBRARY
-)
+derivatives.register(_LIBRARY, "item_cross_entropy", _cross_entropy_backward, _cross_entropy_setup)
 
 
 # --- topk_items ---------------------------------------------------------------------------------------------
@@ -440,9 +491,11 @@ _LIBRARY.define(
     decides=0,
 )
 def _topk_items(hidden, item_table, k, exclude_indptr, exclude_items, backend):
-    checked = validate.reads_values(hidden)
+    checked = validate.reads_values(hidden, backend)
     if checked and exclude_indptr is not None:
         validate.check_exclude_values(exclude_indptr, exclude_items, item_table.shape[0])
+    if hidden.shape[0] == 0:
+        return _new_best(hidden, k)
     if backend == "reference":
         scores, items = reference.topk_items(hidden, item_table, k, exclude_indptr, exclude_items)
     else:
@@ -455,7 +508,11 @@ def _topk_items(hidden, item_table, k, exclude_indptr, exclude_items, backend):
     return scores, items
 
 
-@_fake("topk_items")
-def _(hidden, item_table, k, exclude_indptr, exclude_items, backend):
+def _new_best(hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
     shape = (hidden.shape[0], k)
     return hidden.new_empty(shape, dtype=torch.float32), hidden.new_empty(shape, dtype=torch.int64)
+
+
+@_fake("topk_items")
+def _(hidden, item_table, k, exclude_indptr, exclude_items, backend):
+    return _new_best(hidden, k)

@@ -8,6 +8,8 @@ import numpy as np
 
 from speeder_kernels import _host
 
+LARGEST = 2**63 - 1  # the planner counts in int64
+
 
 def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[list[int]]:
     """Share sequences out over as few bins of `max_tokens` tokens as first-fit decreasing finds.
@@ -24,7 +26,7 @@ def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[l
         Bins of sequence indices, each index in exactly one bin; within a bin the longest comes first.
 
     Raises:
-        ValueError: no lengths, a length below 1, or one above `max_tokens`.
+        ValueError: no lengths, a length below 1, one above `max_tokens`, or `max_tokens` above 2^63 - 1.
         TypeError: lengths that are not whole numbers.
 
     Example:
@@ -40,6 +42,8 @@ def plan_packing(lengths: Sequence[int] | np.ndarray, max_tokens: int) -> list[l
         raise TypeError(f"lengths: expected whole numbers, got {array.dtype}")
     if isinstance(max_tokens, bool) or not isinstance(max_tokens, (int, np.integer)):
         raise TypeError(f"max_tokens: expected a whole number, got {type(max_tokens).__name__}")
+    if max_tokens > LARGEST:
+        raise ValueError(f"max_tokens: expected at most {LARGEST}, got {max_tokens}")
     bad = np.flatnonzero((array < 1) | (array > max_tokens))
     if bad.size:
         at = int(bad[0])

@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from speeder_kernels.derivatives import has_tangent
+
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+INT32 = torch.iinfo(torch.int32)
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -62,15 +68,40 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name}: expected a number above 0, got {value}")
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int, least: int = 1) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
-    check_positive(name, value)
+    if not value >= least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
-def reads_values(tensor: Tensor) -> bool:
-    """Whether value checks run for tensors on this device."""
-    return not tensor.is_cuda or os.environ.get("SPEEDER_CHECK") == "1"
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
+def check_number(name: str, value: float, instead: str) -> float:
+    """A number that float32 holds, as a float. `instead` says what to do with one that is to be learned: the kernels
+    give it no gradient."""
+    if isinstance(value, Tensor):
+        if value.requires_grad or has_tangent(value):
+            raise ValueError(
+                f"{name}: expected a number, got a tensor that requires a gradient, which {name} has none of: {instead}"
+            )
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float, Real)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = float(value)
+    if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+        raise ValueError(f"{name}: expected a finite float32, got {value}")
+    return value
+
+
+def reads_values(tensor: Tensor, backend: str) -> bool:
+    """Whether value checks run: on a CPU, on a GPU where they were asked for, and in the reference, which waits for the
+    device anyway."""
+    return not tensor.is_cuda or backend == "reference" or os.environ.get("SPEEDER_CHECK") == "1"
 
 
 def check_range(
@@ -85,6 +116,17 @@ def check_range(
     position = int(bad.nonzero()[0, 0])
     wanted = f"{low}..{high - 1}" if high > low else f"no value at all (the table has {high} rows)"
     raise IndexError(f"{name}: expected {wanted}{note}, got {int(tensor[position])} at position {position}")
+
+
+def check_int32_values(name: str, tensor: Tensor) -> None:
+    """Each value must fit the int32 that the kernels compute in."""
+    if tensor.dtype != torch.int32:
+        check_range(name, tensor, INT32.min, INT32.max + 1, note=" (int32)")
+
+
+def check_token_count(name: str, tokens: int) -> None:
+    if tokens > INT32.max:
+        raise ValueError(f"{name}: expected at most {INT32.max} tokens, which int32 can count, got {tokens}")
 
 
 def check_finite_values(name: str, values: Tensor) -> None:

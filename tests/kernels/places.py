@@ -21,6 +21,12 @@ def places(op: str) -> list[tuple[str, str]]:
     return found
 
 
+def all_places(op: str) -> list[tuple[str, str]]:
+    """Triton's interpreter too, where Triton has no GPU: slow, so for small inputs."""
+    found = places(op)
+    return found if ("triton", "cuda") in found else [*found, ("triton", "cpu")]
+
+
 def at(op: Callable, backend: str, device: str) -> Callable:
     """`op` as it runs there: tensors go to the device and results come back, gradients too."""
 

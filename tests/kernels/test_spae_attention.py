@@ -222,9 +222,9 @@ def test_compile(backend):
 BAD = {
     "q_type": ({"q": [1.0]}, TypeError, r"q: expected a tensor, got list"),
     "q_empty": (
-        {"q": torch.zeros(0, 4, 8)},
+        {"q": torch.zeros(5, 0, 8)},
         ValueError,
-        r"q: expected at least one element .* got shape \(0, 4, 8\)",
+        r"q: expected at least one element .* got shape \(5, 0, 8\)",
     ),
     "q_dims": ({"q": torch.zeros(5, 8)}, ValueError, r"q: expected shape \(Tq, Hq, D\), got \(5, 8\)"),
     "q_dtype": (
@@ -234,7 +234,7 @@ BAD = {
     ),
     "k_dtype": ({"k": torch.zeros(5, 2, 8).half()}, TypeError, r"k: expected dtype float32, got float16"),
     "k_size": ({"k": torch.zeros(5, 2, 4)}, ValueError, r"k: expected shape \(Tk, Hkv, 8\), got \(5, 2, 4\)"),
-    "k_empty": ({"k": torch.zeros(0, 2, 8)}, ValueError, r"k: expected at least one element"),
+    "k_empty": ({"k": torch.zeros(5, 0, 8)}, ValueError, r"k: expected at least one element in dimension 1"),
     "k_heads": (
         {"k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)},
         ValueError,
@@ -242,10 +242,15 @@ BAD = {
     ),
     "v_shape": ({"v": torch.zeros(6, 2, 8)}, ValueError, r"v: expected shape \(5, 2, 8\), got \(6, 2, 8\)"),
     "v_device": ({"v": torch.zeros(5, 2, 8, device="meta")}, ValueError, r"v: expected device cpu, got meta"),
-    "cu_short": (
-        {"cu_seqlens_q": torch.tensor([5])},
+    "cu_empty": (
+        {"cu_seqlens_q": torch.zeros(0).int()},
         ValueError,
-        r"cu_seqlens_q: expected at least 2 .* got 1",
+        r"cu_seqlens_q: expected at least one element",
+    ),
+    "cu_short": (
+        {"cu_seqlens_q": torch.tensor([0]), "cu_seqlens_k": torch.tensor([0])},
+        ValueError,
+        r"cu_seqlens_q: expected 5 .* at the end, got 0",
     ),
     "cu_count": (
         {"cu_seqlens_k": torch.tensor([0, 5])},
@@ -277,7 +282,8 @@ BAD = {
         ValueError,
         r"max_seqlen_k: expected at least 3, the longest sequence, got 2",
     ),
-    "max_zero": ({"max_seqlen_q": 0}, ValueError, r"max_seqlen_q: expected a number above 0, got 0"),
+    "max_zero": ({"max_seqlen_q": 0}, ValueError, r"max_seqlen_q: expected at least 3, the longest .* got 0"),
+    "max_negative": ({"max_seqlen_q": -1}, ValueError, r"max_seqlen_q: expected at least 0, got -1"),
     "max_float": ({"max_seqlen_q": 3.0}, TypeError, r"max_seqlen_q: expected a whole number, got float"),
     "rank_shape": (
         {"rank_q": torch.zeros(4).int()},
@@ -295,9 +301,9 @@ BAD = {
         r"relative_bias: expected shape \(4, R\), got \(3, 5\)",
     ),
     "bias_dtype": (
-        {"absolute_bias": torch.zeros(4, 5).half()},
+        {"absolute_bias": torch.zeros(4, 5).double()},
         TypeError,
-        r"absolute_bias: expected dtype float32, got",
+        r"absolute_bias: expected dtype float32, bfloat16 or float16, got float64",
     ),
     "bias_empty": (
         {"absolute_bias": torch.zeros(4, 0)},

@@ -147,9 +147,9 @@ def test_exclusions_accept_int32():
 
 BAD = [
     (
-        {"hidden": torch.zeros(0, 4)},
+        {"hidden": torch.zeros(2, 0)},
         ValueError,
-        r"hidden: expected at least one element .* got shape \(0, 4\)",
+        r"hidden: expected at least one element .* got shape \(2, 0\)",
     ),
     ({"hidden": torch.zeros(2, 4).double()}, TypeError, r"hidden: expected dtype float32, .* got float64"),
     (
@@ -159,7 +159,7 @@ BAD = [
     ),
     ({"item_table": torch.zeros(6, 3)}, ValueError, r"item_table: expected shape \(I, 4\), got \(6, 3\)"),
     ({"k": 7}, ValueError, r"k: expected at most 6, the items in item_table, got 7"),
-    ({"k": 0}, ValueError, r"k: expected a number above 0, got 0"),
+    ({"k": 0}, ValueError, r"k: expected at least 1, got 0"),
     ({"k": 2.0}, TypeError, r"k: expected a whole number, got float"),
     (
         csr([[], [0, 1, 2, 3, 4, 5]]),
