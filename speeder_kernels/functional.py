@@ -120,6 +120,8 @@ def spae_attention(
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[1]}")
     check_tensor("cu_seqlens_q", cu_seqlens_q, ("B+1",), INTEGERS, device)
     check_not_empty("cu_seqlens_q", cu_seqlens_q)
+    if cu_seqlens_q.shape[0] == 1 and q.shape[0] + k.shape[0] > 0:
+        raise ValueError("cu_seqlens_q: expected at least 2 elements (B+1) where there are tokens, got 1")
     check_tensor("cu_seqlens_k", cu_seqlens_k, (cu_seqlens_q.shape[0],), INTEGERS, device)
     check_tensor("rank_q", rank_q, (q.shape[0],), INTEGERS, device)
     check_tensor("rank_k", rank_k, (k.shape[0],), INTEGERS, device)

@@ -89,6 +89,12 @@ def _nan_unless_they_fit(ranks: tuple[Tensor, Tensor]) -> Tensor:
     return torch.where(torch.stack(fit).all(), 0.0, torch.nan)
 
 
+def _longest(q: Tensor, k: Tensor, max_q: int, max_k: int) -> tuple[int, int]:
+    """As the kernels take them: "or more" may be more than the int32 in which tiles are counted, and where nobody reads
+    the lengths, none at all may be told."""
+    return max(1, min(max_q, q.shape[0])), max(1, min(max_k, k.shape[0]))
+
+
 def _dense_rows(x: Tensor) -> Tensor:
     """The kernels take any strides but in the last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -122,8 +128,7 @@ def _spae_attention(
         dense = (_dense_rows(x) for x in (q, k, v))
         small = (_int32(x) for x in (cu_q, cu_k, rank_q, rank_k))
         tables = (None if table is None else table.contiguous() for table in tables)
-        # "Or more" than the longest sequence may be more than the int32 in which tiles are counted.
-        longest = (min(max_q, q.shape[0]), min(max_k, k.shape[0]))
+        longest = _longest(q, k, max_q, max_k)
         return _kernel("spae_attention", backend)(*dense, *small, *tables, *longest, scale, causal)
     return reference_attention.spae_attention(
         q, k, v, cu_q, cu_k, rank_q, rank_k, relative_bias, absolute_bias, scale, causal
@@ -155,7 +160,7 @@ def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
     dense = (_dense_rows(x) for x in (grad, q, k, v))
     small = (_int32(x) for x in small)
     tables = (None if table is None else table.contiguous() for table in tables)
-    longest = (min(max_q, q.shape[0]), min(max_k, k.shape[0]))
+    longest = _longest(q, k, max_q, max_k)
     bits = sum(need << n for n, need in enumerate(needs))
     kernel = _kernel("spae_attention", backend, "spae_attention_backward")
     return kernel(*dense, out, lse, *small, *tables, *longest, scale, causal, bits)

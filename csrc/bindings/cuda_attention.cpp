@@ -1,4 +1,6 @@
 // Registers the CUDA kernels of spae_attention with torch, on its stable ABI.
+#include <cmath>
+
 #include "bindings/attention_tensors.h"
 #include "bindings/torch_stream.h"
 #include "cuda/attention/attention.h"
@@ -8,6 +10,12 @@ namespace {
 
 Tensor new_scratch(const Tensor& like, int64_t floats) {
   return torch::stable::new_empty(like, {floats}, ScalarType::Float);
+}
+
+// Rows of a sequence that is longer than was told belong to no block: they become NaN. All others
+// are written afterwards. Where all tokens were told, there are none.
+void fill_untold(const Tensor& rows, int64_t longest) {
+  if (longest < rows.size(0)) torch::stable::fill_(rows, std::nan(""));
 }
 
 std::tuple<Tensor, Tensor> spae_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -24,6 +32,7 @@ std::tuple<Tensor, Tensor> spae_attention_cuda(const Tensor& q, const Tensor& k,
   const cuda::Extents extents{q.size(0), k.size(0), longest_q, longest_k};
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  fill_untold(out, longest_q);
   call.out = out.mutable_data_ptr();
   call.lse = lse.mutable_data_ptr<float>();
   Tensor scratch = new_scratch(q, cuda::spae_attention_scratch(call.args, extents));
@@ -47,6 +56,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spae_attention_backward_cuda(
   const DType dtype = dtype_of(q);
   take_saved(grad, out, lse, q.size(0), dtype, call);
   auto gradients = new_gradients(q, k, v, needs, call);
+  fill_untold(std::get<0>(gradients), longest_q);
+  fill_untold(std::get<1>(gradients), longest_k);
+  fill_untold(std::get<2>(gradients), longest_k);
   Tensor scratch = new_scratch(q, cuda::spae_attention_backward_scratch(call, extents));
   void* stream = current_stream(q.get_device_index());
   check_launch(cuda::spae_attention_backward(call, extents, dtype,

@@ -271,6 +271,39 @@ def test_a_cuda_graph(backend, name):
     check_replay(backend, "cuda", name, by_cuda_graph)
 
 
+@needs_gpu
+@everywhere
+@pytest.mark.parametrize("told", [1, 20])
+def test_longer_sequences_than_were_told(backend, dtype, told, monkeypatch):
+    """Refused where the lengths are read; else a row, or its gradient, is right or NaN."""
+    args = draw("answered", [150, 3, 66], [290, 3, 66], 4, 2, 64, (70, 90), dtype=dtype)
+    wrong = {**args, "max_seqlen_q": told, "max_seqlen_k": told}
+    results = []
+    for case in (args, wrong):
+        leaves = {name: case[name].cuda().requires_grad_() for name in "qkv"}
+        out = sk.spae_attention(**{**on_gpu(case), **leaves}, backend=backend)
+        results.append([out, *torch.autograd.grad(out.nan_to_num().sum(), list(leaves.values()))])
+    for right, got in zip(*results, strict=True):
+        is_nan = got.isnan()
+        torch.testing.assert_close(got[~is_nan], right[~is_nan], atol=0.05, rtol=0.05)
+    assert results[1][0][150].isfinite().all()
+    monkeypatch.setenv("SPEEDER_CHECK", "1")
+    with pytest.raises(ValueError, match="max_seqlen_q: expected at least 150"):
+        sk.spae_attention(**on_gpu(wrong), backend=backend)
+
+
+def on_gpu(args: dict) -> dict:
+    return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in args.items()}
+
+
+@needs_gpu
+def test_the_reference_on_a_gpu_refuses_what_it_does_on_a_cpu():
+    """It waits for the device anyway."""
+    table = torch.randn(200, 8, device="cuda")
+    with pytest.raises(IndexError, match=r"targets: expected 0\.\.199, got -100 at position 0"):
+        sk.item_cross_entropy(table[:1], table, torch.tensor([-100]).cuda(), scale=1.0, backend="reference")
+
+
 # --- the checks, on a CPU ---------------------------------------------------------------------------------------
 
 

@@ -270,6 +270,21 @@ def test_tokens_behind_the_last_sequence(queries, processors, tail_q, tail_k, mo
         assert b[len(a) :].eq(0).all(), name
 
 
+@pytest.mark.parametrize(("told", "processors"), [(0, 1), (1, 1), (1, 40), (2, 1), (2, 40)])
+def test_longer_sequences_than_were_told(told, processors, monkeypatch):
+    """Where nobody reads the lengths: a row is right, or NaN. In splits, and at once."""
+    monkeypatch.setattr("speeder_kernels.validate.reads_values", lambda *_: False)
+    args = draw("answered", [40, 2, 1], [60, 4, 1], 2, 1, 8, (9, 5))
+    exact = attend(**args)
+    with small_attention_tiles(processors):
+        out = attend(**{**args, "max_seqlen_q": told, "max_seqlen_k": told})
+    torch.testing.assert_close(out[40 : 40 + told], exact[40 : 40 + told])
+    torch.testing.assert_close(out[42], exact[42])
+    is_nan = out.isnan().flatten(1)
+    assert torch.equal(is_nan.all(1), is_nan.any(1)) and is_nan[39].all()
+    torch.testing.assert_close(out[~is_nan.any(1)], exact[~is_nan.any(1)])
+
+
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_strided_inputs(step, queries):

@@ -104,21 +104,23 @@ def _decode(
     splits = max(1, min(most, 2 * processors(q.device) // programs))
     out, lse = _outputs(q)
     target = (out, lse)
-    if splits == 1:  # rows behind the last sequence belong to no program
-        out.zero_()
-        lse.fill_(float("inf"))
-    else:
+    # A sequence may be longer than was told, unless that was the number of all tokens.
+    in_parts = splits > 1 or max_seqlen_q < tokens
+    if in_parts:  # its other rows belong to no program, and become NaN
         target = (
             q.new_empty((tokens, heads, splits, size), dtype=torch.float32),
-            q.new_empty((tokens, heads, splits), dtype=torch.float32),
+            q.new_full((tokens, heads, splits), float("nan"), dtype=torch.float32),
         )
+    else:  # nor do those behind the last sequence, which combine_kernel knows
+        out.zero_()
+        lse.fill_(float("inf"))
     launch(
         decode_kernel, (programs * splits,),
         *target, x, ranks, tables,
         lengths.key_heads, lengths.group, splits, blocks_q, lengths.buckets, lengths.positions, scale * LOG2E.value,
-        CAUSAL=causal, SPLIT=splits > 1, TILE=shape.constants(), **options, fuse=True,
+        CAUSAL=causal, SPLIT=in_parts, TILE=shape.constants(), **options, fuse=True,
     )  # fmt: skip
-    if splits > 1:
+    if in_parts:
         launch(
             combine_kernel, (tokens * heads,),
             out, lse, *target, ranks.cu_seqlens_q, splits, heads, lengths.sequences,
