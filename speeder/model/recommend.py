@@ -165,6 +165,7 @@ class RecommenderMixin:
                 chunk = [
                     sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]
                 ]
+                self._check_k(k, chunk if exclude_seen else [], start, alone=len(histories) == 1)
                 results += self._best(state, vectors, k, chunk if exclude_seen else None)
                 work.update()
         return results
@@ -231,8 +232,31 @@ class RecommenderMixin:
                     [i for row in seen for i in row], dtype=torch.long, device=states.device
                 ),
             }
-        scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
+        try:
+            scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
+        except ValueError as error:
+            raise self._explained(error, vectors) from error
         return self._recommendations(scores, items)
+
+    def _check_k(self, k: int, seen: Sequence[Sequence[int]], first: int, alone: bool) -> None:
+        """Raise `ValueError` if there are no `k` items to recommend; `first` is the number of the first history."""
+        count = len(self.catalogue)
+        if not 1 <= k <= count:
+            raise ValueError(f"k: expected 1..{count}, the number of items, got {k}")
+        for row, items in enumerate(seen, first):
+            if k > count - len(items):
+                name = "the history" if alone else f"history {row}"
+                raise ValueError(
+                    f"k: expected at most {count - len(items)}, the items that are not in {name}, got {k}"
+                )
+
+    def _explained(self, error: ValueError, vectors: torch.Tensor) -> ValueError:
+        """An error of `topk_items`; of NaN in the tokens it names the item."""
+        bad = vectors.isnan().any(dim=1).nonzero()
+        if not len(bad):
+            return error
+        item = self.catalogue.ids[int(bad[0])]
+        return ValueError(f"the model's tokens of {len(bad)} item(s) hold NaN, the first: item {item!r}")
 
     def _recommendations(self, scores: torch.Tensor, items: torch.Tensor) -> list[list[Recommendation]]:
         return [

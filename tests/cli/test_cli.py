@@ -87,7 +87,15 @@ def test_help_and_mistakes_answer_without_loading_models():
         (["recommend", "{tmp}/none", "--history", "1"], "found no model in it"),
         (["recommend", "{run}", "--history", "nobody"], "no item has the id 'nobody'"),
         (["recommend", "{run}", "--history", "item-1", "-k", "0"], "-k: expected at least 1, got 0"),
-        (["recommend", "{run}", "--history", "item-1", "-k", "48"], "k"),
+        (
+            ["recommend", "{run}", "--history", "item-1", "-k", "48"],
+            "k: expected at most 47, the items that are not in the history, got 48",
+        ),
+        (["recommend", "{run}", "--history", "item-1", "-k", "99"], r"1\.\.48, the number of items, got 99"),
+        (
+            ["recommend", "{run}", "--history", "item-1", "-k", "49", "--include-seen"],
+            r"k: expected 1\.\.48, the number of items, got 49",
+        ),
         (["recommend", "{run}", "--user", "nobody"], "no user 'nobody' among 40"),
         (["demo", "--out", "{tmp}/new", "--recipe", "best"], "got 'best'"),
     ],
@@ -288,3 +296,10 @@ def test_a_process_with_an_ascii_terminal(run):
     assert (
         done.returncode == 1 and b"no item has the id 'caf" in done.stderr and b"Traceback" not in done.stderr
     )
+
+
+def test_an_item_whose_token_is_not_a_number_is_named(run, tmp_path, capsys):
+    model = SpeederForCausalLM.from_pretrained(run / "model")
+    model.mrc.features_text[5] = float("nan")
+    with pytest.raises(ValueError, match=r"tokens of 1 item\(s\) hold NaN, the first: item 'item-5'"):
+        model.recommend([["item-1"]], k=3)

@@ -232,9 +232,8 @@ def test_no_text_id_is_written_where_no_item_is_left():
             model.generate(**batch, **wanted, max_new_tokens=1, do_sample=False)
     once = dict(do_sample=False, no_repeat_ngram_size=1)
     found = model.generate(**batch, **once, max_new_tokens=count - 3)
-    assert sorted(found[0, -(count - 3) :].tolist()) == sorted(
-        {*range(TEXT, TEXT + count)} - {TEXT + i for i in (1, 2, 3)}
-    )
+    left = {*range(TEXT, TEXT + count)} - {TEXT + item for item in (1, 2, 3)}
+    assert sorted(found[0, -(count - 3) :].tolist()) == sorted(left)
     with pytest.raises(ValueError, match=f"no item was left for token {count - 2} of sequence 0"):
         model.generate(**batch, **once, max_new_tokens=count - 2)
     with pytest.raises(
@@ -247,7 +246,6 @@ def test_no_text_id_is_written_where_no_item_is_left():
         **batch, max_new_tokens=1, do_sample=False, num_beams=count, num_return_sequences=count
     )
     assert sorted(most[:, -1].tolist()) == list(range(TEXT, TEXT + count))
-    ended = model.generate(
-        **batch, do_sample=False, max_new_tokens=4, eos_token_id=int(found[0, -(count - 3)]), pad_token_id=0
-    )
+    first = int(found[0, -(count - 3)])  # as a sign to stop
+    ended = model.generate(**batch, **once, max_new_tokens=4, eos_token_id=first, pad_token_id=0)
     assert ended.shape[1] == batch["input_ids"].shape[1] + 1

@@ -61,7 +61,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_fields(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _answer(422, [_problem(entry) for entry in error.errors()[:10]])
+        problems = [_problem(entry) for entry in error.errors()[:10]]
+        if [problem.field for problem in problems] == [_BODY_ITSELF] and not _says_json(request):
+            # the framework reads such a body as text, whatever it holds
+            got = request.headers.get("content-type", "no such header")
+            return ApiError(422, "content-type header", "application/json", got).response()
+        return _answer(422, problems)
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
@@ -72,6 +77,11 @@ def add_error_handlers(app: FastAPI) -> None:
         message = f"{shown(what)}: {error.detail}"
         problem = Problem(field="path", expected=expected, got=shown(what), message=message)
         return _answer(error.status_code, [problem], error.headers)
+
+
+def _says_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 
 
 def failed(path: str, error: BaseException) -> JSONResponse:

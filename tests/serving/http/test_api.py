@@ -211,6 +211,24 @@ def test_bodies_that_are_hardly_json_are_the_clients_mistake(client, body, statu
     assert list(found) == [field] and expected in found[field][0] and found[field][1].startswith(got)
 
 
+@pytest.mark.parametrize(
+    "kind", [None, "application/x-www-form-urlencoded", "text/plain", "application/jsonp"]
+)
+@pytest.mark.parametrize("body", [b'{"history": ["i1"], "k": 1}', b"{", b"history=i1"])
+def test_a_body_without_the_header_of_json_is_told_so(client, kind, body):
+    """As `curl -d` sends it."""
+    answer = client.post("/v1/recommend", content=body, headers={"content-type": kind} if kind else {})
+    found = problems(answer, 422)
+    assert found == {"content-type header": ("application/json", kind or "no such header")}
+    for kind in ("application/json; charset=utf-8", "Application/JSON", "application/vnd.shop+json"):
+        sound = client.post(
+            "/v1/recommend", content=b'{"history": ["i1"], "k": 1}', headers={"content-type": kind}
+        )
+        assert sound.status_code == 200
+    wrong = client.post("/v1/recommend", content=b'"text"', headers={"content-type": "application/json"})
+    assert list(problems(wrong, 422)) == ["body"]
+
+
 def test_bodies_have_a_bound_whether_their_length_is_told_or_not(client):
     large = json.dumps({"history": ["i1"], "k": 1, "x": "y" * 3000}).encode()
     headers = {"content-type": "application/json"}
