@@ -84,7 +84,10 @@ class ItemCatalogue:
         try:
             return self._index[external_id]
         except KeyError:
-            raise KeyError(f"no item has the id {external_id!r} among {len(self)} items") from None
+            examples = ", ".join(map(repr, self.ids[:3]))
+            raise KeyError(
+                f"no item has the id {external_id!r} among {len(self)} items (ids are such as {examples})"
+            ) from None
 
     def indices_of(self, entries: Sequence[int | str]) -> list[int]:
         """Item indices (integers of Python, numpy or torch) and external ids (str), also mixed, as item indices.

@@ -36,10 +36,12 @@ class StageProgress(TrainerCallback):
             self.work.tell(**{"validation NDCG@10": f"{metrics['eval_NDCG@10']:.4f}"})
 
 
-def stage_line(stage: str, log: list[dict], seconds: float) -> str:
-    """The line that is printed at a stage's end, from its log."""
+def stage_line(stage: str, log: list[dict], seconds: float, last: bool = False) -> str:
+    """The line that is printed at a stage's end, from its log; of the last stage also whether it was still improving."""
     loss = next(entry["loss"] for entry in reversed(log) if "loss" in entry)
     ranked = [entry["eval_NDCG@10"] for entry in log if "eval_NDCG@10" in entry]
     best = f", best validation NDCG@10 {max(ranked):.4f}" if ranked else ""
     steps = max(entry["step"] for entry in log)
-    return f"{stage}: {steps} steps in {seconds:.0f} s, loss {loss:.3f}{best}"
+    rising = last and len(ranked) > 1 and ranked[-1] == max(ranked) > ranked[-2]
+    more = ", still rising at the last step: more epochs may help" if rising else ""
+    return f"{stage}: {steps} steps in {seconds:.0f} s, loss {loss:.3f}{best}{more}"

@@ -276,7 +276,7 @@ def _run_stage(
         seconds = log[-1]["train_runtime"]
         skipped = trainer.bad_batches.tell(trainer.state)
         write_stage_log(folder, stage.name, log, seconds, resumed_from, arguments.world_size, skipped)
-        say(stage_line(shown.stage, log, seconds))
+        say(stage_line(shown.stage, log, seconds, last=stage is recipe.stages[-1]))
     if processes().use_distributed:
         # the stage's wrapper must let go of the gradients before the next one takes them
         trainer.accelerator.free_memory()
