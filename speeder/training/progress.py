@@ -37,7 +37,7 @@ class StageProgress(TrainerCallback):
 
 
 def stage_line(stage: str, log: list[dict], seconds: float, last: bool = False) -> str:
-    """The line that is printed at a stage's end, from its log; of the last stage also whether it was still improving."""
+    """The line that is printed at a stage's end, from its log; the last stage tells whether it was still improving."""
     loss = next(entry["loss"] for entry in reversed(log) if "loss" in entry)
     ranked = [entry["eval_NDCG@10"] for entry in log if "eval_NDCG@10" in entry]
     best = f", best validation NDCG@10 {max(ranked):.4f}" if ranked else ""
