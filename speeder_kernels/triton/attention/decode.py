@@ -25,14 +25,14 @@ from speeder_kernels.triton.attention.tuples import (
 
 @triton.jit(do_not_specialize=["key_heads", "group", "splits", "blocks_q", "buckets", "positions"])
 def decode_kernel(
-    out, lse, x: Inputs, ranks: Ranks, tables: Tables,
+    parts, parts_lse2, x: Inputs, ranks: Ranks, tables: Tables,
     key_heads, group, splits, blocks_q, buckets, positions, scale,
-    CAUSAL: tl.constexpr, SPLIT: tl.constexpr, TILE: TileShape,
+    CAUSAL: tl.constexpr, TILE: TileShape,
 ):  # fmt: skip
     """A program takes a block of rows of one sequence and key head, and one of the `splits` parts of the keys.
 
-    out (Tq, Hq, D) and lse (Tq, Hq). With SPLIT (Tq, Hq, splits, D) and (Tq, Hq, splits), in float32 and base 2.
-    Nothing is written behind the last sequence.
+    parts (Tq, Hq, splits, D) and parts_lse2 (Tq, Hq, splits), in float32 and base 2. Nothing is written for rows that
+    are in no program's block: of a sequence longer than was told, and behind the last sequence.
     """
     program = tl.program_id(0)
     split, program = program % splits, program // splits
@@ -79,15 +79,11 @@ def decode_kernel(
         acc_QD, top_Q, total_Q = softmax_step(acc_QD, top_Q, total_Q, scores_QK, v_KD)
     is_blind_Q = total_Q == 0.0
     out_QD = acc_QD / tl.where(is_blind_Q, 1.0, total_Q)[:, None]
-    at_Q = token_Q * (key_heads * group) + head_Q
-    lse_Q = top_Q + tl.math.log2(tl.where(is_blind_Q, 1.0, total_Q))
-    if SPLIT:
-        at_Q = at_Q * splits + split
-    else:
-        lse_Q = tl.where(is_blind_Q, float("inf"), lse_Q * LN2)
-    tl.store(lse + at_Q, lse_Q, mask=inside)
-    pointers = out + at_Q[:, None] * TILE.D + row_D[None, :]
-    tl.store(pointers, out_QD.to(out.dtype.element_ty), mask=inside[:, None] & (row_D < TILE.D)[None, :])
+    at_Q = (token_Q * (key_heads * group) + head_Q) * splits + split
+    lse2_Q = top_Q + tl.math.log2(tl.where(is_blind_Q, 1.0, total_Q))
+    tl.store(parts_lse2 + at_Q, lse2_Q, mask=inside)
+    pointers = parts + at_Q[:, None] * TILE.D + row_D[None, :]
+    tl.store(pointers, out_QD, mask=inside[:, None] & (row_D < TILE.D)[None, :])
 
 
 @triton.jit(do_not_specialize=["splits", "heads", "sequences"])

@@ -103,29 +103,20 @@ def _decode(
     most = min(MOST_SPLITS, cdiv(max_seqlen_k, KEYS_OF_SPLIT))
     splits = max(1, min(most, 2 * processors(q.device) // programs))
     out, lse = _outputs(q)
-    target = (out, lse)
-    # A sequence may be longer than was told, unless that was the number of all tokens.
-    in_parts = splits > 1 or max_seqlen_q < tokens
-    if in_parts:  # its other rows belong to no program, and become NaN
-        target = (
-            q.new_empty((tokens, heads, splits, size), dtype=torch.float32),
-            q.new_full((tokens, heads, splits), float("nan"), dtype=torch.float32),
-        )
-    else:  # nor do those behind the last sequence, which combine_kernel knows
-        out.zero_()
-        lse.fill_(float("inf"))
+    parts = q.new_empty((tokens, heads, splits, size), dtype=torch.float32)
+    # A row of a sequence that is longer than was told belongs to no program, and becomes NaN.
+    parts_lse2 = q.new_full((tokens, heads, splits), float("nan"), dtype=torch.float32)
     launch(
         decode_kernel, (programs * splits,),
-        *target, x, ranks, tables,
+        parts, parts_lse2, x, ranks, tables,
         lengths.key_heads, lengths.group, splits, blocks_q, lengths.buckets, lengths.positions, scale * LOG2E.value,
-        CAUSAL=causal, SPLIT=in_parts, TILE=shape.constants(), **options, fuse=True,
+        CAUSAL=causal, TILE=shape.constants(), **options, fuse=True,
     )  # fmt: skip
-    if in_parts:
-        launch(
-            combine_kernel, (tokens * heads,),
-            out, lse, *target, ranks.cu_seqlens_q, splits, heads, lengths.sequences,
-            D=size, BLOCK_D=shape.BLOCK_D, BLOCK_S=MOST_SPLITS, num_warps=4, fuse=True,
-        )  # fmt: skip
+    launch(
+        combine_kernel, (tokens * heads,),
+        out, lse, parts, parts_lse2, ranks.cu_seqlens_q, splits, heads, lengths.sequences,
+        D=size, BLOCK_D=shape.BLOCK_D, BLOCK_S=MOST_SPLITS, num_warps=4, fuse=True,
+    )  # fmt: skip
     return out, lse
 
 
