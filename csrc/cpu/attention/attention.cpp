@@ -17,7 +17,7 @@ namespace {
 constexpr float kLog2E = 1.44269504088896341f;
 
 // Pieces of work for each thread. More wait less for the last one; in the backward pass each has
-// its own sums of the tables' gradients.
+// its own sums of the tables' gradients, if they do not become too many.
 constexpr int64_t kForwardParts = 16;
 constexpr int64_t kBackwardParts = 4;
 
@@ -153,34 +153,81 @@ void write_decoded(const AttentionForward& call, DType dtype, const DecodeTask* 
   }
 }
 
-// The sum of what several tasks have given to one sequence's gradient of q, in their order.
+// The gradient of q of a sequence and key head, from where its tasks have summed it.
 template <typename T>
-void write_shared(const AttentionBackward& call, const SharedGradient& gradient) {
+void write_shared(const AttentionBackward& call, const BackwardPlan::Pair& pair,
+                  const float* sums) {
   const AttentionArgs& args = call.args;
   const int64_t group = args.heads / args.kv_heads, width = padded(args.size);
-  const int64_t first = args.cu_q[gradient.sequence];
-  for (int64_t at = 0; at < gradient.floats; at += width) {
-    const int64_t token = first + at / width / group;
-    const int64_t head = gradient.kv_head * group + at / width % group;
-    T* out = static_cast<T*>(call.grad_q) + (token * args.heads + head) * args.size;
-    for (int64_t d = 0; d < args.size; ++d) {
-      float total = 0.0f;
-      for (int64_t n = 0; n < gradient.tasks; ++n)
-        total += gradient.sums[n * gradient.floats + at + d];
-      out[d] = from_float<T>(total * args.scale);
+  const int64_t end = args.cu_q[pair.sequence + 1];
+  for (int64_t token = args.cu_q[pair.sequence]; token < end; ++token) {
+    for (int64_t g = 0; g < group; ++g, sums += width) {
+      const int64_t head = pair.kv_head * group + g;
+      T* out = static_cast<T*>(call.grad_q) + (token * args.heads + head) * args.size;
+      for (int64_t d = 0; d < args.size; ++d) out[d] = from_float<T>(sums[d] * args.scale);
     }
   }
 }
 
-void write_shared(const AttentionBackward& call, const SharedGradient& gradient, DType dtype) {
+void write_shared(const AttentionBackward& call, DType dtype, const BackwardPlan::Pair& pair,
+                  const float* sums) {
   switch (dtype) {
     case DType::kFloat32:
-      return write_shared<float>(call, gradient);
+      return write_shared<float>(call, pair, sums);
     case DType::kBFloat16:
-      return write_shared<BFloat16>(call, gradient);
+      return write_shared<BFloat16>(call, pair, sums);
     case DType::kFloat16:
-      return write_shared<Half>(call, gradient);
+      return write_shared<Half>(call, pair, sums);
   }
+}
+
+// The tasks that have all keys of a sequence and a key head, in pieces that are dealt beforehand.
+void run_alone(const AttentionBackward& call, const BackwardPlan& plan, BackwardKernel kernel,
+               const BiasTables& tables, int64_t parts, const TableSums& relative,
+               const TableSums& absolute, int64_t threads, const ParallelFor& parallel_for) {
+  const auto starts = plan.alone.deal(parts);
+  const auto& tasks = plan.alone.tasks;
+  const int64_t floats = BackwardScratch(call.args, plan.alone_queries, nullptr).floats;
+  run_parts(parts, threads, floats, parallel_for, [&](int64_t part, float* scratch) {
+    const BiasSums sums{relative.part(part), absolute.part(part)};
+    for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
+      const BackwardTask* next = n + 1 < starts[part + 1] ? &tasks[n + 1] : nullptr;
+      kernel(call, tables, tasks[n], next, sums, scratch);
+    }
+  });
+}
+
+// The tasks that share a sequence's keys. Threads begin them in order. Task n adds to sums n modulo
+// `parts` of the tables, after the task that did so before.
+void run_shared(const AttentionBackward& call, DType dtype, BackwardPlan& plan,
+                BackwardKernel kernel, const BiasTables& tables, int64_t parts,
+                const TableSums& relative, const TableSums& absolute, int64_t threads,
+                const ParallelFor& parallel_for) {
+  const bool need_q = call.grad_q != nullptr;
+  const bool need_tables = call.grad_relative != nullptr || call.grad_absolute != nullptr;
+  const int64_t tasks = plan.shared.size();
+  const Buffer sums(plan.slots * plan.slot_floats);
+  std::vector<int64_t> unfinished(tasks, 1);
+  const int64_t floats = BackwardScratch(call.args, 0, nullptr).floats;
+  run_parts(tasks, threads, floats, parallel_for, [&](int64_t n, float* scratch) {
+    const auto& [given, at, block] = plan.shared[n];
+    BackwardPlan::Pair& pair = plan.pairs[at];
+    float* const slot = sums.get() + pair.slot * plan.slot_floats;
+    BackwardTask task = given;
+    if (need_q) {
+      task.shared_grad_q = slot;
+      task.done = &plan.done[pair.first_done + block];
+      task.before = block > 0 ? task.done - 1 : nullptr;
+      if (at >= plan.slots) wait_for(&plan.pairs[at - plan.slots].busy, 0);
+    }
+    if (need_tables && n >= parts) wait_for(&unfinished[n - parts], 0);
+    kernel(call, tables, task, nullptr, {relative.part(n % parts), absolute.part(n % parts)},
+           scratch);
+    __atomic_store_n(&unfinished[n], 0, __ATOMIC_RELEASE);
+    if (!need_q || __atomic_sub_fetch(&pair.left, 1, __ATOMIC_ACQ_REL) > 0) return;
+    write_shared(call, dtype, pair, slot);  // who finishes the last task does
+    __atomic_store_n(&pair.busy, 0, __ATOMIC_RELEASE);
+  });
 }
 
 }  // namespace
@@ -222,30 +269,20 @@ void spae_attention_backward(const AttentionBackward& call, DType dtype, int64_t
   const AttentionArgs& args = call.args;
   const auto kernel = kernels(dtype).backward[static_cast<int>(dtype)];
   const PreparedTables prepared(args);
-  BackwardPlan plan = plan_backward(args, threads);
-  const Buffer shared(call.grad_q ? plan.shared_floats : 0);
-  if (call.grad_q) plan.place(shared.get());
-  const int64_t parts = plan.parts(threads, kBackwardParts);
-  const auto starts = plan.deal(parts);
-  const TableSums relative(call.grad_relative, parts, args.heads * relative_stride(args));
-  const TableSums absolute(call.grad_absolute, parts, args.heads * args.positions);
-  int64_t longest = 0;
-  for (int64_t s = 0; s < args.sequences; ++s) {
-    longest = std::max<int64_t>(longest, args.cu_q[s + 1] - args.cu_q[s]);
-  }
-  const int64_t scratch_floats = BackwardScratch(args, longest, nullptr).floats;
-  run_parts(parts, threads, scratch_floats, parallel_for, [&](int64_t part, float* scratch) {
-    const BiasSums sums{relative.part(part), absolute.part(part)};
-    for (size_t n = starts[part]; n < starts[part + 1]; ++n) {
-      const BackwardTask* next = n + 1 < starts[part + 1] ? &plan.tasks[n + 1] : nullptr;
-      kernel(call, prepared.tables, plan.tasks[n], next, sums, scratch);
-    }
-  });
-  if (call.grad_q) {
-    parallel_for(plan.shared.size(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) write_shared(call, plan.shared[n], dtype);
-    });
-  }
+  BackwardPlan plan(args, call.grad_q != nullptr, threads);
+  const int64_t relative_floats = call.grad_relative ? args.heads * relative_stride(args) : 0;
+  const int64_t absolute_floats = call.grad_absolute ? args.heads * args.positions : 0;
+  const auto parts_of = [&](int64_t tasks) {
+    const int64_t wanted = std::min(tasks, threads == 1 ? 1 : threads * kBackwardParts);
+    return BackwardPlan::table_sums(std::max<int64_t>(wanted, 1),
+                                    std::max(relative_floats, absolute_floats));
+  };
+  const int64_t alone = parts_of(plan.alone.tasks.size()), shared = parts_of(plan.shared.size());
+  const TableSums relative(call.grad_relative, std::max(alone, shared), relative_floats);
+  const TableSums absolute(call.grad_absolute, std::max(alone, shared), absolute_floats);
+  run_shared(call, dtype, plan, kernel, prepared.tables, shared, relative, absolute, threads,
+             parallel_for);
+  run_alone(call, plan, kernel, prepared.tables, alone, relative, absolute, threads, parallel_for);
   if (call.grad_relative) write_relative(args, relative.total(), call.grad_relative);
   if (call.grad_absolute) {
     std::copy_n(absolute.total(), args.heads * args.positions, call.grad_absolute);

@@ -108,6 +108,8 @@ class Backward {
         first_(task.first),
         end_(task.first + task.count),
         grad_q_(task.shared_grad_q ? task.shared_grad_q : at_.grad_q),
+        before_(task.before),
+        done_(task.done),
         step_(args_.causal ? 1 : 0),
         reach_(args_.causal ? keys_ - queries_ + 1 : keys_) {
     if (sums.relative != nullptr) relative_ = sums.relative + head_ * relative_stride(args_);
@@ -117,7 +119,7 @@ class Backward {
   }
 
   void run() {
-    if (call_.grad_q != nullptr && first_ == end_) zero(grad_q_, queries_ * group_ * width_);
+    if (first_ == end_) return write_no_grad_q();
     const int64_t block = key_block(args_);
     one_block_ = keys_ <= block;
     for (int64_t first = first_; first < end_; first += block) {
@@ -132,6 +134,16 @@ class Backward {
   }
 
  private:
+  // Where there are no keys. Not by way of scratch memory, which has no room for it.
+  void write_no_grad_q() const {
+    T* out = static_cast<T*>(call_.grad_q) + (q0_ * args_.heads + head_) * args_.size;
+    for (int64_t i = 0; call_.grad_q != nullptr && i < queries_; ++i) {
+      for (int64_t d = 0; d < group_ * args_.size; ++d) {
+        out[i * args_.heads * args_.size + d] = from_float<T>(0.0f);
+      }
+    }
+  }
+
   void prepare_prefetch(const BackwardTask& next) {
     const int64_t q = args_.cu_q[next.sequence], queries = args_.cu_q[next.sequence + 1] - q;
     const int64_t k = args_.cu_k[next.sequence] + next.first, keys = next.count;
@@ -178,14 +190,16 @@ class Backward {
     const int64_t from = args_.causal ? clamp(first - reach_ + 1, 0, queries_) : 0;
     const int64_t most = query_block(kBackwardRows, args_);
     const int64_t blocks = (queries_ - from + most - 1) / most;
-    // The task's first products set the queries' gradient, but for queries that see none of it. The
-    // only block of queries sets the keys' gradients: its last query sees all of them.
-    add_q_ = first > first_;
+    // The first products set the queries' gradient, but for queries that see none of it. The only
+    // block of queries sets the keys' gradients: its last query sees all of them.
+    add_q_ = first > first_ || before_ != nullptr;
     add_k_ = blocks != 1;
     if (call_.grad_q != nullptr && !add_q_) zero(grad_q_, from * group_ * width_);
     if (call_.grad_k != nullptr && add_k_) zero(at_.grad_k, count * width_);
     if (call_.grad_v != nullptr && add_k_) zero(at_.grad_v, count * width_);
-    for (int64_t b = 0; b < blocks; ++b) {
+    // From the last block to the first: all blocks of keys are seen by the last queries, so the
+    // tasks that take turns there are soon all under way.
+    for (int64_t b = blocks - 1; b >= 0; --b) {
       const int64_t i = from + (queries_ - from) * b / blocks;
       query_block_pass(first, count, ld, i, from + (queries_ - from) * (b + 1) / blocks - i);
     }
@@ -212,6 +226,7 @@ class Backward {
     const int64_t rows = queries * group_;
     pack_queries(first_query, queries);
     scores.turn_queries(rows, args_.size, width_);
+    if (before_ != nullptr) wait_for(before_, first_query);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t tile = smaller(kTileRows, rows - r);
       const int64_t most = seen(first_query + (r + tile - 1) / group_, first, count);
@@ -257,6 +272,7 @@ class Backward {
                        grad_q_ + (first_query * group_ + r) * width_, width_, add_q_);
       }
     }
+    if (done_ != nullptr) __atomic_store_n(done_, first_query, __ATOMIC_RELEASE);
     for (int64_t j = 0; j < count; j += kTileRows) {
       const int64_t tile = smaller(kTileRows, count - j);
       // Rows from the first query that sees key j; a pair of rows may begin with one that does not.
@@ -378,8 +394,10 @@ class Backward {
   const int64_t depth_, size_vecs_;
   const float factor_;  // what a product of q and k is multiplied with, in units of log2
   const int64_t q0_, k0_, queries_, keys_;
-  const int64_t first_, end_;   // of the task's keys
-  float* const grad_q_;         // (queries, group, width): sums
+  const int64_t first_, end_;    // of the task's keys
+  float* const grad_q_;          // (queries, group, width): sums
+  const int64_t* const before_;  // see BackwardTask
+  int64_t* const done_;
   const int64_t step_, reach_;  // query i sees reach + step * i keys
   float* relative_ = nullptr;   // the group's rows of this thread's sums
   float* absolute_ = nullptr;

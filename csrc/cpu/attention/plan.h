@@ -132,69 +132,108 @@ struct DecodePlan {
   std::vector<float> sums;
 };
 
-// A sequence and key head whose keys are shared among tasks: the tasks' sums of the queries'
-// gradient lie one after another from `sums`, `floats` each.
-struct SharedGradient {
-  int64_t sequence, kv_head, tasks, floats;
-  float* sums;
-};
+// The tasks of a backward pass, and what they share. Two things would otherwise take memory for
+// each thread: sums of a long sequence's gradient of q, and sums of the tables' gradients.
+//
+//   alone   all keys of a short sequence and a key head: the task sums the queries' gradient in its
+//           thread's scratch memory;
+//   shared  a block of keys of a long one: its tasks, by whatever threads, add to one sum in turn.
+//
+// The sums of shared pairs (a sequence and a key head) lie in a few slots; pairs that are under way
+// at once take a slot each, and the next pair waits until its slot is free. A task waits for
+// earlier ones alone, and tasks are begun in order, so some task can always go on, on one thread
+// too.
+struct BackwardPlan {
+  // A pair whose keys are shared among tasks.
+  struct Pair {
+    int64_t sequence, kv_head, blocks;
+    int64_t first_done;  // in `done`: of its first task
+    int64_t slot;
+    int64_t left;      // tasks that are not finished
+    int64_t busy = 1;  // 0 once the gradient is written, and the slot free
+  };
+  struct SharedTask {
+    BackwardTask task;
+    int64_t pair;
+    int64_t block;  // of the pair's keys
+  };
 
-struct BackwardPlan : Plan<BackwardTask> {
-  std::vector<SharedGradient> shared;
-  int64_t shared_floats = 0;
+  static constexpr int64_t kSlotFloats = int64_t{1} << 24;   // of all slots, or of two
+  static constexpr int64_t kTableFloats = int64_t{1} << 23;  // of all sums of one table, or of one
 
-  // Gives every shared sum its place in `memory`, of shared_floats floats.
-  void place(float* memory) {
-    for (SharedGradient& gradient : shared) {
-      gradient.sums = memory;
-      memory += gradient.tasks * gradient.floats;
+  Plan<BackwardTask> alone;
+  std::vector<SharedTask> shared;
+  std::vector<Pair> pairs;
+  std::vector<int64_t> done;  // BackwardTask's, of every shared task
+  int64_t alone_queries = 0;  // of the longest sequence that has a task alone
+  int64_t slots = 0, slot_floats = 0;
+
+  BackwardPlan(const AttentionArgs& args, bool need_q, int64_t threads) {
+    const int64_t block = key_block(args), group = args.heads / args.kv_heads;
+    std::vector<double> costs(args.sequences);
+    double total = 0;
+    for (int64_t s = 0; s < args.sequences; ++s) {
+      const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
+      const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
+      const double pairs_seen = seen_pairs(args, queries, keys, 0, queries, 0, keys);
+      costs[s] = cost_of(queries * group, keys, pairs_seen * group);
+      total += costs[s] * args.kv_heads;
     }
-    size_t n = 0;
-    for (SharedGradient& gradient : shared) {
-      while (tasks[n].sequence != gradient.sequence || tasks[n].kv_head != gradient.kv_head) ++n;
-      for (int64_t t = 0; t < gradient.tasks; ++t, ++n) {
-        tasks[n].shared_grad_q = gradient.sums + t * gradient.floats;
+    for (int64_t s = 0; s < args.sequences; ++s) {
+      const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
+      const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
+      const int64_t floats = queries * group * padded(args.size);
+      // More than half a thread's share of the work, or more memory than each thread shall have.
+      const bool is_long = threads > 1 && costs[s] > total / (2.0 * threads) && keys > block;
+      const bool is_large = need_q && floats > kOwnQueryFloats;
+      for (int64_t h = 0; h < args.kv_heads; ++h) {
+        if (keys > 0 && (is_long || is_large)) {
+          const int64_t blocks = (keys + block - 1) / block;
+          pairs.push_back({s, h, blocks, 0, 0, blocks});
+          if (need_q) slot_floats = std::max(slot_floats, floats);
+        } else {
+          alone.add({s, h, 0, keys}, costs[s]);
+          if (keys > 0) alone_queries = std::max(alone_queries, queries);
+        }
+      }
+    }
+    const int64_t most =
+        slot_floats == 0 ? threads : std::max<int64_t>(kSlotFloats / slot_floats, 2);
+    slots = std::min({most, threads, static_cast<int64_t>(pairs.size())});
+    share_out(args, block);
+  }
+
+  // How many sums of a table of `floats` floats there may be, of `wanted`.
+  static int64_t table_sums(int64_t wanted, int64_t floats) {
+    return std::clamp<int64_t>(kTableFloats / std::max<int64_t>(floats, 1), 1, wanted);
+  }
+
+ private:
+  // As many pairs at a time as there are slots, their blocks of keys in turn: so that a task rarely
+  // finds the one before it at work.
+  void share_out(const AttentionArgs& args, int64_t block) {
+    const int64_t count = pairs.size();
+    for (int64_t first = 0; first < count; first += slots) {
+      const int64_t last = std::min(count, first + slots);
+      int64_t blocks = 0;
+      for (int64_t p = first; p < last; ++p) {
+        pairs[p].slot = p - first;
+        pairs[p].first_done = done.size();
+        const int64_t queries = args.cu_q[pairs[p].sequence + 1] - args.cu_q[pairs[p].sequence];
+        done.resize(done.size() + pairs[p].blocks, queries);
+        blocks = std::max(blocks, pairs[p].blocks);
+      }
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (int64_t p = first; p < last; ++p) {
+          if (b >= pairs[p].blocks) continue;
+          const int64_t s = pairs[p].sequence, keys = args.cu_k[s + 1] - args.cu_k[s];
+          const int64_t from = b * block;
+          shared.push_back({{s, pairs[p].kv_head, from, std::min(block, keys - from)}, p, b});
+        }
       }
     }
   }
 };
-
-// Keys are shared among tasks where one sequence and key head is more than half a thread's share of
-// the work: a few long sequences, or one among short ones.
-inline BackwardPlan plan_backward(const AttentionArgs& args, int64_t threads) {
-  constexpr double kMostTasks = 16;  // of one sequence and key head: each has its own sums
-  BackwardPlan plan;
-  const int64_t block = key_block(args), group = args.heads / args.kv_heads;
-  std::vector<double> costs(args.sequences);
-  double total = 0;
-  for (int64_t s = 0; s < args.sequences; ++s) {
-    const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
-    const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
-    const double pairs = seen_pairs(args, queries, keys, 0, queries, 0, keys);
-    costs[s] = cost_of(queries * group, keys, pairs * group);
-    total += costs[s] * args.kv_heads;
-  }
-  for (int64_t s = 0; s < args.sequences; ++s) {
-    const int64_t queries = args.cu_q[s + 1] - args.cu_q[s];
-    const int64_t keys = args.cu_k[s + 1] - args.cu_k[s];
-    const double wanted = std::min(kMostTasks, std::ceil(costs[s] / (total / (2.0 * threads))));
-    const int64_t blocks = (keys + block - 1) / block;
-    const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1));
-    for (int64_t h = 0; h < args.kv_heads; ++h) {
-      for (int64_t n = 0; n < parts; ++n) {
-        const int64_t first = std::min(keys, blocks * n / parts * block);
-        const int64_t count = std::min(keys, blocks * (n + 1) / parts * block) - first;
-        const double pairs = seen_pairs(args, queries, keys, 0, queries, first, count);
-        const double cost = cost_of(queries * group, count, pairs * group);
-        plan.add({s, h, first, count, nullptr}, cost);
-      }
-      if (parts == 1) continue;
-      plan.shared.push_back({s, h, parts, queries * group * padded(args.size), nullptr});
-      plan.shared_floats += parts * plan.shared.back().floats;
-    }
-  }
-  return plan;
-}
 
 }  // namespace
 }  // namespace speeder

@@ -3,6 +3,8 @@
 // memory. Everything has internal linkage or is declared only, as in vec.h.
 #pragma once
 
+#include <sched.h>
+
 #include <cstdint>
 
 #include "cpu/attention/attention.h"
@@ -37,9 +39,15 @@ struct DecodeTask {
 // Keys first .. first + count - 1 of one sequence and one key head, and the queries that see them.
 struct BackwardTask {
   int64_t sequence, kv_head, first, count;
-  // Where the queries' gradient is summed, (queries, group, padded size), if several tasks share
-  // the sequence's keys; null where this one has them all, and writes the gradient itself.
-  float* shared_grad_q;
+  // Where the queries' gradient is summed, (queries, group, padded size), by tasks that have a
+  // block of the sequence's keys each; null where this one has all keys, and writes the gradient
+  // itself.
+  float* shared_grad_q = nullptr;
+  // The tasks add to it in the order of their keys. Each goes over the queries from the last one to
+  // the first, and may add to those that the task before is done with: those from *before on (null:
+  // it is the first task). It is done itself with those from *done on.
+  const int64_t* before = nullptr;
+  int64_t* done = nullptr;
 };
 
 // One part's sums of the bias tables' gradients; null where not asked for.
@@ -89,6 +97,14 @@ constexpr int64_t kDecodeKeys = 128;    // in a block of keys of a DecodeTask
 constexpr int64_t kDecodeRows = 6;      // most query rows of one key head in a DecodeTask
 constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a group) of one task
 constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
+// Floats of the gradient of q that a task sums in its thread's scratch memory, at most.
+constexpr int64_t kOwnQueryFloats = 1 << 18;
+
+// Waits until another thread has lowered `place` to `most`. Builtins: what std::atomic's functions
+// are compiled to for one instruction set must not be linked into the code for another.
+inline void wait_for(const int64_t* place, int64_t most) {
+  while (__atomic_load_n(place, __ATOMIC_ACQUIRE) > most) sched_yield();
+}
 
 inline int64_t padded(int64_t n) { return (n + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
 
@@ -185,7 +201,7 @@ struct DecodeScratch {
 };
 
 struct BackwardScratch {
-  // `queries`: of the longest sequence.
+  // `queries`: of the longest sequence that one task has alone.
   BackwardScratch(const AttentionArgs& args, int64_t queries, float* base) {
     Scratch scratch(base);
     const int64_t width = padded(args.size), keys = key_block(args);
@@ -228,7 +244,7 @@ struct BackwardScratch {
   float* grad_k;         // (keys, width)
   float* grad_v;         // (keys, width)
   float* absolute_sums;  // (group, keys)
-  float* grad_q;         // (queries of the sequence, group, width)
+  float* grad_q;         // (queries, group, width), where one task has all keys
   int64_t floats;
 };
 
