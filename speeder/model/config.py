@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from torch import nn
@@ -110,31 +111,23 @@ class SpeederConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
         # JSON files sort their keys: a fixed order keeps the gate's columns the same after loading
         self.modalities = dict(sorted((self.modalities or {}).items()))
-        self.prompt_prefix = list(self.prompt_prefix or [])
-        self.prompt_suffix = list(self.prompt_suffix or [])
-        for name, least in (
-            ("num_items", 0),
-            ("tokens_per_item", 1),
-            ("max_history", 1),
-            ("max_rank", 1),
-            ("max_distance", 1),
-            ("num_distance_buckets", 2),
-            ("num_negatives", 1),
-            ("negatives_seed", 0),
-        ):
+        for name in ("prompt_prefix", "prompt_suffix"):
+            ids = [] if getattr(self, name) is None else getattr(self, name)
+            if not isinstance(ids, list | tuple) or not all(
+                type(entry) is int and entry >= 0 for entry in ids
+            ):
+                raise ValueError(f"{name}: expected a list of text ids, got {ids!r}")
+            setattr(self, name, list(ids))
+        for name, (least, most) in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-        for name in (
-            "modality_dropout",
-            "cold_dropout",
-            "dropout",
-            "position_proxy_weight",
-            "initial_logit_scale",
-            "negatives_exponent",
-        ):
-            if not isinstance(getattr(self, name), int | float):
-                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
+            if value is None and name == "expert_hidden_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise ValueError(f"{name}: expected an integer >= {least} and <= {most}, got {value!r}")
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise ValueError(f"{name}: expected a finite number, got {value!r}")
         for name in ("modality_dropout", "cold_dropout", "dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
@@ -181,4 +174,26 @@ class SpeederConfig(PretrainedConfig):
         return self.text_config if decoder and not encoder else self
 
 
+_LARGE = 2**20  # more of any of these is a slip, and would not fit into memory
+_WHOLE_NUMBERS = {
+    "num_items": (0, 2**31 - 1),
+    "num_warm_items": (0, 2**31 - 1),
+    "tokens_per_item": (1, 1024),
+    "expert_hidden_size": (1, _LARGE),
+    "max_history": (1, _LARGE),
+    "max_rank": (1, _LARGE),
+    "max_distance": (1, _LARGE),
+    "num_distance_buckets": (2, _LARGE),
+    "num_negatives": (1, 2**31 - 1),
+    "negatives_seed": (0, 2**63 - 1),
+}
+_NUMBERS = (
+    "modality_dropout",
+    "cold_dropout",
+    "dropout",
+    "embedding_rms",
+    "position_proxy_weight",
+    "initial_logit_scale",
+    "negatives_exponent",
+)
 AutoConfig.register("speeder", SpeederConfig)

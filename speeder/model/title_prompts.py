@@ -16,8 +16,8 @@ from speeder.errors import SpeederError
 from speeder.evaluation.candidates import draw_items
 from speeder.model.config import SpeederConfig
 from speeder.model.sequences import IGNORED, TokenSequence
+from speeder.recipes.templates import TITLE_FIELDS, template_text
 
-FIELDS = ("{history}", "{candidates}")
 MAX_TITLE_TOKENS = 32  # a longer title is cut, in training and in writing
 NUM_CANDIDATES = 20  # as the protocol "vhr" has them
 _PARTS = 1_000_000  # in which chances are drawn
@@ -151,15 +151,10 @@ def template_pieces(template: str) -> list[str]:
     Raises:
         SpeederError: it does not have `{history}` and then `{candidates}`, each once.
     """
-    history, candidates = FIELDS
-    if [template.count(field) for field in FIELDS] != [1, 1] or template.index(history) > template.index(
-        candidates
-    ):
-        raise SpeederError(
-            f"title_template: expected {history}, then {candidates}, each once, got {template!r}"
-        )
-    before, rest = template.split(history)
-    return [before, *rest.split(candidates)]
+    try:
+        return template_text(template, TITLE_FIELDS)
+    except ValueError as error:
+        raise SpeederError(f"title_template: {error}") from error
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from speeder.errors import SpeederError
-from speeder.recipes.build import build
+from speeder.recipes.checked import build
 from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
 from speeder.recipes.schema import Recipe, Stage
 
@@ -70,8 +70,13 @@ def recipe_from_dict(data: Any) -> Recipe | SASRecRecipe:
         return build(SASRecRecipe, data, "recipe")
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         raise SpeederError("recipe: expected a mapping with a list of 'stages'")
-    stages = [build(Stage, stage, f"stage {number}") for number, stage in enumerate(data["stages"], 1)]
+    stages = [build(Stage, stage, _place(stage, number)) for number, stage in enumerate(data["stages"], 1)]
     return build(Recipe, {**data, "stages": stages}, "recipe")
+
+
+def _place(stage: Any, number: int) -> str:
+    name = stage.get("name") if isinstance(stage, dict) else None
+    return f"stage {name!r}" if isinstance(name, str) and 0 < len(name) <= 100 else f"stage {number}"
 
 
 def settings_for(training_sequences: Sequence[Sequence[int]]) -> SASRecConfig:

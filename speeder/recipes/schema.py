@@ -1,12 +1,31 @@
-"""A training recipe: a YAML file of MPO stages, read into validated dataclasses."""
+"""A training recipe: a YAML file of MPO stages, read into checked dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import AfterValidator, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from speeder.errors import SpeederError
+from speeder.recipes.checked import (
+    SETTINGS,
+    Arguments,
+    Count,
+    CountOrZero,
+    Epochs,
+    NotNegative,
+    Seed,
+    Share,
+    ShareBelowOne,
+    Size,
+    Text,
+    all_finite,
+    checked,
+)
+from speeder.recipes.templates import TITLE_FIELDS, template_text
 
 AUTO = "auto"  # `precision`: the faster one on the machine at hand
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -14,15 +33,26 @@ MODALITIES = ("text", "image", "collaborative")  # what the encoders make; prepa
 
 # The prompt for titles. It begins as a ranking sequence does, so what ranking learned is used.
 TITLE_TEMPLATE = "{history}\nCandidates:\n{candidates}\nChosen next:\n"
+USUAL_TEMPLATE = "{history}"  # items alone; of a baseline, its own prompt
 
 # What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
 PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
 
-# The text baselines (`speeder/baselines/`): their trainable parts, and the supervision that they support.
+
+# The text baselines, see `speeder/baselines/`.
+class Baseline(NamedTuple):
+    """What a text baseline's recipe may have: parts to train, supervision, and fields of its template, in order."""
+
+    parts: tuple[str, ...]
+    supervisions: tuple[str, ...]
+    fields: tuple[str, ...]
+
+
+_OF_BACKBONE = ("lora", "backbone", "embeddings")
 BASELINES = {
-    "text-prompt": (("item", "head", "lora", "backbone", "embeddings"), ("all", "last")),
-    "title-generation": (("lora", "backbone", "embeddings"), ("last",)),
-    "yes-no": (("lora", "backbone", "embeddings"), ("last",)),
+    "text-prompt": Baseline(("item", "head", *_OF_BACKBONE), ("all", "last"), ("history",)),
+    "title-generation": Baseline(_OF_BACKBONE, ("last",), ("history", "candidates")),
+    "yes-no": Baseline(_OF_BACKBONE, ("last",), ("history", "candidate")),
 }
 
 
@@ -30,7 +60,18 @@ class NoStageLeft(SpeederError):
     """A recipe opens only modalities that the data lack."""
 
 
-@dataclass
+class LoraArguments(TypedDict, total=False):
+    """Arguments of `peft.LoraConfig`, which checks those that are not here."""
+
+    __pydantic_config__ = SETTINGS | ConfigDict(extra="allow")
+
+    r: Size
+    lora_alpha: Annotated[int | float, Field(gt=0)]
+    lora_dropout: Annotated[int | float, Field(ge=0, lt=1)]
+    target_modules: list[Text] | Text
+
+
+@checked()
 class Stage:
     """One stage of MPO, Modality-aware Progressive Optimization.
 
@@ -49,50 +90,31 @@ class Stage:
         batch_users: overrides the recipe's.
     """
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=100)]
     open: list[str] = field(default_factory=list)
     train: list[str] = field(default_factory=lambda: ["experts", "gate", "item", "head", "spae", "backbone"])
-    epochs: float = 1.0
-    steps: int | None = None
-    learning_rate: float = 1e-3
-    item_learning_rate: float | None = None
-    backbone_learning_rate: float = 3e-4
-    ramp_steps: int = 20
-    titles: float = 0.0
-    batch_users: int | None = None
+    epochs: Epochs = 1.0
+    steps: Count | None = None
+    learning_rate: NotNegative = 1e-3
+    item_learning_rate: NotNegative | None = None
+    backbone_learning_rate: NotNegative = 3e-4
+    ramp_steps: CountOrZero = 20
+    titles: Share = 0.0
+    batch_users: Count | None = None
 
     def __post_init__(self):
-        for key, least in (
-            ("open", 0),
-            ("train", 1),
-        ):  # a baseline has nothing to open; `Recipe` checks the rest
-            names = getattr(self, key)
-            if len(names) < least or not all(isinstance(name, str) for name in names):
-                raise SpeederError(f"stage {self.name!r}: {key}: expected at least one name, got {names}")
+        if not self.train:
+            raise SpeederError("train: expected at least one part, got none")
         for part in self.train:
             name, _, last = part.partition(":")
-            if name not in PARTS or (last and not (name == "backbone" and last.isdigit() and int(last) > 0)):
+            numbered = name == "backbone" and last.isdecimal() and last.isascii() and int(last[:9]) > 0
+            if name not in PARTS or (":" in part and not numbered):
                 raise SpeederError(
-                    f"stage {self.name!r}: train: expected parts of {', '.join(PARTS)} or 'backbone:N', got {part!r}"
+                    f"train: expected parts of {', '.join(PARTS)} or 'backbone:N', got {part!r}"
                 )
-        if self.epochs <= 0 or (self.steps is not None and self.steps <= 0):
-            raise SpeederError(f"stage {self.name!r}: expected epochs and steps above 0")
-        if (
-            min(
-                self.learning_rate, self.item_learning_rate or 0, self.backbone_learning_rate, self.ramp_steps
-            )
-            < 0
-        ):
-            raise SpeederError(f"stage {self.name!r}: expected learning rates and ramp_steps of at least 0")
-        if not 0.0 <= self.titles <= 1.0:
-            raise SpeederError(f"stage {self.name!r}: titles: expected a share in [0, 1], got {self.titles}")
-        if self.batch_users is not None and self.batch_users < 1:
-            raise SpeederError(
-                f"stage {self.name!r}: batch_users: expected at least 1, got {self.batch_users}"
-            )
 
 
-@dataclass
+@checked()
 class Recipe:
     """A whole training run.
 
@@ -121,47 +143,33 @@ class Recipe:
         stages: in order.
     """
 
-    stages: list[Stage]
-    backbone: str = "smollm2-135m"
-    baseline: str | None = None
-    layers: int | None = None
+    stages: Annotated[list[Stage], Field(min_length=1)]
+    backbone: Text = "smollm2-135m"
+    baseline: Literal["text-prompt", "title-generation", "yes-no"] | None = None
+    layers: Count | None = None
     random_weights: bool = False
     template: str = "{history}"
     title_template: str = TITLE_TEMPLATE
-    model: dict[str, Any] = field(default_factory=dict)
-    lora: dict[str, Any] | None = None
-    supervision: str = "all"
-    batch_users: int = 64
-    gradient_accumulation_steps: int = 1
-    precision: str = AUTO
-    weight_decay: float = 0.01
-    warmup_ratio: float = 0.05
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    checkpoint_steps: int = 100
+    model: Arguments = field(default_factory=dict)
+    lora: Annotated[LoraArguments, AfterValidator(all_finite)] | None = None
+    supervision: Literal["all", "last"] = "all"
+    batch_users: Count = 64
+    gradient_accumulation_steps: Count = 1
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = AUTO
+    weight_decay: NotNegative = 0.01
+    warmup_ratio: ShareBelowOne = 0.05
+    max_grad_norm: NotNegative = 1.0
+    ema_decay: ShareBelowOne = 0.0
+    checkpoint_steps: Count = 100
     keep_best: bool = True
-    log_steps: int = 5
-    skip_bad_batches: int = 0
-    seed: int = 0
+    log_steps: Count = 5
+    skip_bad_batches: CountOrZero = 0
+    seed: Seed = 0
 
     def __post_init__(self):
-        if not self.stages:
-            raise SpeederError("recipe: expected at least one stage, got none")
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
-            raise SpeederError(f"recipe: expected stages with different names, got {', '.join(names)}")
-        for name, allowed in (("precision", (AUTO, *PRECISIONS)), ("supervision", ("all", "last"))):
-            if getattr(self, name) not in allowed:
-                raise SpeederError(
-                    f"recipe: {name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
-                )
-        for name in ("batch_users", "gradient_accumulation_steps", "checkpoint_steps", "log_steps"):
-            if getattr(self, name) < 1:
-                raise SpeederError(f"recipe: {name}: expected at least 1, got {getattr(self, name)}")
-        if self.skip_bad_batches < 0:
-            raise SpeederError(f"recipe: skip_bad_batches: expected at least 0, got {self.skip_bad_batches}")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise SpeederError(f"recipe: ema_decay: expected a number in [0, 1), got {self.ema_decay}")
+            raise SpeederError(f"stages: expected different names, got {', '.join(names)}")
         if self.baseline is not None:
             self._fit_baseline()
         for stage in self.stages:
@@ -170,26 +178,27 @@ class Recipe:
                     f"stage {stage.name!r}: open: expected at least one name, got {stage.open}"
                 )
         if self.lora is None and any("lora" in stage.train for stage in self.stages):
-            raise SpeederError("recipe: a stage trains 'lora', but the recipe has no 'lora' section")
+            raise SpeederError("lora: expected arguments, since a stage trains 'lora', got none")
+        fields = ("history",) if self.baseline is None else BASELINES[self.baseline].fields
+        if self.baseline is None or self.template != USUAL_TEMPLATE:
+            _check_template("template", self.template, fields)
+        _check_template("title_template", self.title_template, TITLE_FIELDS)
 
     def _fit_baseline(self) -> None:
-        if self.baseline not in BASELINES:
-            raise SpeederError(
-                f"recipe: baseline: expected one of {', '.join(BASELINES)}, got {self.baseline!r}"
-            )
-        parts, supervisions = BASELINES[self.baseline]
+        parts, supervisions, _ = BASELINES[self.baseline]
         if self.supervision not in supervisions:
             raise SpeederError(
-                f"recipe: supervision: expected 'last' for {self.baseline!r}, got {self.supervision!r}"
+                f"supervision: expected 'last' for {self.baseline!r}, got {self.supervision!r}"
             )
         for stage in self.stages:
+            where = f"stage {stage.name!r}: "
             if stage.titles:
                 raise SpeederError(
-                    f"stage {stage.name!r}: titles: expected 0 for the baseline {self.baseline!r}, got {stage.titles}"
+                    f"{where}titles: expected 0 for the baseline {self.baseline!r}, got {stage.titles}"
                 )
             train = [part for part in stage.train if part.partition(":")[0] in parts]
             if not train:
-                raise SpeederError(f"stage {stage.name!r}: train: expected some of {', '.join(parts)}")
+                raise SpeederError(f"{where}train: expected some of {', '.join(parts)}, got {stage.train}")
             stage.train, stage.open = train, ["item"] if "item" in parts else []
 
     def for_modalities(self, available: list[str], keep_stages: bool = False) -> tuple[Recipe, list[str]]:
@@ -250,7 +259,14 @@ class Recipe:
         if not self.skip_bad_batches:
             del plain["skip_bad_batches"]
         for stage in plain["stages"]:
-            for key in ("titles", "batch_users", "item_learning_rate"):
-                if not stage[key]:
+            for key, unused in (("titles", 0.0), ("batch_users", None), ("item_learning_rate", None)):
+                if stage[key] == unused:
                     del stage[key]
         return plain
+
+
+def _check_template(name: str, template: str, fields: tuple[str, ...]) -> None:
+    try:
+        template_text(template, fields)
+    except ValueError as error:
+        raise SpeederError(f"{name}: {error}") from error

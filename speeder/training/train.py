@@ -88,6 +88,7 @@ def train(
     """
     run = Path(run)
     _check_modalities(recipe, data)
+    _check_negatives(recipe, data)
     check_split(data.split, data.interactions)
     check_features(data)
     check_users(data.split)
@@ -152,6 +153,15 @@ def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
             if name not in data.catalogue.modalities:
                 known = ", ".join(data.catalogue.modalities) or "none"
                 raise SpeederError(f"stage {stage.name!r} opens {name!r}, but the prepared data has: {known}")
+
+
+def _check_negatives(recipe: Recipe, data: PreparedData) -> None:
+    """Each draw takes memory, and more draws than items are of less use than `full`."""
+    draws, items = recipe.model.get("num_negatives"), len(data.catalogue)
+    if recipe.model.get("negatives") == "sampled" and isinstance(draws, int) and draws > items:
+        raise SpeederError(
+            f"recipe: model: num_negatives: expected at most {items}, the items of the catalogue, got {draws}"
+        )
 
 
 def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, tokenizer) -> SpeederForCausalLM:

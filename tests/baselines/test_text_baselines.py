@@ -343,7 +343,7 @@ def test_wrong_recipes_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("kind", "config", "error", "message"),
     [
-        (TextPrompt, {"template": "hello"}, SpeederError, "template: expected {history}, got"),
+        (TextPrompt, {"template": "hello"}, SpeederError, "template: expected {history}, each once"),
         (YesNo, {"template": "{candidate} {history}"}, SpeederError, "expected {history}, then {candidate}"),
         (TextPrompt, {"max_title_tokens": 0}, ValueError, "max_title_tokens"),
         (TextPrompt, {"titles": 3}, SpeederError, "unknown setting 'titles'"),

@@ -260,8 +260,8 @@ def test_an_interrupted_run_draws_the_same_examples(place, data, tmp_path, monke
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"titles": 1.5}, r"stage 'titles': titles: expected a share in \[0, 1\], got 1.5"),
-        ({"titles": True}, "titles: expected float, got True"),
+        ({"titles": 1.5}, "stage 'titles': titles: expected at most 1, got 1.5"),
+        ({"titles": True}, "titles: expected a number, got True"),
         ({"stage": {"batch_users": 0}}, "stage 'titles': batch_users: expected at least 1, got 0"),
         (
             {"baseline": "title-generation", "supervision": "last"},

@@ -360,7 +360,11 @@ MEAN = "variants: MRC: mean: "
             {"model.wings": 1},
             f"{MEAN}recipe: model: unknown key 'wings'",
         ),
-        (("variants", "MRC", "mean", "changes"), {"layers": "x"}, f"{MEAN}recipe: layers: expected int"),
+        (
+            ("variants", "MRC", "mean", "changes"),
+            {"layers": "x"},
+            f"{MEAN}recipe: layers: expected a whole number",
+        ),
         (
             ("variants", "MRC", "mean", "changes"),
             {"precision.x": 1},
@@ -379,7 +383,7 @@ MEAN = "variants: MRC: mean: "
         (
             ("variants", "MRC", "mean", "changes"),
             {"stages.text.opens": ["text"]},
-            f"{MEAN}stage 1: unknown key 'opens'",
+            f"{MEAN}stage 'text': unknown key 'opens'",
         ),
         (
             ("variants", "MRC", "mean", "changes"),

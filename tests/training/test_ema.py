@@ -69,5 +69,5 @@ def test_a_stage_is_judged_by_the_average_and_ends_with_it(tmp_path, keep_best):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_out_of_range_is_refused(decay):
-    with pytest.raises(SpeederError, match=r"ema_decay: expected a number in \[0, 1\)"):
+    with pytest.raises(SpeederError, match=r"ema_decay: expected (at least 0|a number below 1), got"):
         recipe_from_dict({"ema_decay": decay, "stages": [{"name": "text", "open": ["text"]}]})

@@ -162,10 +162,10 @@ def test_bundled_recipes_are_whole_and_suit_their_data():
         ({"sasrec": {"floors": 2}}, "sasrec: unknown key 'floors'"),
         ({"sasrec": {"heads": 3}}, "hidden_size: expected a multiple of heads=3, got 64"),
         ({"sasrec": {"dropout": "much"}}, "dropout: expected a number, got 'much'"),
-        ({"sasrec": {"epochs": 0}}, "epochs: expected a whole number of at least 1, got 0"),
-        ({"sasrec": {"epochs": 2.5}}, "epochs: expected int, got 2.5"),
+        ({"sasrec": {"epochs": 0}}, "recipe: sasrec: epochs: expected at least 1, got 0"),
+        ({"sasrec": {"epochs": 2.5}}, "epochs: expected a whole number, got 2.5"),
         ({"stages": []}, "unknown key 'stages'"),
-        ({"seed": "one"}, "seed: expected int, got 'one'"),
+        ({"seed": "one"}, "seed: expected a whole number, got 'one'"),
     ],
 )
 def test_wrong_recipes_are_refused_by_name(recipe, message):

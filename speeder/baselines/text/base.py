@@ -21,6 +21,7 @@ from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.processor import HISTORY
 from speeder.model.sequences import IGNORED, TokenSequence
 from speeder.model.title_prompts import line_end, text_ids, title_rows
+from speeder.recipes.templates import template_text
 
 _PACK_TOKENS = 16_384  # tokens that run through the backbone at once
 
@@ -111,14 +112,11 @@ class TextBaseline(SpeederForCausalLM):
             SpeederError: it has no token to end a title, or the template lacks a field.
         """
         self.tokenizer, self.title_end = tokenizer, line_end(tokenizer)
-        rest, self.pieces = self.config.template, []
-        for field in self.fields:
-            before, found, rest = rest.partition("{" + field + "}")
-            if not found:
-                wanted = ", then ".join("{" + name + "}" for name in self.fields)
-                raise SpeederError(f"template: expected {wanted}, got {self.config.template!r}")
-            self.pieces.append(text_ids(tokenizer, before))
-        self.pieces.append(text_ids(tokenizer, rest))
+        try:
+            pieces = template_text(self.config.template, self.fields)
+        except ValueError as error:
+            raise SpeederError(f"template: {error}") from error
+        self.pieces = [text_ids(tokenizer, piece) for piece in pieces]
         self._titles = []
 
     def title(self, item: int) -> list[int]:
