@@ -44,6 +44,31 @@ print(status("VmHWM") - before - sum(x.numel() * x.element_size() for x in grads
 """
 
 
+ITEMS = """
+import sys, torch
+threads, rows, items, size = map(int, sys.argv[1:])
+torch.set_num_threads(threads)
+import speeder_kernels; speeder_kernels.backends()
+
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+
+def passes(rows, items):
+    hidden, table, targets = torch.randn(rows, size), torch.randn(items, size) / 9, torch.zeros(rows).long()
+    _, lse = torch.ops.speeder.item_cross_entropy(hidden, table, targets, 1.0, None, "cpu")
+    return lambda: torch.ops.speeder.item_cross_entropy_backward(
+        torch.ones(rows), hidden, table, targets, lse, 1.0, None, [True, True], "cpu"
+    )
+
+passes(300, 10000)()
+backward = passes(rows, items)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+grads = backward()
+print(status("VmHWM") - before - sum(x.numel() * x.element_size() for x in grads) / 2**20)
+"""
+
+
 def scratch(code: str, *arguments: int) -> float:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -63,6 +88,38 @@ def scratch(code: str, *arguments: int) -> float:
 def test_attention(shape, most, threads):
     """docs/kernels.md states the bound: sums of q's and the tables' gradients, and 2 MiB for each thread."""
     assert scratch(ATTENTION, threads, *shape) < most + 2 * threads + 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("threads", [1, 16])
+def test_item_cross_entropy(threads):
+    """Hidden rows, 8 MiB, packed twice; at most 64 MiB of sums of their gradient; 3 MiB for each thread."""
+    assert scratch(ITEMS, threads, 4096, 3500, 512) < 2 * 8 + min(64, threads * 8) + 3 * threads
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_that_take_turns(dtype):
+    """Rows whose gradient has fewer sums than there are threads: as on one thread, but for the order of sums."""
+    torch.manual_seed(2)
+    rows, items, size = 3000, 2500, 1024  # 12 MiB: five sums
+    hidden, table = (torch.randn(n, size).to(dtype) / 9 for n in (rows, items))
+    targets, grad = torch.randint(0, items, (rows,)), torch.rand(rows)
+    _, lse = torch.ops.speeder.item_cross_entropy(hidden, table, targets, 1.0, None, "cpu")
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 16, 16, 16):
+            torch.set_num_threads(count)
+            results.append(
+                torch.ops.speeder.item_cross_entropy_backward(
+                    grad, hidden, table, targets, lse, 1.0, None, [True, True], "cpu"
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[2:] for a, b in zip(other, results[1], strict=True))
+    assert torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][0], results[1][0])
 
 
 @pytest.mark.exact

@@ -223,10 +223,10 @@ void run_shared(const AttentionBackward& call, DType dtype, BackwardPlan& plan,
     if (need_tables && n >= parts) wait_for(&unfinished[n - parts], 0);
     kernel(call, tables, task, nullptr, {relative.part(n % parts), absolute.part(n % parts)},
            scratch);
-    __atomic_store_n(&unfinished[n], 0, __ATOMIC_RELEASE);
+    lower(&unfinished[n], 0);
     if (!need_q || __atomic_sub_fetch(&pair.left, 1, __ATOMIC_ACQ_REL) > 0) return;
     write_shared(call, dtype, pair, slot);  // who finishes the last task does
-    __atomic_store_n(&pair.busy, 0, __ATOMIC_RELEASE);
+    lower(&pair.busy, 0);
   });
 }
 

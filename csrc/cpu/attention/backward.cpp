@@ -272,7 +272,7 @@ class Backward {
                        grad_q_ + (first_query * group_ + r) * width_, width_, add_q_);
       }
     }
-    if (done_ != nullptr) __atomic_store_n(done_, first_query, __ATOMIC_RELEASE);
+    if (done_ != nullptr) lower(done_, first_query);
     for (int64_t j = 0; j < count; j += kTileRows) {
       const int64_t tile = smaller(kTileRows, count - j);
       // Rows from the first query that sees key j; a pair of rows may begin with one that does not.

@@ -3,12 +3,11 @@
 // memory. Everything has internal linkage or is declared only, as in vec.h.
 #pragma once
 
-#include <sched.h>
-
 #include <cstdint>
 
 #include "cpu/attention/attention.h"
 #include "cpu/common/tile_limits.h"
+#include "cpu/common/turns.h"
 
 namespace speeder {
 
@@ -99,12 +98,6 @@ constexpr int64_t kForwardRows = 384;   // query rows (positions x heads of a gr
 constexpr int64_t kBackwardRows = 128;  // query rows whose scores are held at once
 // Floats of the gradient of q that a task sums in its thread's scratch memory, at most.
 constexpr int64_t kOwnQueryFloats = 1 << 18;
-
-// Waits until another thread has lowered `place` to `most`. Builtins: what std::atomic's functions
-// are compiled to for one instruction set must not be linked into the code for another.
-inline void wait_for(const int64_t* place, int64_t most) {
-  while (__atomic_load_n(place, __ATOMIC_ACQUIRE) > most) sched_yield();
-}
 
 inline int64_t padded(int64_t n) { return (n + kMaxWidth - 1) / kMaxWidth * kMaxWidth; }
 

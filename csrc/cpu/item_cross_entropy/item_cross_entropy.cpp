@@ -13,6 +13,8 @@ namespace speeder {
 namespace {
 
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr int64_t kSumFloats = int64_t{1}
+                               << 24;  // of all sums of the gradient of hidden, or of one
 
 const ItemLossKernels& kernels(DType dtype) {
   const int type = static_cast<int>(dtype);
@@ -50,32 +52,32 @@ struct Hidden {
   const PackedHidden packed;
 };
 
-// Sums of the threads' parts of grad_hidden, in the order of the parts.
+// The total of the sums of grad_hidden, in their order.
 template <typename T>
-void write_hidden(const ItemLossBackward& call, const std::vector<ItemLossPart>& parts,
-                  int64_t begin, int64_t end) {
+void write_hidden(const ItemLossBackward& call, const float* sums, int64_t count, int64_t begin,
+                  int64_t end) {
   const int64_t size = call.args.size, width = padded_size(size);
-  std::vector<float> sums(size);
+  std::vector<float> total(size);
   for (int64_t n = begin; n < end; ++n) {
-    std::copy_n(parts[0].grad_hidden + n * width, size, sums.data());
-    for (size_t p = 1; p < parts.size(); ++p) {
-      const float* more = parts[p].grad_hidden + n * width;
-      for (int64_t d = 0; d < size; ++d) sums[d] += more[d];
+    std::copy_n(sums + n * width, size, total.data());
+    for (int64_t c = 1; c < count; ++c) {
+      const float* more = sums + (c * call.args.rows + n) * width;
+      for (int64_t d = 0; d < size; ++d) total[d] += more[d];
     }
     T* out = static_cast<T*>(call.grad_hidden) + n * size;
-    for (int64_t d = 0; d < size; ++d) out[d] = from_float<T>(sums[d]);
+    for (int64_t d = 0; d < size; ++d) out[d] = from_float<T>(total[d]);
   }
 }
 
-void write_hidden(const ItemLossBackward& call, DType dtype, const std::vector<ItemLossPart>& parts,
+void write_hidden(const ItemLossBackward& call, DType dtype, const float* sums, int64_t count,
                   int64_t begin, int64_t end) {
   switch (dtype) {
     case DType::kFloat32:
-      return write_hidden<float>(call, parts, begin, end);
+      return write_hidden<float>(call, sums, count, begin, end);
     case DType::kBFloat16:
-      return write_hidden<BFloat16>(call, parts, begin, end);
+      return write_hidden<BFloat16>(call, sums, count, begin, end);
     case DType::kFloat16:
-      return write_hidden<Half>(call, parts, begin, end);
+      return write_hidden<Half>(call, sums, count, begin, end);
   }
 }
 
@@ -123,24 +125,27 @@ void item_cross_entropy_backward(const ItemLossBackward& call, DType dtype, int6
   const ItemLossArgs& args = call.args;
   const ItemLossKernels& kernel = kernels(dtype);
   const Hidden hidden(args, kernel, call.grad_table != nullptr, parallel_for);
-  const int64_t blocks = (args.items + kBackwardItems - 1) / kBackwardItems;
-  const int64_t count = std::min(threads, blocks);
-  const int64_t width = padded_size(args.size);
-  const int64_t sums_floats = call.grad_hidden ? args.rows * width : 0;
-  const Buffer sums(count * sums_floats);
-  std::vector<ItemLossPart> parts;
-  for (int64_t n = 0; n < count; ++n) {
-    const int64_t first = std::min(args.items, blocks * n / count * kBackwardItems);
-    const int64_t last = std::min(args.items, blocks * (n + 1) / count * kBackwardItems);
-    float* const part_sums = call.grad_hidden ? sums.get() + n * sums_floats : nullptr;
-    parts.push_back({first, last - first, part_sums});
-  }
-  run_parts(
-      count, threads, ItemLossScratch(args.size, true, nullptr).floats, parallel_for,
-      [&](int64_t n, float* scratch) { kernel.backward(call, hidden.packed, parts[n], scratch); });
+  const int64_t tasks = (args.items + kBackwardItems - 1) / kBackwardItems;
+  const int64_t groups = groups_of(args.rows);
+  // A sum of the gradient of hidden for each thread, unless that becomes too much memory: then
+  // tasks that run at once add to one sum in turn, each to another group of rows.
+  const int64_t floats = call.grad_hidden ? args.rows * padded_size(args.size) : 0;
+  const int64_t most = std::max<int64_t>(1, kSumFloats / std::max<int64_t>(floats, 1));
+  const int64_t count = std::min({threads, tasks, most});
+  const Buffer sums(count * floats);
+  std::vector<int64_t> left(tasks, groups);
+  run_parts(tasks, threads, ItemLossScratch(args.size, true, nullptr).floats, parallel_for,
+            [&](int64_t n, float* scratch) {
+              const int64_t first = n * kBackwardItems;
+              const ItemLossTask task{first, std::min(kBackwardItems, args.items - first),
+                                      floats ? sums.get() + n % count * floats : nullptr,
+                                      n < count ? nullptr : &left[n - count], &left[n]};
+              kernel.backward(call, hidden.packed, task, scratch);
+            });
   if (call.grad_hidden == nullptr) return;
-  parallel_for(args.rows, 16,
-               [&](int64_t begin, int64_t end) { write_hidden(call, dtype, parts, begin, end); });
+  parallel_for(args.rows, 16, [&](int64_t begin, int64_t end) {
+    write_hidden(call, dtype, sums.get(), count, begin, end);
+  });
 }
 
 }  // namespace speeder

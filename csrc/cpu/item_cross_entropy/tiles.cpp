@@ -97,27 +97,46 @@ void target_logits(const ItemLossArgs& args, int64_t begin, int64_t end, float* 
   }
 }
 
-// One thread's items: for a block of them and a group of hidden rows, the logits' gradient, and the
-// two products that it goes into.
+// A block of items: for each group of hidden rows, the logits' gradient, and the two products that
+// it goes into.
 template <typename T>
 class Backward {
   using P = Packed<T>;
 
  public:
-  Backward(const ItemLossBackward& call, const PackedHidden& packed, const ItemLossPart& part,
+  Backward(const ItemLossBackward& call, const PackedHidden& packed, const ItemLossTask& task,
            float* scratch)
       : call_(call),
         args_(call.args),
         packed_(packed),
-        part_(part),
+        task_(task),
         at_(args_.size, true, scratch),
         width_(padded_size(args_.size)),
         ld_(width_ / kInLane<P>),
         depth_(lanes_of<P>(args_.size)) {}
 
   void run() {
-    for (int64_t i = part_.first; i < part_.first + part_.count; i += kBackwardItems) {
-      block(i, smaller(kBackwardItems, part_.first + part_.count - i));
+    const int64_t first = task_.first, count = task_.count;
+    const T* table = static_cast<const T*>(args_.table) + first * args_.size;
+    pack_rows(table, args_.size, count, args_.size, packed(at_.items), ld_);
+    if (task_.grad_hidden != nullptr) {
+      pack_depth_strips(table, count, args_.size, packed(at_.items_depth));
+    }
+    const int64_t groups = groups_of(args_.rows);
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t rows = smaller(kGroupRows, args_.rows - group * kGroupRows);
+      const int64_t left = groups - group - 1;
+      grad_logits(first, count, group, rows);
+      if (call_.grad_table != nullptr) add_grad_items(count, group, rows);
+      if (task_.grad_hidden == nullptr) continue;
+      if (task_.before != nullptr) wait_for(task_.before, left);
+      add_grad_hidden(count, group, rows, task_.before != nullptr);
+      lower(task_.left, left);
+    }
+    if (call_.grad_table == nullptr) return;
+    T* out = static_cast<T*>(call_.grad_table) + first * args_.size;
+    for (int64_t r = 0; r < count; ++r) {
+      store_row(out + r * args_.size, at_.grad_items + r * width_, args_.size, 1.0f);
     }
   }
 
@@ -125,27 +144,6 @@ class Backward {
   static P* packed(float* memory) { return reinterpret_cast<P*>(memory); }
   const P* group_of(const float* memory, int64_t group) const {
     return reinterpret_cast<const P*>(memory + group * group_floats(args_.size));
-  }
-
-  void block(int64_t first, int64_t count) {
-    const T* table = static_cast<const T*>(args_.table) + first * args_.size;
-    pack_rows(table, args_.size, count, args_.size, packed(at_.items), ld_);
-    if (part_.grad_hidden != nullptr) {
-      pack_depth_strips(table, count, args_.size, packed(at_.items_depth));
-    }
-    for (int64_t group = 0; group < groups_of(args_.rows); ++group) {
-      const int64_t rows = smaller(kGroupRows, args_.rows - group * kGroupRows);
-      grad_logits(first, count, group, rows);
-      if (call_.grad_table != nullptr) add_grad_items(count, group, rows);
-      if (part_.grad_hidden != nullptr) {
-        add_grad_hidden(count, group, rows, first > part_.first);
-      }
-    }
-    if (call_.grad_table == nullptr) return;
-    T* out = static_cast<T*>(call_.grad_table) + first * args_.size;
-    for (int64_t r = 0; r < count; ++r) {
-      store_row(out + r * args_.size, at_.grad_items + r * width_, args_.size, 1.0f);
-    }
   }
 
   void grad_logits(int64_t first, int64_t count, int64_t group, int64_t rows) {
@@ -255,7 +253,7 @@ class Backward {
   void add_grad_hidden(int64_t count, int64_t group, int64_t rows, bool add) {
     const P* grads = grads_by_row(packed(at_.grads));
     const int64_t depth = lanes_of<P>(count);
-    float* out = part_.grad_hidden + group * kGroupRows * width_;
+    float* out = task_.grad_hidden + group * kGroupRows * width_;
     for (int64_t n = 0; n < strips_of(args_.size); ++n) {
       const P* items = strip(packed(at_.items_depth), depth, n);
       for (int64_t r = 0; r < rows; r += kTileRows) {
@@ -269,7 +267,7 @@ class Backward {
   const ItemLossBackward& call_;
   const ItemLossArgs& args_;
   const PackedHidden& packed_;
-  const ItemLossPart& part_;
+  const ItemLossTask& task_;
   const ItemLossScratch at_;
   const int64_t width_, ld_;  // of a packed row: in elements, in lanes
   const int64_t depth_;
@@ -277,9 +275,9 @@ class Backward {
 };
 
 template <typename T>
-void backward(const ItemLossBackward& call, const PackedHidden& packed, const ItemLossPart& part,
+void backward(const ItemLossBackward& call, const PackedHidden& packed, const ItemLossTask& task,
               float* scratch) {
-  Backward<T>(call, packed, part, scratch).run();
+  Backward<T>(call, packed, task, scratch).run();
 }
 
 template <typename T>

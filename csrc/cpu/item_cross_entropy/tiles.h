@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/common/item_groups.h"
+#include "cpu/common/turns.h"
 #include "cpu/item_cross_entropy/item_cross_entropy.h"
 
 namespace speeder {
@@ -16,10 +17,16 @@ struct PackedHidden {
   float* depth;    // the same size: right operands whose depth goes down the rows; or null
 };
 
-// One thread's share of the backward pass.
-struct ItemLossPart {
-  int64_t first, count;  // items
-  float* grad_hidden;    // (rows, padded size): this part's sum; null where not asked for
+// A task of the backward pass: a block of at most kBackwardItems items.
+struct ItemLossTask {
+  int64_t first, count;
+  // Where the gradient of hidden is summed, (rows, padded size), by several tasks, group of rows by
+  // group; null where not asked for.
+  float* grad_hidden;
+  // Groups that the task which adds to the same sum before this one has not been through; null:
+  // this is the first, and sets the sum.
+  const int64_t* before;
+  int64_t* left;  // the same of this task
 };
 
 struct ItemLossKernels {
@@ -32,7 +39,7 @@ struct ItemLossKernels {
   // Natural logits of the targets of rows begin .. end - 1.
   void (*target_logits)(const ItemLossArgs& args, int64_t begin, int64_t end, float* logits);
   void (*backward)(const ItemLossBackward& call, const PackedHidden& packed,
-                   const ItemLossPart& part, float* scratch);
+                   const ItemLossTask& task, float* scratch);
 };
 
 namespace portable {
