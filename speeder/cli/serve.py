@@ -19,6 +19,7 @@ NEEDS = ("fastapi", "fastapi_offline", "httptools", "prometheus_client", "uvicor
 
 _HELP = {
     "max_history": "items per posted history",
+    "max_filter": "ids in each of a request's allow and deny lists",
     "max_k": "items recommended per request",
     "max_explained": "items explained per request",
     "max_query": "characters per search query",

@@ -24,6 +24,7 @@ from speeder.io.files import (
 
 FORMAT = "speeder-catalogue-1"
 _ROW_GROUP = 1 << 16
+_COLUMNS = ("id", "title", "text", "image")  # that every catalogue has
 _MODALITY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -35,6 +36,7 @@ class ItemCatalogue:
         titles: one title per item, `""` if none.
         texts: the text that encoders read, `""` if none.
         images: a picture's path, or None.
+        columns: further columns, such as a genre: name -> one text or None per item.
         features: modality -> `(I, F_m)` float32, zeros where absent.
         present: modality -> `(I,)` bool.
     """
@@ -54,6 +56,7 @@ class ItemCatalogue:
         self.titles = [""] * count if titles is None else _strings("titles", titles, count)
         self.texts = [""] * count if texts is None else _strings("texts", texts, count)
         self.images = [None] * count if images is None else _strings("images", images, count, optional=True)
+        self.columns: dict[str, list[str | None]] = {}
         self._index = {external: row for row, external in enumerate(self.ids)}
         if len(self._index) != count:
             twice = next(external for row, external in enumerate(self.ids) if self._index[external] != row)
@@ -113,6 +116,39 @@ class ItemCatalogue:
             raise ValueError(f"expected item indices in 0..{count - 1}, got {wrong}")
         return rows
 
+    def known(self, entries: Sequence[int | str]) -> list[int | str]:
+        """The entries without ids (str) that no item has; raises `TypeError` for what is no list."""
+        check_ordered("items", entries)
+        return [entry for entry in entries if not isinstance(entry, str) or entry in self._index]
+
+    def with_columns(self, columns: Mapping[str, Sequence[str | None]]) -> "ItemCatalogue":
+        """A catalogue with columns added or replaced, by which recommendations can be filtered; the rest is shared.
+
+        Args:
+            columns: name -> one text or None per item.
+
+        Raises `TypeError` or `ValueError` if a column does not fit, or has a name of the catalogue's own.
+        """
+        added = {name: _strings(name, values, len(self), optional=True) for name, values in columns.items()}
+        for name in added:
+            if not isinstance(name, str) or not name or name in _COLUMNS:
+                raise ValueError(f"columns: expected other names than {', '.join(_COLUMNS)}, got {name!r}")
+        other = object.__new__(ItemCatalogue)
+        other.__dict__.update(self.__dict__)
+        other.columns = {**self.columns, **added}
+        return other
+
+    def rows_where(self, column: str, values: Sequence[str]) -> np.ndarray:
+        """The rows with one of the values in a column, `(n,)` int64, rising; `ValueError` without such a column."""
+        if column not in self.columns:
+            known = ", ".join(self.columns) or "none"
+            raise ValueError(f"where: expected a column of the catalogue ({known}), got {column!r}")
+        check_ordered(f"where: {column}", values)
+        wanted = {*_strings(f"where: {column}", values)}
+        return np.array(
+            [row for row, value in enumerate(self.columns[column]) if value in wanted], dtype=np.int64
+        )
+
     def with_features(
         self, name: str, features: torch.Tensor, present: torch.Tensor | None = None
     ) -> "ItemCatalogue":
@@ -146,9 +182,11 @@ class ItemCatalogue:
             features[name] = torch.cat([side._features_or_zeros(name, width) for side in (self, other)])
             present[name] = torch.cat([side._present_or_false(name) for side in (self, other)])
         columns = zip(self._columns(), other._columns(), strict=True)
-        return ItemCatalogue(
+        whole = ItemCatalogue(
             *(first + second for first, second in columns), features=features, present=present
         )
+        further = dict.fromkeys([*self.columns, *other.columns])
+        return whole.with_columns({name: self._column(name) + other._column(name) for name in further})
 
     def select(self, rows: Sequence[int]) -> "ItemCatalogue":
         """The items of these rows, in this order; raises `IndexError`, `TypeError` or `ValueError` for invalid rows."""
@@ -157,12 +195,18 @@ class ItemCatalogue:
             raise ValueError(f"rows must lie in 0..{len(self) - 1}, but hold {int(rows.min())}")
         columns = ([column[row] for row in rows.tolist()] for column in self._columns())
         features = {name: matrix[rows] for name, matrix in self.features.items()}
-        return ItemCatalogue(
+        part = ItemCatalogue(
             *columns, features=features, present={name: mask[rows] for name, mask in self.present.items()}
+        )
+        return part.with_columns(
+            {name: [column[row] for row in rows.tolist()] for name, column in self.columns.items()}
         )
 
     def _columns(self) -> tuple[list, list, list, list]:
         return self.ids, self.titles, self.texts, self.images
+
+    def _column(self, name: str) -> list[str | None]:
+        return self.columns.get(name, [None] * len(self))
 
     def _features_or_zeros(self, name: str, width: int) -> torch.Tensor:
         return self.features.get(name, torch.zeros(len(self), width))
@@ -199,10 +243,11 @@ class ItemCatalogue:
         import pyarrow as pa  # slow to import, and not needed by a model
         import pyarrow.parquet as pq
 
-        schema = pa.schema([(name, pa.string()) for name in ("id", "title", "text", "image")])
+        schema = pa.schema([(name, pa.string()) for name in (*_COLUMNS, *self.columns)])
         with pq.ParquetWriter(path, schema) as writer:
             for start in range(0, len(self) or 1, _ROW_GROUP):
-                rows = [column[start : start + _ROW_GROUP] for column in self._columns()]
+                columns = (*self._columns(), *self.columns.values())
+                rows = [column[start : start + _ROW_GROUP] for column in columns]
                 writer.write_table(pa.table(rows, schema=schema))
 
     @classmethod
@@ -224,7 +269,7 @@ class ItemCatalogue:
             # not read_table, which goes through pyarrow.dataset and imports pandas wherever it is installed
             with pq.ParquetFile(folder / "items.parquet") as file:
                 columns = file.read().to_pydict()
-            catalogue = cls(columns["id"], columns["title"], columns["text"], columns["image"])
+            catalogue = cls(*(columns.pop(name) for name in _COLUMNS)).with_columns(columns)
             for entry in manifest["modalities"]:
                 with safe_open(folder / f"{entry['name']}.safetensors", framework="pt") as file:
                     matrix, mask = file.get_tensor("features"), file.get_tensor("present")

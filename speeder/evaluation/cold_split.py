@@ -185,7 +185,7 @@ def _with_features(catalogue: ItemCatalogue, names: list[str]) -> ItemCatalogue:
     present = {name: catalogue.present[name] for name in names}
     return ItemCatalogue(
         catalogue.ids, catalogue.titles, catalogue.texts, catalogue.images, features, present
-    )
+    ).with_columns(catalogue.columns)
 
 
 def _part(data: PreparedData, is_warm: np.ndarray, content: list[str], record: dict) -> PreparedData:

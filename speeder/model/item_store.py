@@ -59,3 +59,16 @@ def seen_table(seen: Sequence[Sequence[int]] | None, rows: int, device: torch.de
     longest = max(map(len, seen), default=0) if seen is not None else 0
     table = [[*row, *[-1] * (longest - len(row))] for row in seen] if longest else [[]] * rows
     return torch.tensor(table, dtype=torch.int64, device=device).reshape(rows, longest)
+
+
+def hide(scores: torch.Tensor, items: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`(n, c)` scores, -inf for each row's `(n, L)` hidden items."""
+    for column in hidden.unbind(dim=1):
+        scores = scores.masked_fill(items == column[:, None], -torch.inf)
+    return scores
+
+
+def best(scores: torch.Tensor, items: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` best of `(n, c)`; equal scores keep their order."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return scores.gather(1, order), items.gather(1, order)

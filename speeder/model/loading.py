@@ -266,9 +266,7 @@ def catalogue_folder(name_or_path: str | Path, **kwargs) -> Path:
                 f"{local}: expected the recommender's catalogue in {CATALOGUE_FOLDER}/, found none"
             )
         return folder
-    hub = {
-        key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
-    }
+    hub = _hub_arguments(kwargs)
     prefix = "/".join(part for part in (kwargs.get("subfolder", ""), CATALOGUE_FOLDER) if part)
     try:
         manifest = Path(cached_file(str(name_or_path), f"{prefix}/manifest.json", **hub))
@@ -288,3 +286,24 @@ def saved_warm_items(name_or_path: str | Path, count: int, **kwargs) -> str | No
     except SpeederError:  # a checkpoint
         return None
     return ids_hash(ItemCatalogue.load(folder).ids[:count])
+
+
+def optional_file(name_or_path: str | Path, name: str, **kwargs) -> Path | None:
+    """A file of a saved recommender, downloaded from the Hub if it is not local; None if it has none."""
+    local = Path(name_or_path) / kwargs.get("subfolder", "")
+    if local.is_dir():
+        return local / name if (local / name).is_file() else None
+    found = cached_file(
+        str(name_or_path),
+        name,
+        subfolder=kwargs.get("subfolder", ""),
+        _raise_exceptions_for_missing_entries=False,
+        **_hub_arguments(kwargs),
+    )
+    return None if found is None else Path(found)
+
+
+def _hub_arguments(kwargs: dict) -> dict:
+    return {
+        key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
+    }

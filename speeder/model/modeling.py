@@ -36,6 +36,7 @@ from speeder.model.loading import (
     catalogue_folder,
     check_saved_model,
     from_backbone,
+    optional_file,
     saved_warm_items,
 )
 from speeder.model.lora import add_lora, merge_lora
@@ -52,6 +53,8 @@ from speeder.model.packing import (
     packed_layout,
     padded_layout,
 )
+from speeder.model.popularity import FILE as COUNTS_FILE
+from speeder.model.popularity import ItemCounts
 from speeder.model.recommend import RecommenderMixin
 from speeder.model.saved_files import check_catalogue_hash, check_loaded, remove_other_weights
 from speeder.model.spae import SPAE
@@ -634,12 +637,17 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         whole = save_catalogue and self.catalogue is not None and is_main_process
         catalogue = Path(save_directory) / CATALOGUE_FOLDER
         if push_to_hub:  # which uploads the very folder, at the end of super's
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            if is_main_process and self.item_counts is not None:
+                self.item_counts.save(Path(save_directory))
             if whole:
                 self.catalogue.save(catalogue)
                 self.config.catalogue_hash = saved_hash(catalogue)
             super().save_pretrained(save_directory, is_main_process, state_dict, True, *args, **kwargs)
             return
         with replaced_files(save_directory) as temporary:
+            if is_main_process and self.item_counts is not None:
+                self.item_counts.save(temporary)
             if whole:
                 self.catalogue.save(temporary / CATALOGUE_FOLDER)
                 self.config.catalogue_hash = saved_hash(temporary / CATALOGUE_FOLDER)
@@ -688,6 +696,8 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
                     pretrained_model_name_or_path, model.config.num_warm_items, **kwargs
                 )
             model.set_catalogue(catalogue)
+        counts = optional_file(pretrained_model_name_or_path, COUNTS_FILE, **kwargs)
+        model.item_counts = None if counts is None else ItemCounts.load(counts)
         return (model, info) if with_info else model
 
     # transformers 5.24 on, where the old name calls the new one

@@ -12,13 +12,16 @@ import torch
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import LeaveOneOut
 from speeder.data.item_indices import check_ordered, is_single
+from speeder.errors import SpeederError
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.metrics import metric_values
 from speeder.io.progress import showing
+from speeder.model.choice import FALLBACKS, Choice, Where, best_among, check_word
 from speeder.model.content import read_once
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import ModelState, SharedPrefix
 from speeder.model.offload import check_own_parts
+from speeder.model.popularity import ItemCounts
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
 
@@ -42,6 +45,8 @@ class Recommendation:
 
 class RecommenderMixin:
     """`score`, `recommend`, `gates` and `add_items` of [`SpeederForCausalLM`]. All run without gradients."""
+
+    item_counts: ItemCounts | None = None  # of training; for the fallback "popularity"
 
     @property
     def shared_prefix(self) -> list[int]:
@@ -139,6 +144,12 @@ class RecommenderMixin:
         exclude_seen: bool = True,
         batch_size: int = 64,
         progress: bool = False,
+        *,
+        allow: Sequence[int | str] | None = None,
+        deny: Sequence[int | str] = (),
+        where: Where | None = None,
+        unknown: str = "error",
+        fallback: str | None = None,
     ) -> list[list[Recommendation]]:
         """The `k` best next items of each history, best first. One forward pass, no decoding, always valid items.
 
@@ -146,29 +157,77 @@ class RecommenderMixin:
             histories: item indices or ids, oldest first; the newest `config.max_history` are read.
             k: number of items, at most the catalogue's size (minus the seen ones).
             exclude_seen: leave out every item of the history, also those too old to be read.
+            allow: recommend these items alone, indices or ids; None: all.
+            deny: never recommend these.
+            where: column of the catalogue -> the value, or one of the values, that an item must have in it.
+            unknown: `"error"`, or `"skip"`: ids that the catalogue lacks are left out, of histories and of lists.
+            fallback: what an empty history gets: `"popularity"`, the items most frequent in training, whose scores are
+                their counts; None: an error. Counts are saved with a trained recommender; see `set_item_counts`.
 
         Raises:
-            ValueError: no history, an empty one, an index out of range, or `k` out of range. KeyError: an unknown id.
+            SpeederError: `fallback` is given and there are no counts. ValueError: no history, an empty one, an index
+            out of range, a column that the catalogue lacks, or `k` out of range. KeyError: an unknown id.
             TypeError: an item is neither an integer nor a string.
         """
-        self._check_histories(histories)
-        batches = range(0, len(histories), batch_size)
-        results: list[list[Recommendation]] = []
+        choice = Choice.of(self.catalogue, allow, deny, where, unknown)
+        if fallback is not None:
+            self.check_fallback(fallback)
+        self._check_histories(histories, may_be_empty=fallback is not None or unknown == "skip")
+        if unknown == "skip":
+            histories = [self.catalogue.known(history) for history in histories]
+            self._check_histories(histories, may_be_empty=fallback is not None)
+        rows = [self.catalogue.indices_of(history) for history in histories]
+        hidden = [choice.hidden(row if exclude_seen else ()) for row in rows]
+        check_left(choice, hidden, len(self.catalogue), k)
+        read = [number for number, row in enumerate(rows) if row or fallback is None]
+        results: list[list[Recommendation]] = [[] for _ in rows]
+        for number in set(range(len(rows))).difference(read):
+            results[number] = self.popular(k, hidden[number], choice)
+        batches = [read[start : start + batch_size] for start in range(0, len(read), batch_size)]
         with (
             self.evaluating(),
             read_once(),
             showing("recommending", len(batches), "batch", show=progress) as work,
         ):
-            vectors = self._vectors()
-            states = self.user_states(histories, batch_size)
-            for start, state in zip(batches, states, strict=True):
-                chunk = [
-                    sorted(set(self.catalogue.indices_of(h))) for h in histories[start : start + batch_size]
-                ]
-                self._check_k(k, chunk if exclude_seen else [], start, alone=len(histories) == 1)
-                results += self._best(state, vectors, k, chunk if exclude_seen else None)
+            vectors = self._vectors() if read else None
+            states = self.user_states([rows[number] for number in read], batch_size)
+            for batch, state in zip(batches, states, strict=True):
+                found = self._best(state, vectors, k, [hidden[number] for number in batch], choice.allowed)
+                for number, items in zip(batch, found, strict=True):
+                    results[number] = items
                 work.update()
         return results
+
+    def set_item_counts(self, sequences: Sequence[Sequence[int]]) -> None:
+        """Count the items of users' sequences, such as `data.split.training()`, for the fallback `"popularity"`.
+
+        `train` does it. The counts are saved with the model.
+
+        Raises:
+            IndexError: an item outside the catalogue. TypeError: an item is not an integer.
+        """
+        self.item_counts = ItemCounts.of_sequences(sequences, self.catalogue)
+
+    def check_fallback(self, fallback: str) -> None:
+        """Raise `ValueError` for an unknown fallback, `SpeederError` without the counts that it needs."""
+        check_word("fallback", fallback, FALLBACKS)
+        if self.item_counts is None:
+            raise SpeederError(
+                "fallback: expected a recommender with training counts, found none; give them by "
+                "model.set_item_counts(data.split.training()), or train again"
+            )
+
+    def popular(self, k: int, hidden: Sequence[int], choice: Choice) -> list[Recommendation]:
+        """The `k` items most frequent in training, without hidden ones, of those that may be chosen."""
+        order, counts = self.item_counts.ordered(self.catalogue)
+        free = ~np.isin(order, np.asarray(hidden, dtype=np.int64))
+        if choice.allowed is not None:
+            free &= np.isin(order, choice.allowed)
+        places = np.flatnonzero(free)[:k]
+        return [
+            self._recommendation(int(item), float(count))
+            for item, count in zip(order[places], counts[places], strict=True)
+        ]
 
     @torch.no_grad()
     def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
@@ -215,11 +274,15 @@ class RecommenderMixin:
         vectors: torch.Tensor | ItemStore,
         k: int,
         seen: Sequence[Sequence[int]] | None,
+        allowed: np.ndarray | None = None,
     ) -> list[list[Recommendation]]:
-        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen.
+        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen, and of the allowed
+        ones alone.
 
         The catalogue is read in the item tokens' dtype, with float32 sums: a bfloat16 model reads half the bytes.
         """
+        if allowed is not None:
+            return self._recommendations(*best_among(states, vectors, k, seen or [[]] * len(states), allowed))
         if not isinstance(vectors, torch.Tensor):
             scores, items = vectors.topk(states, k, seen)
             return self._recommendations(scores, items)
@@ -238,18 +301,6 @@ class RecommenderMixin:
             raise self._explained(error, vectors) from error
         return self._recommendations(scores, items)
 
-    def _check_k(self, k: int, seen: Sequence[Sequence[int]], first: int, alone: bool) -> None:
-        """Raise `ValueError` if there are no `k` items to recommend; `first` is the number of the first history."""
-        count = len(self.catalogue)
-        if not 1 <= k <= count:
-            raise ValueError(f"k: expected 1..{count}, the number of items, got {k}")
-        for row, items in enumerate(seen, first):
-            if k > count - len(items):
-                name = "the history" if alone else f"history {row}"
-                raise ValueError(
-                    f"k: expected at most {count - len(items)}, the items that are not in {name}, got {k}"
-                )
-
     def _explained(self, error: ValueError, vectors: torch.Tensor) -> ValueError:
         """An error of `topk_items`; of NaN in the tokens it names the item."""
         bad = vectors.isnan().any(dim=1).nonzero()
@@ -267,7 +318,7 @@ class RecommenderMixin:
     def _recommendation(self, item: int, score: float) -> Recommendation:
         return Recommendation(item, self.catalogue.ids[item], self.catalogue.titles[item], score)
 
-    def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
+    def _check_histories(self, histories: Sequence[Sequence[int | str]], may_be_empty: bool = False) -> None:
         check_own_parts(self)
         if len(histories) == 0:
             raise ValueError("histories: expected at least one history, got none")
@@ -277,9 +328,22 @@ class RecommenderMixin:
             )
         for row, history in enumerate(histories):
             check_ordered(f"histories, row {row}", history)
-        if not self.config.prompt_prefix and not self.config.prompt_suffix:
+        if not may_be_empty and not self.config.prompt_prefix and not self.config.prompt_suffix:
             for row, history in enumerate(histories):
                 if len(history) == 0:
                     raise ValueError(
                         f"histories: expected at least one item in each, got an empty history at {row}"
                     )
+
+
+def check_left(choice: Choice, hidden: Sequence[Sequence[int]], items: int, k: int) -> None:
+    """Raise `ValueError`, or `TypeError`, unless each user can have `k` items."""
+    if not isinstance(k, int) or isinstance(k, bool):
+        raise TypeError(f"k: expected a whole number, got {type(k).__name__}")
+    left = [choice.left(row, items) for row in hidden]
+    most = min(left)
+    if not 1 <= k <= most:
+        after = "the history" if len(left) == 1 else f"history {left.index(most)}"
+        raise ValueError(
+            f"k: expected 1..{most}, the items of {items} that can be recommended after {after}, got {k}"
+        )

@@ -186,7 +186,7 @@ def add_images(
     if named and not by_name:
         log.warning("%d items name a picture, but these pictures are found by item id", named)
         record["names_unused"] = named
-    described = ItemCatalogue(catalogue.ids, catalogue.titles, texts, images)
+    described = ItemCatalogue(catalogue.ids, catalogue.titles, texts, images).with_columns(catalogue.columns)
     return PreparedData(described, data.interactions, {**manifest, "images": record})
 
 

@@ -18,8 +18,8 @@ from speeder.errors import SpeederError
 from speeder.io.extras import pip_command
 from speeder.io.files import atomic_folder, check_files, describe_files, read_json, write_json
 from speeder.io.places import find_recorded, path_from
-from speeder.model.item_store import ItemRows, scoring_vectors, seen_table
-from speeder.retrieval.shards import TokenShards, best, check_k, hide
+from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table
+from speeder.retrieval.shards import TokenShards, check_k
 
 FORMAT = "speeder-item-index-1"
 KINDS = ("exact", "hnsw", "ivf-pq")

@@ -20,7 +20,7 @@ from speeder.data.fingerprints import features_hash
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, check_files, describe_files, read_json, write_json
 from speeder.io.progress import showing
-from speeder.model.item_store import ItemRows, scoring_vectors, seen_table
+from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table
 from speeder.model.mrc import PIECE
 from speeder_kernels import topk_items
 
@@ -268,16 +268,3 @@ def check_k(k: int, num_items: int, hidden: torch.Tensor) -> None:
     most = num_items - (int((hidden >= 0).sum(dim=1).max()) if hidden.shape[1] else 0)
     if not 1 <= k <= most:
         raise ValueError(f"k: expected 1..{most}, the items that each query can have, got {k}")
-
-
-def hide(scores: torch.Tensor, items: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """`(n, c)` scores, -inf for each row's `(n, L)` hidden items."""
-    for column in hidden.unbind(dim=1):
-        scores = scores.masked_fill(items == column[:, None], -torch.inf)
-    return scores
-
-
-def best(scores: torch.Tensor, items: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` best of `(n, c)`; equal scores keep their order."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return scores.gather(1, order), items.gather(1, order)

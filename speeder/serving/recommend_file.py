@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -15,6 +16,8 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, sha256_file
 from speeder.io.parts import Runner, Work, computed, folder_identity, here
+from speeder.model.choice import FALLBACKS, Choice, Where, check_word
+from speeder.model.popularity import FILE as COUNTS_FILE
 
 PART_ROWS = 1024  # users per part: the most work that a killed worker or driver loses
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view)
@@ -30,6 +33,11 @@ def recommend_file(
     *,
     part_rows: int = PART_ROWS,
     runner: Runner = here,
+    allow: Sequence[str] | None = None,
+    deny: Sequence[str] = (),
+    where: Where | None = None,
+    unknown: str = "error",
+    fallback: str | None = None,
 ) -> int:
     """Write the `k` best next items of every history.
 
@@ -39,7 +47,7 @@ def recommend_file(
             (lists of the catalogue's ids, oldest first); other columns are ignored.
         out: the Parquet file to write, whole or not at all: `user`, `items` (lists of `k` ids, best first) and
             `scores` (lists of `k` float32), rows in the order of `histories`.
-        k, exclude_seen: as `SpeederForCausalLM.recommend` takes them.
+        k, exclude_seen, allow, deny, where, unknown, fallback: as `SpeederForCausalLM.recommend` takes them.
         part_rows: users per part. Finished parts are kept beside `out`, and the same call goes on after a stop.
         runner: where parts are computed: `here`, or an `OnRay`.
 
@@ -55,6 +63,16 @@ def recommend_file(
     if part_rows < 1:
         raise ValueError(f"part_rows: expected at least 1, got {part_rows}")
     catalogue = _catalogue(model_folder)
+    asked = {"allow": allow, "deny": list(deny), "where": where, "unknown": unknown, "fallback": fallback}
+    asked = {name: value for name, value in asked.items() if value and value != "error"}
+    try:
+        choice = Choice.of(catalogue, allow, deny, where, unknown)
+        if fallback is not None:
+            check_word("fallback", fallback, FALLBACKS)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SpeederError(f"recommend: {error.args[0]}") from None
+    if fallback is not None and not (model_folder / COUNTS_FILE).is_file():
+        raise SpeederError(f"fallback: expected training counts in {model_folder / COUNTS_FILE}, found none")
     if not 1 <= k <= len(catalogue):
         raise SpeederError(f"k: expected 1..{len(catalogue)}, the items of the catalogue, got {k}")
     dataset = _open(histories)
@@ -63,13 +81,15 @@ def recommend_file(
     if model_folder.resolve() in out.resolve().parents:
         raise SpeederError(f"{out}: lies in the recommender's folder, and would be taken for a part of it")
     identity = {
-        "recommend": {"k": k, "exclude_seen": exclude_seen, "part_rows": part_rows},
+        "recommend": {"k": k, "exclude_seen": exclude_seen, "part_rows": part_rows} | asked,
         "model": folder_identity(model_folder),
         "histories": [sha256_file(file) for file in dataset.files],
         "version": version("speeder"),
     }
-    tables = _checked(dataset, catalogue, k, exclude_seen, part_rows)
-    make = partial(_recommender, model_folder.resolve(), k, exclude_seen)
+    tables = _checked(
+        dataset, catalogue, choice, k, exclude_seen, part_rows, unknown == "skip", bool(fallback)
+    )
+    make = partial(_recommender, model_folder.resolve(), k, exclude_seen, asked)
     schema, rows = _schema(dataset.schema.field("user").type), 0
     work = out.with_name(f".{out.name}.parts")
     with (
@@ -83,13 +103,15 @@ def recommend_file(
     return rows
 
 
-def _recommender(folder: Path, k: int, exclude_seen: bool) -> Work:
+def _recommender(folder: Path, k: int, exclude_seen: bool, asked: dict[str, Any]) -> Work:
     from speeder.model.modeling import SpeederForCausalLM
 
     model = SpeederForCausalLM.from_pretrained(folder)
 
     def recommend(table: pa.Table) -> pa.Table:
-        rows = model.recommend(table["items"].to_pylist(), k, exclude_seen)
+        rows = model.recommend(
+            [items or [] for items in table["items"].to_pylist()], k, exclude_seen, **asked
+        )
         user = table["user"]
         ids, scores = ([[getattr(item, name) for item in row] for row in rows] for name in ("id", "score"))
         return pa.table([user, ids, scores], schema=_schema(user.type))
@@ -137,7 +159,14 @@ def _is(kind: pa.DataType, tests: Sequence[Callable]) -> bool:
 
 
 def _checked(
-    dataset: ds.FileSystemDataset, catalogue: ItemCatalogue, k: int, exclude_seen: bool, part_rows: int
+    dataset: ds.FileSystemDataset,
+    catalogue: ItemCatalogue,
+    choice: Choice,
+    k: int,
+    exclude_seen: bool,
+    part_rows: int,
+    skip: bool,
+    may_be_empty: bool,
 ) -> Iterator[pa.Table]:
     """The histories in parts, in order; a history that the model would refuse is an error with its row."""
     row = 0
@@ -146,15 +175,17 @@ def _checked(
             where = f"histories, row {row} (user {user!r})"
             if user is None:
                 raise SpeederError(f"{where}: expected a user, got null")
-            if not items:
-                raise SpeederError(f"{where}: expected at least one item, got none")
+            items = items or []
             if None in items:
                 raise SpeederError(f"{where}: expected ids of items, got null")
+            items = catalogue.known(items) if skip else items
+            if not items and not may_be_empty:
+                raise SpeederError(f"{where}: expected at least one item, got none")
             try:
-                catalogue.indices_of(items)
+                rows = catalogue.indices_of(items)
             except KeyError as error:
                 raise SpeederError(f"{where}: {error.args[0]}") from None
-            left = len(catalogue) - len(set(items)) * exclude_seen
+            left = choice.left(choice.hidden(rows if exclude_seen else ()), len(catalogue))
             if left < k:
                 raise SpeederError(f"{where}: expected at least {k} unseen items, got {left}")
             row += 1

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from speeder.data.item_indices import is_single
+from speeder.model.choice import Choice, Where
 from speeder.model.content import read_once
 from speeder.model.kv_cache import (
     KeyValuePool,
@@ -24,7 +25,7 @@ from speeder.model.kv_cache import (
     prefix_tokens,
 )
 from speeder.model.modeling import SpeederForCausalLM
-from speeder.model.recommend import Recommendation
+from speeder.model.recommend import Recommendation, check_left
 
 
 @dataclass
@@ -101,7 +102,15 @@ class UserSessions:
     @torch.no_grad()
     @read_once()
     def recommend(
-        self, events: Mapping[Hashable, Sequence[int | str]], k: int = 10, exclude_seen: bool = True
+        self,
+        events: Mapping[Hashable, Sequence[int | str]],
+        k: int = 10,
+        exclude_seen: bool = True,
+        *,
+        allow: Sequence[int | str] | None = None,
+        deny: Sequence[int | str] = (),
+        where: Where | None = None,
+        unknown: str = "error",
     ) -> dict[Hashable, list[Recommendation]]:
         """Add users' new events and return the `k` best next items of each, best first.
 
@@ -109,20 +118,18 @@ class UserSessions:
             events: user -> item indices or ids since the last call, oldest first; of a new user the whole history.
             k: number of items, at most the catalogue's size (minus the seen ones).
             exclude_seen: leave out every item of the whole history, also those too old to be read.
+            allow, deny, where, unknown: as `SpeederForCausalLM.recommend` takes them.
 
         Raises:
             ValueError: no user, a user without any event, an index out of range, or `k` out of range. KeyError: an
                 unknown id. TypeError: an item is neither an integer nor a string. Then no event is added.
         """
-        histories = self._extended(events)
-        seen = [sorted(set(history)) for history in histories.values()] if exclude_seen else None
-        most = len(self.model.catalogue) - max(map(len, seen or [[]]))
-        if not 1 <= k <= most:
-            raise ValueError(
-                f"k: expected 1..{most}, the items that can be recommended to each user, got {k}"
-            )
+        choice = Choice.of(self.model.catalogue, allow, deny, where, unknown)
+        histories = self._extended(events, unknown)
+        hidden = [choice.hidden(history if exclude_seen else ()) for history in histories.values()]
+        check_left(choice, hidden, len(self.model.catalogue), k)
         queries = self._queries(histories)
-        found = self.model._best(queries, self.model._vectors(), k, seen)
+        found = self.model._best(queries, self.model._vectors(), k, hidden, choice.allowed)
         self._take_in(histories)
         return dict(zip(histories, found, strict=True))
 
@@ -178,13 +185,17 @@ class UserSessions:
 
     # ---- events -------------------------------------------------------------------------------------------
 
-    def _extended(self, events: Mapping[Hashable, Sequence[int | str]]) -> dict[Hashable, list[int]]:
+    def _extended(
+        self, events: Mapping[Hashable, Sequence[int | str]], unknown: str = "error"
+    ) -> dict[Hashable, list[int]]:
         """Each user's whole history with the new events, which are not added yet."""
         if not isinstance(events, Mapping):
             raise ValueError(f"events: expected a mapping from users to items, got {type(events).__name__}")
         for user, items in events.items():
             if is_single(items):
                 raise ValueError(f"events: expected a list of items for {user!r}, got {items!r}")
+        if unknown == "skip":
+            events = {user: self.model.catalogue.known(items) for user, items in events.items()}
         histories = {
             user: self.history(user) + list(self.model.catalogue.indices_of(items))
             for user, items in events.items()

@@ -189,6 +189,7 @@ def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, toke
     for stage in recipe.stages:  # unknown parts are found before the first stage runs
         select_parameters(model, stage, recipe.weight_decay)
     model.config.training_hash = training_hash(data.split.training())
+    model.set_item_counts(data.split.training())
     return model
 
 

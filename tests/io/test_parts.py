@@ -172,3 +172,71 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("speeder.io.ray.find_spec", lambda name: None)
     with pytest.raises(SpeederError, match=r"pip install \"speeder\[ray\]\""):
         OnRay()
+
+
+def test_a_file_of_histories_takes_lists_unknown_ids_and_new_users(tmp_path):
+    model = tiny_model()
+    model.set_item_counts([[3, 3, 5], [5, 7, 3]])
+    model.save_pretrained(tmp_path / "model")
+    histories = [["id1", "no", "id2"], [], ["no"], None]
+    pq.write_table(
+        pa.table({"user": ["a", "b", "c", "d"], "items": pa.array(histories, pa.list_(pa.string()))}),
+        tmp_path / "in.parquet",
+    )
+    asked = dict(deny=["id3"], unknown="skip", fallback="popularity")
+    for where, message in (
+        ({}, "row 0 .*'no'"),
+        ({"unknown": "skip"}, "row 1 .*at least one item, got none"),
+    ):
+        with pytest.raises(SpeederError, match=message):
+            recommend_file(tmp_path / "model", tmp_path / "in.parquet", tmp_path / "out.parquet", 3, **where)
+    recommend_file(tmp_path / "model", tmp_path / "in.parquet", tmp_path / "out.parquet", 3, **asked)
+    found = pq.read_table(tmp_path / "out.parquet")["items"].to_pylist()
+    assert found[0] == [item.id for item in model.recommend([[1, 2]], 3, deny=[3])[0]]
+    assert found[1] == found[2] == found[3] == ["id5", "id7", "id0"]
+    with pytest.raises(SpeederError, match="expected at least 3 unseen items, got 2"):
+        recommend_file(
+            tmp_path / "model",
+            tmp_path / "in.parquet",
+            tmp_path / "o",
+            3,
+            allow=["id5", "id3", "id4"],
+            **asked,
+        )
+    with pytest.raises(SpeederError, match="fallback: expected one of popularity"):
+        recommend_file(tmp_path / "model", tmp_path / "in.parquet", tmp_path / "o", 3, fallback="content")
+
+
+def test_the_command_takes_lists_unknown_ids_and_new_users(tmp_path, capsys):
+    model = tiny_model()
+    model.set_catalogue(model.catalogue.with_columns({"genre": ["Drama", "Comedy"] * 10}))
+    model.set_item_counts([[3, 3, 5], [5, 7, 3]])
+    model.save_pretrained(tmp_path / "model")
+
+    def told(*arguments: str) -> list[str]:
+        assert main(["recommend", str(tmp_path / "model"), "-k", "3", *arguments]) == 0
+        return [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+
+    assert told("--history", "--fallback", "popularity") == ["id3", "id5", "id7"]
+    assert told("--history", "no", "--unknown", "skip", "--fallback", "popularity", "--deny", "id5") == [
+        "id3",
+        "id7",
+        "id0",
+    ]
+    allowed = ["id2", "id3", "id5", "id9"]
+    expected = [item.id for item in model.recommend([[1]], 3, allow=allowed)[0]]
+    assert told("--history", "id1", "--allow", *allowed) == expected
+    expected = [item.id for item in model.recommend([[1]], 3, where={"genre": "Comedy"})[0]]
+    assert told("--history", "id1", "--where", "genre=Comedy") == expected
+    for arguments, message in (
+        (["--history"], "empty history"),
+        (["--history", "no"], "no item has the id 'no'"),
+        (["--history", "id1", "--where", "genre"], "--where: expected COLUMN=VALUE, got 'genre'"),
+        (
+            ["--history", "id1", "--where", "colour=red"],
+            "where: expected a column of the catalogue (genre), got 'colour'",
+        ),
+    ):
+        assert main(["recommend", str(tmp_path / "model"), *arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.splitlines()[-1].startswith("speeder: ")

@@ -48,7 +48,7 @@ class CandidateBaseline(TextBaseline):
         """Each target's rank among its candidates, `(n,)` int64."""
         raise NotImplementedError
 
-    def _check_histories(self, histories: Sequence[Sequence[int | str]]) -> None:
+    def _check_histories(self, histories: Sequence[Sequence[int | str]], may_be_empty: bool = False) -> None:
         raise SpeederError(f"{self.name} ranks candidates alone, not a whole catalogue")
 
     def _newest(self, history: Sequence[int]) -> list[int]:

@@ -102,12 +102,11 @@ def create_app(
     def ready() -> bool:
         return not app.state.draining and batcher.healthy(limits.stuck_s)
 
-    async def understood(body: Any) -> list[int]:
+    async def understood(body: Any, skip: bool = False) -> tuple[list[int], list[str]]:
         if body.titles is None:
-            return lookup.history(body.history, None)
-        return await asyncio.to_thread(
-            lookup.history, None, body.titles
-        )  # searches take a large catalogue long
+            return lookup.history(body.history, None, skip)
+        # searches take a large catalogue long
+        return await asyncio.to_thread(lookup.history, None, body.titles, skip)
 
     async def run(request: Request, lane: str, job: object) -> Any:
         """A job's result. The job is cancelled at the deadline, or when the client disconnects."""
@@ -139,23 +138,31 @@ def create_app(
     @app.post("/v1/recommend", tags=["recommend"], responses=_REFUSALS)
     async def recommend(body: Requests.recommend, request: Request) -> schemas.Recommendations:
         """The best next items after a history, of ids or of titles."""
-        history = await understood(body)
-        seen = len(set(history)) if body.exclude_seen else 0
-        left = len(model.catalogue) - seen
+        skip = body.unknown == "skip"
+        history, skipped = await understood(body, skip)
+        choice, more = await asyncio.to_thread(lookup.choice, body.allow, body.deny, body.where, skip)
+        if body.fallback is not None and model.item_counts is None:
+            raise ApiError(422, "fallback", "null: this recommender has no training counts", body.fallback)
+        if not history and body.fallback is None:
+            got = f"{len(skipped)} unknown" if skipped else "0 entries"
+            raise ApiError(422, "titles" if body.titles else "history", "at least 1 entries", got)
+        job = RecommendJob(tuple(history), body.k, body.exclude_seen, choice)
+        left = choice.left(job.hidden(), len(model.catalogue))
         if body.k > left:
             raise ApiError(422, "k", f"at most {left}, the items that are left", body.k)
-        job = RecommendJob(tuple(history), body.k, body.exclude_seen)
         found = await run(request, RECOMMEND, job)
         return schemas.Recommendations(
             items=[schemas.Recommended(**lookup.item(r.item), score=r.score) for r in found],
             history=[schemas.Item(**lookup.item(row)) for row in history],
             read=min(len(history), model.config.max_history),
+            skipped=[*skipped, *more],
+            fallback=None if history else body.fallback,
         )
 
     @app.post("/v1/explain", tags=["recommend"], responses=_REFUSALS)
     async def explain(body: Requests.explain, request: Request) -> schemas.Explanations:
         """Why items have their scores: the modalities' shares, and the effect of each history item on the score."""
-        history = await understood(body)
+        history, _ = await understood(body)
         items = [lookup.row(entry, f"items.{i}") for i, entry in enumerate(body.items)]
         found = await run(request, EXPLAIN, ExplainJob(tuple(history), tuple(items)))
         return schemas.Explanations(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from speeder.model.choice import EVERYTHING, Choice
 from speeder.model.content import read_once
 from speeder.model.explain import Explanation, explain
 from speeder.model.modeling import SpeederForCausalLM
@@ -18,12 +19,18 @@ from speeder.model.recommend import Recommendation
 class RecommendJob:
     """A checked request: item indices of a history, oldest first, and the number of items to recommend.
 
-    The catalogue has at least `k` items, less those of the history where `exclude_seen`.
+    There are at least `k` items that may be chosen, less those of the history where `exclude_seen`. A job without a
+    history gets the items most frequent in training.
     """
 
     history: tuple[int, ...]
     k: int
     exclude_seen: bool
+    choice: Choice = EVERYTHING
+
+    def hidden(self) -> list[int]:
+        """The items that are not recommended, rising."""
+        return self.choice.hidden(self.history if self.exclude_seen else ())
 
 
 @dataclass(frozen=True)
@@ -54,16 +61,31 @@ class Engine:
         Raises:
             ValueError: a score is NaN or infinite.
         """
-        model, vectors = self.model, self.model._vectors()
-        states = torch.cat(list(model.user_states([job.history for job in jobs], batch_size=len(jobs))))
-        seen = [sorted(set(job.history)) if job.exclude_seen else [] for job in jobs]
-        results: list[list[Recommendation]] = [[] for _ in jobs]
-        for k, rows in _by_k(jobs, seen, len(model.catalogue)):
-            found = model._best(states[rows], vectors, k, [seen[row] for row in rows])
-            for row, items in zip(rows, found, strict=True):
-                results[row] = items[: jobs[row].k]
+        results = [[] if job.history else self.model.popular(job.k, job.hidden(), job.choice) for job in jobs]
+        read = [row for row, job in enumerate(jobs) if job.history]
+        if read:
+            for row, items in zip(read, self._read([jobs[row] for row in read]), strict=True):
+                results[row] = items
         if not all(math.isfinite(item.score) for items in results for item in items):
             raise ValueError("the model gave a score that is not finite")
+        return results
+
+    def _read(self, jobs: Sequence[RecommendJob]) -> list[list[Recommendation]]:
+        """The results of jobs with a history."""
+        model, vectors = self.model, self.model._vectors()
+        states = torch.cat(list(model.user_states([job.history for job in jobs], batch_size=len(jobs))))
+        hidden = [job.hidden() for job in jobs]
+        results: list[list[Recommendation]] = [[] for _ in jobs]
+        everything = [row for row, job in enumerate(jobs) if job.choice.allowed is None]
+        for k, rows in _by_k(jobs, everything, hidden, len(model.catalogue)):
+            found = model._best(states[rows], vectors, k, [hidden[row] for row in rows])
+            for row, items in zip(rows, found, strict=True):
+                results[row] = items[: jobs[row].k]
+        for row in set(range(len(jobs))).difference(everything):
+            job = jobs[row]
+            results[row] = model._best(
+                states[row : row + 1], vectors, job.k, [hidden[row]], job.choice.allowed
+            )[0]
         return results
 
     def explain(self, jobs: Sequence[ExplainJob]) -> list[list[Explanation]]:
@@ -71,9 +93,11 @@ class Engine:
         return [explain(self.model, job.history, job.items) for job in jobs]
 
 
-def _by_k(jobs: Sequence[RecommendJob], seen: list[list[int]], items: int) -> list[tuple[int, list[int]]]:
-    """Pairs of `k` and the rows to rank with it: the largest `k` for all rows that have that many unseen items."""
-    deepest = max(job.k for job in jobs)
-    together = [row for row in range(len(jobs)) if items - len(seen[row]) >= deepest]
-    alone = [(jobs[row].k, [row]) for row in range(len(jobs)) if items - len(seen[row]) < deepest]
+def _by_k(
+    jobs: Sequence[RecommendJob], rows: list[int], hidden: list[list[int]], items: int
+) -> list[tuple[int, list[int]]]:
+    """Pairs of `k` and the rows to rank with it: the largest `k` for all of `rows` that have that many items left."""
+    deepest = max((jobs[row].k for row in rows), default=0)
+    together = [row for row in rows if items - len(hidden[row]) >= deepest]
+    alone = [(jobs[row].k, [row]) for row in rows if items - len(hidden[row]) < deepest]
     return ([(deepest, together)] if together else []) + alone

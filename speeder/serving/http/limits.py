@@ -14,6 +14,7 @@ class Limits:
 
     Attributes:
         max_history: items of a posted history; the model reads the newest `config.max_history` of them.
+        max_filter: ids in each of a request's `allow` and `deny`, and values of a column in `where`.
         max_k: items recommended per request.
         max_explained: items explained per request.
         max_query: characters of a search query.
@@ -32,6 +33,7 @@ class Limits:
     """
 
     max_history: int = 1000
+    max_filter: int = 1000
     max_k: int = 100
     max_explained: int = 24
     max_query: int = 200

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from urllib.parse import quote
 
 from speeder.data.catalogue import ItemCatalogue
+from speeder.model.choice import Choice, Where
 from speeder.serving.http.errors import ApiError, shown
 from speeder.serving.http.pictures import Pictures
 from speeder.serving.http.search import MEANT, TitleIndex
@@ -38,20 +39,52 @@ class Lookup:
         """Indices of the items that a query finds, best first."""
         return self._index.search(query, limit)
 
-    def history(self, ids: Sequence[str] | None, titles: Sequence[str] | None) -> list[int]:
-        """A history's indices, from ids or from titles.
+    def history(
+        self, ids: Sequence[str] | None, titles: Sequence[str] | None, skip: bool = False
+    ) -> tuple[list[int], list[str]]:
+        """A history's indices, from ids or from titles; and with `skip` the entries that no item has.
 
         Raises:
             ApiError: 422, an id is unknown, or a title matches no item or several.
         """
         if ids is not None:
-            return [self.row(external, f"history.{place}") for place, external in enumerate(ids)]
-        return [self._titled(title, f"titles.{place}") for place, title in enumerate(titles or ())]
+            return self.rows(ids, "history", skip)
+        found = [self._titled(title, f"titles.{place}", skip) for place, title in enumerate(titles or ())]
+        skipped = [title for row, title in zip(found, titles or (), strict=True) if row is None]
+        return [row for row in found if row is not None], skipped
 
-    def _titled(self, title: str, field: str) -> int:
+    def rows(self, ids: Sequence[str], field: str, skip: bool = False) -> tuple[list[int], list[str]]:
+        """The indices of ids; and with `skip` the ids that no item has, which are an error otherwise."""
+        known = set(self._catalogue.known(ids)) if skip else set(ids)
+        found = [self.row(name, f"{field}.{place}") for place, name in enumerate(ids) if name in known]
+        return found, [name for name in ids if name not in known]
+
+    def choice(
+        self,
+        allow: Sequence[str] | None,
+        deny: Sequence[str] | None,
+        where: Where | None,
+        skip: bool = False,
+    ) -> tuple[Choice, list[str]]:
+        """The items that may be recommended; and with `skip` the ids of `allow` and `deny` that no item has.
+
+        Raises:
+            ApiError: 422, an id is unknown, or the catalogue has no such column.
+        """
+        allowed, skipped = (None, []) if allow is None else self.rows(allow, "allow", skip)
+        denied, more = self.rows(deny or (), "deny", skip)
+        for column in where or {}:
+            if column not in self._catalogue.columns:
+                known = ", ".join(self._catalogue.columns) or "none"
+                raise ApiError(422, f"where.{column}", f"a column of the catalogue ({known})", column)
+        return Choice.of(self._catalogue, allowed, denied, where), [*skipped, *more]
+
+    def _titled(self, title: str, field: str, skip: bool) -> int | None:
         rows = self._index.resolve(title)
         if len(rows) == 1:
             return rows[0]
+        if not rows and skip:
+            return None
         if not rows:
             raise ApiError(422, field, "the title of an item", title)
         named = "; ".join(

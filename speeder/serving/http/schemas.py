@@ -1,10 +1,11 @@
 """Requests and responses. Request classes are made at run time, since they state the server's limits."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from speeder.model.choice import FALLBACKS, UNKNOWN
 from speeder.serving.http.limits import Limits
 
 MAX_TITLES = 50  # each is a search; longer histories come as ids
@@ -26,11 +27,17 @@ class Recommended(Item):
 
 
 class Recommendations(BaseModel):
-    """Recommendations for `history`, as its ids or titles were resolved; the model read its newest `read` items."""
+    """Recommendations for `history`, as its ids or titles were resolved; the model read its newest `read` items.
+
+    `skipped` are ids and titles that no item has, with `"unknown": "skip"`. `fallback` is `"popularity"` where nothing
+    was left to read: scores are then counts of training.
+    """
 
     items: list[Recommended]
     history: list[Item]
     read: int
+    skipped: list[str]
+    fallback: str | None
 
 
 class Found(BaseModel):
@@ -119,6 +126,33 @@ def request_models(limits: Limits) -> RequestModels:
 
         k: Annotated[int, Field(description="number of items", ge=1, le=limits.max_k)] = 10
         exclude_seen: Annotated[bool, Field(description="leave out every item of the history")] = True
+        history: Annotated[
+            list[entry] | None,
+            Field(
+                description="item ids, oldest first; empty for a new user, with `fallback`",
+                max_length=limits.max_history,
+            ),
+        ] = None
+        allow: Annotated[
+            list[entry] | None,
+            Field(description="ids: recommend these alone", min_length=1, max_length=limits.max_filter),
+        ] = None
+        deny: Annotated[
+            list[entry] | None,
+            Field(description="ids: never recommend these", max_length=limits.max_filter),
+        ] = None
+        where: Annotated[
+            dict[entry, Annotated[list[str], Field(min_length=1, max_length=limits.max_filter)]] | None,
+            Field(
+                description="column of the catalogue: values, one of which an item must have", max_length=20
+            ),
+        ] = None
+        unknown: Annotated[
+            Literal[UNKNOWN], Field(description="what becomes of ids and titles that no item has")
+        ] = "error"
+        fallback: Annotated[
+            Literal[FALLBACKS] | None, Field(description="what is recommended where no history is left")
+        ] = None
 
     class ExplainRequest(History):
         model_config = ConfigDict(

@@ -9,18 +9,25 @@ import time
 import httpx
 import pytest
 
+from speeder.model.choice import Choice
 from speeder.model.explain import explain
-from speeder.serving.http.engine import Engine
+from speeder.serving.http.engine import Engine, RecommendJob
 from speeder.serving.http.limits import Limits
 from tests.serving.http.worlds import MARKUP, TITLES, listening, served_model
 
-LIMITS = Limits(max_history=20, max_k=15, max_explained=3, max_query=40, max_results=6, max_body_bytes=2000)
+LIMITS = Limits(
+    max_history=20, max_k=15, max_explained=3, max_query=40, max_results=6, max_body_bytes=2000, max_filter=30
+)
 SOON = 120  # seconds; the machine may be busy
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return served_model(tmp_path_factory.mktemp("pictures"))
+    model = served_model(tmp_path_factory.mktemp("pictures"))
+    genres = [("Drama", "Comedy", None)[row % 3] for row in range(len(model.catalogue))]
+    model.set_catalogue(model.catalogue.with_columns({"genre": genres}))
+    model.set_item_counts([[7, 7, 7, 2], [2, 9]])
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,61 @@ def test_a_history_may_be_titles_and_longer_than_what_is_read(client):
     assert len(long["history"]) == 20 and long["read"] == 8
 
 
+def test_lists_columns_and_unknown_ids_are_the_models(client, model):
+    history = ["i1", "i2"]
+    for asked in (
+        {"allow": ["i3", "i5", "i9", "i1", "i12"]},
+        {"deny": ["i3", "i5"]},
+        {"where": {"genre": ["Drama", "none"]}},
+        {"allow": ["i3", "i5", "i6", "i9", "i12", "i0"], "deny": ["i9"], "where": {"genre": ["Drama"]}},
+    ):
+        body = client.post("/v1/recommend", json={"history": history, "k": 3, **asked}).json()
+        expected = model.recommend([history], 3, **asked)[0]
+        assert [item["id"] for item in body["items"]] == [item.id for item in expected]
+        assert body["skipped"] == [] and body["fallback"] is None
+    asked = {"history": ["zz", *history], "deny": ["yy", "i3"], "unknown": "skip", "k": 3}
+    body = client.post("/v1/recommend", json=asked).json()
+    expected = model.recommend([history], 3, deny=["i3"])[0]
+    assert [item["id"] for item in body["items"]] == [item.id for item in expected]
+    assert body["skipped"] == ["zz", "yy"] and [item["id"] for item in body["history"]] == history
+    body = client.post("/v1/recommend", json={"titles": ["star wars", "Gone"], "unknown": "skip"}).json()
+    assert body["skipped"] == ["Gone"] and body["read"] == 1
+
+
+def test_new_users_get_what_is_popular(client):
+    for asked in (
+        {"history": []},
+        {"history": ["zz"], "unknown": "skip"},
+        {"titles": ["Gone"], "unknown": "skip"},
+    ):
+        body = client.post("/v1/recommend", json={"k": 4, "fallback": "popularity", **asked}).json()
+        assert [item["id"] for item in body["items"]] == ["i7", "i2", "i9", "i0"]
+        assert [item["score"] for item in body["items"]] == [3, 2, 1, 0]
+        assert body["fallback"] == "popularity" and body["read"] == 0
+    body = client.post("/v1/recommend", json={"history": ["i1"], "k": 4, "fallback": "popularity"}).json()
+    assert body["fallback"] is None and body["read"] == 1
+
+
+def test_requests_of_all_kinds_share_a_batch(model):
+    everything = RecommendJob((1, 2), 5, True)
+    chosen = RecommendJob((3,), 2, False, Choice.of(model.catalogue, allow=[3, 5, 6]))
+    new = RecommendJob((), 3, True, Choice.of(model.catalogue, deny=[7]))
+    small = RecommendJob((4,), 1, True)
+    found = Engine(model).recommend([everything, new, chosen, small])
+    assert [[item.item for item in row] for row in found] == [
+        [item.item for item in model.recommend([[1, 2]], 5)[0]],
+        [2, 9, 0],
+        [item.item for item in model.recommend([[3]], 2, exclude_seen=False, allow=[3, 5, 6])[0]],
+        [item.item for item in model.recommend([[4]], 1)[0]],
+    ]
+
+
+def test_a_recommender_without_counts_has_no_fallback():
+    with listening(served_model()) as address, httpx.Client(base_url=address, timeout=SOON) as client:
+        answer = client.post("/v1/recommend", json={"history": [], "fallback": "popularity"})
+        assert "no training counts" in problems(answer, 422)["fallback"][0]
+
+
 def test_explanations_are_the_librarys(client, model):
     history, items = ["i1", "i2", "i9"], ["i5", "i7"]
     found = client.post("/v1/explain", json={"history": history, "items": items}).json()["items"]
@@ -136,7 +198,9 @@ def test_openapi_states_the_bounds(client):
     )
     fields = schema["components"]["schemas"]["RecommendRequest"]["properties"]
     assert fields["k"]["maximum"] == 15
-    assert {"maxItems": 20, "minItems": 1}.items() <= fields["history"]["anyOf"][0].items()
+    assert fields["history"]["anyOf"][0]["maxItems"] == 20 and fields["deny"]["anyOf"][0]["maxItems"] == 30
+    explained = schema["components"]["schemas"]["ExplainRequest"]["properties"]
+    assert {"maxItems": 20, "minItems": 1}.items() <= explained["history"]["anyOf"][0].items()
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------
@@ -163,6 +227,17 @@ def test_openapi_states_the_bounds(client):
         ({"history": "i1"}, "history", "a valid list", "i1"),
         ({"history": ["i1"], "titles": ["Heat"]}, "body", "exactly one of history and titles", "{"),
         ({"k": 3}, "body", "exactly one of history and titles", "{"),
+        ({"history": ["i1"], "allow": []}, "allow", "at least 1 entries", "0 entries"),
+        ({"history": ["i1"], "allow": ["i2", "zz"]}, "allow.1", "the id of an item", "zz"),
+        ({"history": ["i1"], "allow": ["i2", "i3"], "k": 3}, "k", "at most 2", "3"),
+        ({"history": ["i1"], "deny": ["zz"]}, "deny.0", "the id of an item", "zz"),
+        ({"history": ["i1"], "deny": ["i2"] * 31}, "deny", "at most 30 entries", "31 entries"),
+        ({"history": ["i1"], "where": {"colour": ["red"]}}, "where.colour", "the catalogue (genre)", "colour"),
+        ({"history": ["i1"], "where": {"genre": "Drama"}}, "where.genre", "a valid list", "Drama"),
+        ({"history": ["i1"], "unknown": "ignore"}, "unknown", "'error' or 'skip'", "ignore"),
+        ({"history": ["i1"], "fallback": "content"}, "fallback", "'popularity'", "content"),
+        ({"history": ["zz"], "unknown": "skip"}, "history", "at least 1 entries", "1 unknown"),
+        ({"history": [], "fallback": "popularity", "allow": ["i2"], "k": 2}, "k", "at most 1", "2"),
         ({"history": ["i1"], "kk": 3}, "kk", "no such field", "3"),
         ({"titles": ["Heat", "Gone"]}, "titles.1", "the title of an item", "Gone"),
         ({"titles": ["Heat"] * 21}, "titles", "at most 20 entries", "21 entries"),
