@@ -638,7 +638,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         catalogue = Path(save_directory) / CATALOGUE_FOLDER
         if push_to_hub:  # which uploads the very folder, at the end of super's
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            if is_main_process and self.item_counts is not None:
+            if is_main_process and save_catalogue and self.item_counts is not None:
                 self.item_counts.save(Path(save_directory))
             if whole:
                 self.catalogue.save(catalogue)
@@ -646,7 +646,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             super().save_pretrained(save_directory, is_main_process, state_dict, True, *args, **kwargs)
             return
         with replaced_files(save_directory) as temporary:
-            if is_main_process and self.item_counts is not None:
+            if is_main_process and save_catalogue and self.item_counts is not None:
                 self.item_counts.save(temporary)
             if whole:
                 self.catalogue.save(temporary / CATALOGUE_FOLDER)

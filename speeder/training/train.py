@@ -97,6 +97,8 @@ def train(
     model = _load_model(run, state, recipe, data, tokenizer)
     if model.config.item_embedding:
         model.set_trained_items(torch.from_numpy(occurs(data.split.training(), len(data.catalogue))))
+    if model.item_counts is None:
+        model.set_item_counts(data.split.training())
     # a baseline keeps its tokenizer itself
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
     prompts = None
@@ -189,7 +191,6 @@ def _load_model(run: Path, state: dict, recipe: Recipe, data: PreparedData, toke
     for stage in recipe.stages:  # unknown parts are found before the first stage runs
         select_parameters(model, stage, recipe.weight_decay)
     model.config.training_hash = training_hash(data.split.training())
-    model.set_item_counts(data.split.training())
     return model
 
 

@@ -6,8 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speeder.cli import recommend
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
+from speeder.model import choice
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.popularity import FILE, ItemCounts
 from speeder.retrieval.shards import TokenShards, write_token_shards
@@ -153,6 +155,10 @@ def test_counts_follow_ids_and_are_saved(tmp_path):
 def test_wrong_choices_are_named(asked, message):
     with pytest.raises((TypeError, ValueError), match=message):
         MODEL.recommend([[1]], **asked)
+
+
+def test_the_commands_words_are_the_models():
+    assert (recommend.UNKNOWN, recommend.FALLBACKS) == (choice.UNKNOWN, choice.FALLBACKS)
 
 
 def test_columns_fit_the_catalogue(tmp_path):

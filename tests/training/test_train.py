@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -101,6 +102,14 @@ def test_a_stop_between_a_stage_and_its_row_is_made_good(place, tmp_path):
         on_stage=lambda stage, model: rows.setdefault(stage.name, model.eval().score([[1, 2]])),
     )
     assert list(rows) == ["text", "+image"] and not torch.equal(rows["text"], rows["+image"])
+
+
+def test_a_trained_recommender_knows_what_was_popular_in_training(place, uninterrupted):
+    data = PreparedData.load(place / "data")
+    model = SpeederForCausalLM.from_pretrained(uninterrupted / "model")
+    counts = np.bincount(np.concatenate(data.split.training()), minlength=len(data.catalogue))
+    best = np.argsort(-counts, kind="stable")[:5]
+    assert [item.item for item in model.recommend([[]], k=5, fallback="popularity")[0]] == best.tolist()
 
 
 def test_evaluation_refuses_another_split(uninterrupted):
