@@ -55,7 +55,7 @@ def base() -> set[str]:
 def test_the_model_imports_nothing_beyond_its_base_class(base):
     ours = imported_by("from speeder import SpeederForCausalLM")
     packages = {name.partition(".")[0] for name in ours - base}
-    assert packages <= {"speeder", "speeder_kernels"}, packages
+    assert packages <= {"speeder", "speeder_kernels", "xxhash"}, packages
 
 
 @pytest.mark.parametrize(

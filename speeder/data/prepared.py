@@ -25,7 +25,7 @@ _FILES = ["interactions.parquet", "catalogue/manifest.json"]
 _ENTRIES = {"interactions.parquet", "catalogue", "manifest.json"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class PreparedData:
     """What `speeder prepare` writes and `speeder train` reads.
 

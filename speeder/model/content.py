@@ -7,10 +7,12 @@ the settings that modules hold as plain attributes (an adapter's scale, whether 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,28 +20,53 @@ import torch
 import xxhash
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
+from torch.nn.modules import module as every_module
+
+from speeder.data.catalogue import ItemCatalogue
 
 Value = TypeVar("Value")
 
 _CHUNK = 1 << 20  # numbers of a tensor on an accelerator that are multiplied and summed at once
-_OWN = frozenset(vars(nn.Module()))  # attributes of every module; those that matter are read on their own
+# attributes of every module; those that matter are read on their own
+_OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 # hooks that only look on: transformers adds them to layers when hidden states are first asked for
 _ONLOOKERS = ("transformers.utils.output_capturing",)
+_BY_IDENTITY = (type, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
-_read: ContextVar[dict[tuple[int, ...], tuple | None] | None] = ContextVar("contents", default=None)
+_read: ContextVar[dict[tuple[int, ...], tuple] | None] = ContextVar("contents", default=None)
 
 
 @contextmanager
 def read_once() -> Iterator[None]:
-    """In this context each content is read once. Nothing may change a module in it, so never yield to a caller."""
+    """In this context each content is read once. Nothing may change a module in it: no caller's code may run inside.
+
+    What is computed from an unknown content may be used again in it, and not after it.
+    """
     token = _read.set({}) if _read.get() is None else None
     try:
         yield
     finally:
         if token is not None:
             _read.reset(token)
+
+
+@contextmanager
+def for_later(device: str) -> Iterator[None]:
+    """What is computed in this context may be kept: no tensor of inference mode, and nothing of the casts that autocast
+    keeps of weights until its region ends, also where a weight has changed."""
+    enabled = torch.is_autocast_enabled(device)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device, torch.get_autocast_dtype(device), enabled=enabled, cache_enabled=False),
+    ):
+        yield
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast computes in now, None without autocast."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 class Kept(Generic[Value]):
@@ -70,27 +97,35 @@ class Kept(Generic[Value]):
         return Kept, ()
 
 
-def content_of(*parts: nn.Module | PreTrainedConfig, without: nn.Module | None = None) -> tuple | None:
-    """The content of modules, with all inside them, and of configurations: what is equal computes the same.
+def content_of(*modules: nn.Module, without: nn.Module | None = None) -> tuple | None:
+    """The content of modules, with all inside them: what is equal computes the same.
 
     Args:
-        without: a module inside them that is not read.
+        without: a module inside them whose own weights are not read.
 
     Returns:
         None where the content is not known: a module in training mode (it may draw at random), one with hooks or a
-        replaced `forward` (they may do anything), weights that are not in memory, or that several processes share.
+        replaced `forward` (they may do anything), weights that are not in memory, or that several processes share, and
+        attributes that cannot be compared. In a context of `read_once` something that is equal in this context only.
     """
-    known, key = _read.get(), tuple(map(id, (*parts, without)))
+    known, key = _read.get(), tuple(map(id, (*modules, without)))
     if known is not None and key in known:
         return known[key]
     reader = _Reader(without)
     try:
-        content = (*[reader.plain(part) for part in parts], reader.digest())
+        if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+            raise _Unknown
+        content = (*[reader.plain(module) for module in modules], reader.digest())
     except _Unknown:
-        content = None
+        content = None if known is None else (object(),)
     if known is not None:
         known[key] = content
     return content
+
+
+def is_known(content: tuple | None) -> bool:
+    """Whether a content can be compared with that of a later call."""
+    return content is not None and type(content[0]) is not object
 
 
 class _Unknown(Exception):
@@ -98,64 +133,83 @@ class _Unknown(Exception):
 
 
 class _Reader:
-    """Reads modules, configurations and tensors, each once."""
+    """Reads modules, objects and tensors, each once."""
 
     def __init__(self, without: nn.Module | None) -> None:
         self._without = without
         self._hash = xxhash.xxh3_128()
         self._places: dict[int, int] = {}  # what was read, by its id -> in which order
+        self._held: list[Any] = []  # so that no id is given to another object meanwhile
 
     def digest(self) -> bytes:
         """The hash of all tensors' bytes."""
         return self._hash.digest()
 
     def plain(self, value: Any) -> Any:
-        """What compares as the content of a value does. Of an unknown kind it is the object itself."""
-        if isinstance(value, str | int | float) or value is None:  # most are; no need to try the others
+        """What compares as the content of a value does."""
+        if (
+            isinstance(value, str | int | float | complex | bytes) or value is None
+        ):  # most are: try nothing else
             return value
-        if isinstance(value, Mapping):
-            return tuple((key, self.plain(part)) for key, part in value.items())
-        if isinstance(value, list | tuple):
+        if isinstance(value, _BY_IDENTITY) or inspect.isroutine(value):
+            return value
+        if isinstance(value, list | tuple | deque):
             return tuple(map(self.plain, value))
-        if isinstance(value, set):
-            return frozenset(value)
-        for kind, read in (
-            (torch.Tensor, self._tensor),
-            (np.ndarray, self._array),
-            (nn.Module, self._module),
-            (PreTrainedConfig, lambda config: self.plain(vars(config))),
-        ):
-            if isinstance(value, kind):
-                if id(value) in self._places:
-                    return self._places[id(value)]
-                self._places[id(value)] = len(self._places)
-                return read(value)
-        return value
+        if isinstance(value, Set):
+            return frozenset(map(self.plain, value))
+        if id(value) in self._places:
+            return self._places[id(value)]
+        self._places[id(value)] = len(self._places)
+        self._held.append(value)
+        if isinstance(value, Mapping):
+            return tuple((self.plain(key), self.plain(part)) for key, part in value.items())
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value)
+        if isinstance(value, np.ndarray):
+            return self._array(value)
+        if isinstance(value, partial):
+            return value.func, self.plain(value.args), self.plain(value.keywords)
+        if isinstance(value, ItemCatalogue):  # read-only; features may be memory-mapped and large
+            return value, [None if each.is_inference() else each._version for each in value.features.values()]
+        if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
+            return type(value), self.plain(vars(value))
+        raise _Unknown
 
     def _module(self, module: nn.Module) -> tuple:
-        if module is self._without:
-            return ()
         attributes = vars(module)
         hooks = [hook for name in _HOOKS for hook in attributes[name].values()]
         if module.training or "forward" in attributes or any(h.__module__ not in _ONLOOKERS for h in hooks):
             raise _Unknown
-        parts = [attributes[name] for name in ("_parameters", "_buffers", "_modules")]
+        names = (
+            ("_buffers", "_modules") if module is self._without else ("_parameters", "_buffers", "_modules")
+        )
+        parts = [self.plain(attributes[name]) for name in names]
         others = [(name, self.plain(value)) for name, value in attributes.items() if name not in _OWN]
-        return type(module), *map(self.plain, parts), others
+        return type(module), *parts, others
 
     def _array(self, array: np.ndarray) -> tuple:
-        self._hash.update(np.ascontiguousarray(array).view(np.uint8))
-        return array.dtype, array.shape
+        if array.dtype.hasobject:
+            raise _Unknown
+        self._hash.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return str(array.dtype), array.shape
 
     def _tensor(self, tensor: torch.Tensor) -> tuple:
-        if isinstance(tensor, DTensor) or tensor.is_meta:
+        if isinstance(tensor, DTensor) or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
             raise _Unknown
-        if hasattr(tensor, "__tensor_flatten__"):  # a subclass, such as a quantized weight
+        beside = (
+            self.plain(vars(tensor)) if hasattr(tensor, "__dict__") else ()
+        )  # such as a quantized weight's scales
+        if hasattr(tensor, "__tensor_flatten__"):
             names, context = tensor.__tensor_flatten__()
-            return type(tensor), [self.plain(getattr(tensor, name)) for name in names], self.plain(context)
+            parts = [self.plain(getattr(tensor, name)) for name in names]
+            return type(tensor), parts, self.plain(context), beside
+        if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+            raise _Unknown
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         self._hash.update(raw.numpy() if raw.device.type == "cpu" else checksums(raw).cpu().numpy())
-        return tensor.dtype, tuple(tensor.shape), tensor.device
+        return type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, beside
 
 
 def checksums(raw: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from speeder.model.content import read_once
+from speeder.model.item_store import scoring_vectors
 
 if TYPE_CHECKING:
     from speeder.model.modeling import SpeederForCausalLM
@@ -91,13 +92,21 @@ def leave_one_out(
     histories = [read] + [read[:j] + read[j + 1 :] for j in range(len(read))]
     readable = len(read) > 1 or bool(model.config.prompt_prefix or model.config.prompt_suffix)
     states = torch.cat(list(model.user_states(histories if readable else histories[:1], batch_size)))
-    vectors = model._vectors()[asked.to(states.device)]
+    vectors = _vectors_of(model, asked.to(states.device))
     scores = (states @ vectors.float().T).cpu()
     if not scores.isfinite().all():  # in an explanation NaN means the only entry
         raise ValueError("the model gave a score that is not finite")
     if not readable:
         return scores[0], torch.full((1, len(asked)), torch.nan)
     return scores[0], scores[0] - scores[1:]
+
+
+def _vectors_of(model: SpeederForCausalLM, items: torch.Tensor) -> torch.Tensor:
+    table = model._vectors()
+    if isinstance(table, torch.Tensor):
+        return table[items]
+    rows = table.rows(items)
+    return scoring_vectors(rows.tokens)[rows.places(items)]
 
 
 @torch.no_grad()
@@ -124,7 +133,7 @@ def explain(
     read = catalogue.indices_of(history)[-model.config.max_history :]
     asked = catalogue.indices_of(items)
     with model.evaluating():
-        gates = model.item_tokens()[1][torch.tensor(asked, device=model.device)].tolist()
+        gates = model.mrc(torch.tensor(asked, device=model.device))[1].tolist()
     names = model.config.gate_names
     explanations = []
     for column, (item, score, weights) in enumerate(zip(asked, scores.tolist(), gates, strict=True)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from speeder.data.item_indices import item_indices
@@ -40,6 +41,9 @@ class ItemStore(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`(n, k)` float32 scores, descending, and int64 items for `(n, H)` queries, without each query's seen
         items."""
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `SpeederError` unless the tokens are those of the model's MRC as it is now."""
 
     def vectors(self) -> Iterator[tuple[int, torch.Tensor]]:
         """All items in parts: the first item of a part, and the `(n, H)` scoring vectors of its items."""

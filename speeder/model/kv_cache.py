@@ -1,4 +1,4 @@
-"""Packed forward passes that continue from kept keys and values, and the check that these are still valid.
+"""Packed forward passes that continue from kept keys and values, and what they depend on.
 
 A pass computes only the last tokens of its sequences. Every sequence's keys are the kept ones and its new ones, end to
 end without padding, as `spae_attention` reads them; positions and ranks are those of the whole sequence. So the states
@@ -15,7 +15,7 @@ import torch
 from transformers import Cache
 
 from speeder.model.config import CACHE_NAME
-from speeder.model.content import content_of
+from speeder.model.content import autocast_dtype, content_of, for_later, is_known
 from speeder.model.item_store import ItemStore
 from speeder.model.packing import SequenceLayout
 from speeder.model.sequences import TokenSequence
@@ -72,7 +72,7 @@ def common_length(one: np.ndarray, other: np.ndarray) -> int:
 @torch.no_grad()
 def continued_states(
     model: SpeederForCausalLM,
-    item_table: torch.Tensor | ItemStore,
+    item_table: torch.Tensor | ItemStore | None,
     sequences: Sequence[np.ndarray],
     kept: Sequence[int],
     cache: PackedCache,
@@ -80,7 +80,7 @@ def continued_states(
     """Run the tokens of whole sequences that are not kept, and return each sequence's last final state.
 
     Args:
-        item_table: `(I, K, H)` item tokens, or a store of them.
+        item_table: `(I, K, H)` item tokens, or a store of them; None for text alone.
         sequences: `(2, S)` ids and ranks of each whole sequence.
         kept: number of each sequence's first tokens whose keys and values are in `cache`; fewer than all.
 
@@ -116,30 +116,28 @@ def continued_states(
     return hidden[0, borders[1:].long() - 1]
 
 
-class ModelState:
-    """What kept keys and values depend on: weights, item tokens, autocast's dtype and the prompt.
+def text_content(model: SpeederForCausalLM) -> tuple | None:
+    """What the keys and values of the shared text depend on: the layers, SPAE, autocast's dtype and the text itself.
 
-    Make it in evaluation mode.
-
-    Attributes:
-        item_table: `(I, K, H)` item tokens, or a store of them.
-        content: states with an equal content compute the same; None if it is not known (see `content_of`).
+    Make it in evaluation mode; None if it is not known (see `content_of`).
     """
+    words = model.backbone.get_input_embeddings()  # most of a small model, and few of its rows are read
+    content = content_of(model.backbone.get_decoder(), model.spae, without=words)
+    if not is_known(content):
+        return content
+    prefix = model.shared_prefix
+    rows = words(torch.tensor(prefix, dtype=torch.int64, device=model.device)).detach()
+    read = rows.contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return (*content, autocast_dtype(model.device.type), tuple(prefix), read)
 
-    def __init__(self, model: SpeederForCausalLM):
-        self.item_table = model.item_table()
-        words = model.backbone.get_input_embeddings()  # most of a small model, and few rows are read
-        self.content = content_of(model.backbone.get_decoder(), model.spae, model.config, without=words)
-        if self.content is not None:
-            device, prefix = model.device.type, model.shared_prefix
-            autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-            rows = words(torch.tensor(prefix, dtype=torch.int64, device=model.device)).detach()
-            read = rows.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-            self.content += (id(self.item_table), autocast, tuple(prefix), read)
 
-    def same(self, other: ModelState | None) -> bool:
-        """Whether what was kept in the other state is still valid in this one."""
-        return other is not None and self.content is not None and self.content == other.content
+def session_content(model: SpeederForCausalLM) -> tuple | None:
+    """What the keys and values of histories depend on: `text_content`, and the item tokens."""
+    text, tokens = text_content(model), content_of(model.mrc)
+    if text is None or tokens is None:
+        return None
+    config = model.config
+    return (*text, *tokens, model.item_store, config.embedding_rms, config.tokens_per_item)
 
 
 class KeyValuePool:
@@ -183,16 +181,21 @@ class KeyValuePool:
 
 
 class SharedPrefix:
-    """Keys and values of the text before every history, computed once per state of the model."""
+    """Keys and values of the text before every history, computed once per `text_content` of the model."""
 
-    def __init__(self, model: SpeederForCausalLM, state: ModelState):
-        self.state = state
+    def __init__(self, model: SpeederForCausalLM):
         self.tokens = prefix_tokens(model)
         self._layers: dict[int, Rows] = {}
         cache = PackedCache(self._keep, None)
-        self._last = continued_states(model, self.state.item_table, [self.tokens], [0], cache)
+        with for_later(model.device.type):
+            self._last = continued_states(model, None, [self.tokens], [0], cache)
 
-    def states(self, model: SpeederForCausalLM, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+    def states(
+        self,
+        model: SpeederForCausalLM,
+        item_table: torch.Tensor | ItemStore,
+        sequences: Sequence[TokenSequence],
+    ) -> torch.Tensor:
         """The final states of the sequences' last tokens, `(B, H)`, as from `last_states`."""
         whole = [as_tokens(sequence) for sequence in sequences]
         length = self.tokens.shape[1]
@@ -207,7 +210,7 @@ class SharedPrefix:
                 start = end
             cache = PackedCache(self._joined, torch.as_tensor(np.concatenate(order)).to(states.device))
             states[runs] = continued_states(
-                model, self.state.item_table, [whole[r] for r in runs], [kept[r] for r in runs], cache
+                model, item_table, [whole[r] for r in runs], [kept[r] for r in runs], cache
             )
         return states
 

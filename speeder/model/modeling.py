@@ -23,7 +23,7 @@ from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
 from speeder.io.files import replaced_files
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
-from speeder.model.content import Kept, content_of, read_once
+from speeder.model.content import Kept, autocast_dtype, content_of, for_later
 from speeder.model.embeddings import embedding_scale, read_directly
 from speeder.model.generation import check_beams, check_items_only
 from speeder.model.heads import ScoringMixin, next_labels
@@ -96,7 +96,7 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self.negatives = NegativeSampler(config)
         self.item_store: ItemStore | None = None
         self._checked_store: tuple[ItemStore, tuple | None] | None = None
-        self._kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor]] = Kept()
+        self._kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = Kept()
         self._kept_prefix: Kept[SharedPrefix] = Kept()
         self.post_init()
         # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
@@ -187,7 +187,6 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         if self.config.item_embedding:
             rows = self.mrc.item_trained
             rows.copy_(trained[: len(rows)])
-            self.set_catalogue(self.catalogue)
 
     def use_item_store(self, store: ItemStore | None) -> None:
         """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.
@@ -204,22 +203,18 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         self._checked_store = None if store is None else (store, content_of(self.mrc))
 
     def item_table(self) -> torch.Tensor | ItemStore:
-        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens.
+        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens; to be read only.
 
         Raises:
-            SpeederError: MRC has changed since the store was set.
+            SpeederError: MRC has changed, and the store was made with other weights.
         """
         if self.item_store is None:
             return self.item_tokens()[0]
         if self._checked_store is not None and self._checked_store[0] is self.item_store:
             content = content_of(self.mrc)
-            if content is None:
+            if content is None or content != self._checked_store[1]:
                 self.item_store.check(self)
-            elif content != self._checked_store[1]:
-                raise SpeederError(
-                    "item store: expected MRC as it was when use_item_store was called, got other weights or another "
-                    "adapter; make a store of these, or call use_item_store(None)"
-                )
+                self._checked_store = (self.item_store, content)
         return self.item_store
 
     def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,20 +224,30 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         same: every weight is read and compared by its hash, however it was written.
 
         Returns:
-            tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`.
+            tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`. They may be the
+            kept ones, so do not write into them.
         """
         if self.training or torch.is_grad_enabled():
-            self._kept_tokens.clear()
             return self.mrc.whole()
         device, content = self.device.type, content_of(self.mrc)
         if content is not None:
-            content += (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),)
-        return self._kept_tokens.get(content, self.mrc.whole)
+            content += (autocast_dtype(device),)
+        with for_later(device):
+            tokens, gates, versions = self._kept_tokens.get(content, self._compressed)
+            if (tokens._version, gates._version) != versions:  # a caller has written into them
+                self._kept_tokens.clear()
+                tokens, gates, _ = self._kept_tokens.get(content, self._compressed)
+        return tokens, gates
+
+    def _compressed(self) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        tokens, gates = self.mrc.whole()
+        return tokens, gates, (tokens._version, gates._version)
 
     def clear_cache(self) -> None:
         """Free what is kept between calls: the item tokens, and the states of the text before histories.
 
-        It is never needed for right results, since what is kept is compared with the model's content before it is used.
+        It is not needed for right results: what is kept is compared with the model's content before it is used. Only a
+        catalogue must not be changed in place: set another one.
         """
         self._kept_tokens.clear()
         self._kept_prefix.clear()
@@ -570,7 +575,6 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
 
     # ---- generation ---------------------------------------------------------------------------------------
 
-    @read_once()
     def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
         """transformers' `generate`, over items by default; `vocabulary="text"` writes text, `"all"` either.
 

@@ -75,8 +75,6 @@ class MRC(nn.Module):
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """Set a catalogue's features, normalised once, and its presence mask.
 
-        The learned embedding counts as absent for items that training never met, unless they have nothing else.
-
         Raises:
             SpeederError: a modality is missing or has another width, or an item has no modality.
         """
@@ -97,14 +95,7 @@ class MRC(nn.Module):
                 buffers[f"features_{name}"] = normalised(features).to(device, dtype)
             columns.append(catalogue.present[name])
         if ITEM in self.names:
-            rows = min(len(catalogue), len(self.item_trained))
-            learned = torch.zeros(len(catalogue), dtype=torch.bool)
-            learned[:rows] = self.item_trained[:rows].cpu()
-            if columns:
-                learned[:rows] |= ~torch.stack(columns, dim=1)[:rows].any(dim=1)
-            else:
-                learned[:rows] = True
-            columns.append(learned)
+            columns.append(torch.arange(len(catalogue)) < len(self.item_trained))
         present = torch.stack(columns, dim=1) if columns else torch.zeros(len(catalogue), 0, dtype=torch.bool)
         bare = (~present.any(dim=1)).nonzero().flatten().tolist()
         if bare:
@@ -130,7 +121,18 @@ class MRC(nn.Module):
 
     def presence(self) -> dict[str, torch.Tensor]:
         """Which items have each modality: name -> `(I,)` bool on the CPU."""
-        return dict(zip(self.names, self.present.cpu().unbind(dim=1), strict=True))
+        return dict(zip(self.names, self._presence(None).cpu().unbind(dim=1), strict=True))
+
+    def _presence(self, rows: torch.Tensor | None) -> torch.Tensor:
+        """Which modalities count of some items, `(U, M)` bool. The learned embedding does not for items that training
+        never met, unless they have nothing else."""
+        present = self.present if rows is None else self.present[rows]
+        if ITEM not in self.names:
+            return present
+        others, has_row = present[:, :-1], present[:, -1]
+        places = torch.arange(self.num_items, device=present.device) if rows is None else rows
+        trained = self.item_trained[places.clamp(max=len(self.item_trained) - 1)]
+        return torch.cat([others, (has_row & (trained | ~others.any(dim=1)))[:, None]], dim=1)
 
     def forward(self, rows: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Compress items.
@@ -151,7 +153,7 @@ class MRC(nn.Module):
             features = self._features(name, rows)
             outputs.append(expert(features))
             logits.append(self.gates[name](features).squeeze(-1).float())
-        present = self.present if rows is None else self.present[rows]
+        present = self._presence(rows)
         if ITEM in self.names:
             warm = torch.arange(self.num_items, device=present.device) if rows is None else rows
             warm = warm.clamp(max=self.item_embedding.num_embeddings - 1)

@@ -16,6 +16,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from speeder.model.config import SpeederConfig
+from speeder.model.content import Kept
 from speeder_kernels import item_cross_entropy
 
 _LEAST = 1e-12  # of a loss whose logarithm is taken
@@ -49,7 +50,8 @@ class NegativeSampler(nn.Module):
         super().__init__()
         self.config = config
         self.step = self.draw = 0
-        self._cumulative: np.ndarray | None = None  # (I,) float64, of how often a draw takes each item
+        self._counts: np.ndarray | None = None  # (I,) float64, at least 1
+        self._cumulative: Kept[np.ndarray] = Kept()  # (I,) float64, of how often a draw takes each item
 
     def seek(self, step: int) -> None:
         """Set the optimizer step; training passes count the draws within it."""
@@ -64,8 +66,8 @@ class NegativeSampler(nn.Module):
         counts = np.asarray(counts, dtype=np.float64)
         if counts.ndim != 1 or not len(counts) or not counts.min() >= 0:
             raise ValueError(f"counts: expected (I,) numbers of at least 0, got shape {counts.shape}")
-        exponent = 1.0 if self.config.negatives == "in-batch" else self.config.negatives_exponent
-        self._cumulative = np.cumsum(np.maximum(counts, 1.0) ** exponent)
+        self._counts = np.maximum(counts, 1.0)
+        self._cumulative.clear()
 
     def candidates(self, targets: torch.Tensor) -> Candidates:
         """The candidates for the targets of this pass. With `in-batch`, all processes must call it.
@@ -109,13 +111,14 @@ class NegativeSampler(nn.Module):
         return self.config.negatives == "sampled" and self.config.negatives_exponent == 0.0
 
     def _known(self) -> np.ndarray:
-        known = 0 if self._cumulative is None else len(self._cumulative)
+        known = 0 if self._counts is None else len(self._counts)
         if known != self.config.num_items:
             raise ValueError(
                 f"negatives: {self.config.negatives!r} needs target counts of {self.config.num_items} items, got "
                 f"{known}: call model.negatives.set_counts"
             )
-        return self._cumulative
+        exponent = 1.0 if self.config.negatives == "in-batch" else self.config.negatives_exponent
+        return self._cumulative.get((exponent,), lambda: np.cumsum(self._counts**exponent))
 
 
 def candidate_cross_entropy(

@@ -19,7 +19,7 @@ from speeder.io.progress import showing
 from speeder.model.choice import FALLBACKS, Choice, Where, best_among, check_word
 from speeder.model.content import read_once
 from speeder.model.item_store import ItemStore
-from speeder.model.kv_cache import ModelState, SharedPrefix
+from speeder.model.kv_cache import SharedPrefix, text_content
 from speeder.model.offload import check_own_parts
 from speeder.model.popularity import ItemCounts
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
@@ -113,9 +113,8 @@ class RecommenderMixin:
         if not self.shared_prefix:
             batch = {name: tensor.to(self.device) for name, tensor in pack_batch(sequences).items()}
             return self.last_states(**batch)
-        state = ModelState(self)
-        prefix = self._kept_prefix.get(state.content, lambda: SharedPrefix(self, state))
-        return prefix.states(self, sequences)
+        prefix = self._kept_prefix.get(text_content(self), lambda: SharedPrefix(self))
+        return prefix.states(self, self.item_table(), sequences)
 
     @torch.no_grad()
     def score(self, histories: Sequence[Sequence[int | str]], batch_size: int = 64) -> torch.Tensor:
@@ -244,7 +243,10 @@ class RecommenderMixin:
                 weights = self.item_tokens()[1].cpu()
             else:  # without ever holding all tokens
                 weights = torch.cat([gates.cpu() for _, gates in self.mrc.pieces()])
-        return dict(zip(self.config.gate_names, weights.unbind(dim=1), strict=True))
+        return {  # copies, as the kept ones are not to be written into
+            name: column.clone()
+            for name, column in zip(self.config.gate_names, weights.unbind(dim=1), strict=True)
+        }
 
     def add_items(self, new_items: ItemCatalogue) -> range:
         """Append items to the catalogue without training; they can be read and recommended at once.

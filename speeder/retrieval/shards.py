@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from speeder.data.fingerprints import features_hash
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, check_files, describe_files, read_json, write_json
 from speeder.io.progress import showing
 from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table
-from speeder.model.mrc import PIECE
+from speeder.model.mrc import MRC, PIECE, Expert
 from speeder_kernels import topk_items
 
 if TYPE_CHECKING:
@@ -30,11 +31,23 @@ if TYPE_CHECKING:
 FORMAT = "speeder-token-shards-1"
 SHARD_ITEMS = 1 << 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PLAIN = (MRC, Expert, nn.Linear, nn.Embedding, nn.ModuleDict)
 _NAME = re.compile(r"tokens-\d{5,}-of-\d{5,}\.safetensors")
 
 
 def token_identity(model: SpeederForCausalLM) -> dict[str, str]:
-    """SHA-256 of what tokens depend on: MRC's weights, and the catalogue's ids and features."""
+    """SHA-256 of what tokens depend on: MRC's weights, and the catalogue's ids and features.
+
+    Raises:
+        SpeederError: MRC has an adapter, a hook or other modules than its own, on which tokens depend too.
+    """
+    for name, module in model.mrc.named_modules():
+        plain = type(module) in _PLAIN and "forward" not in vars(module)
+        if not plain or module._forward_hooks or module._forward_pre_hooks:
+            raise SpeederError(
+                f"item tokens on disk: expected MRC without adapters and hooks, got one at {name or 'mrc'!r} "
+                f"({type(module).__name__}); merge the adapter first"
+            )
     weights = hashlib.sha256()
     for name, tensor in sorted(model.mrc.state_dict().items()):
         if name == "item_trained" and bool(tensor.all()):  # shards of version 0.1.0 know of no others

@@ -14,15 +14,15 @@ import torch
 
 from speeder.data.item_indices import is_single
 from speeder.model.choice import Choice, Where
-from speeder.model.content import read_once
+from speeder.model.content import for_later, read_once
 from speeder.model.kv_cache import (
     KeyValuePool,
-    ModelState,
     PackedCache,
     as_tokens,
     common_length,
     continued_states,
     prefix_tokens,
+    session_content,
 )
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.recommend import Recommendation, check_left
@@ -75,8 +75,9 @@ class UserSessions:
     When the room is used up, the states of the least recently used users are dropped. Their events, as indices of the
     catalogue, stay until `forget` (8 bytes each), and their next visit runs the whole history. So does every user's
     after a change of the model: its weights, adapters, catalogue, prompt or autocast's dtype. To notice any change,
-    each call reads all weights once. Known events follow their ids into another catalogue; those of items that it lacks
-    are forgotten. Not safe for several threads at once.
+    each call reads all weights once. Of a model with hooks, or one that is partly in training mode, nothing is kept.
+    Known events follow their ids into another catalogue; those of items that it lacks are forgotten. Not safe for
+    several threads at once.
 
     Args:
         max_tokens: tokens whose keys and values are kept at most, with those of the running batch and the instruction.
@@ -97,7 +98,7 @@ class UserSessions:
         self._histories: dict[Hashable, array] = {}
         self._catalogue = model.catalogue  # whose indices the histories hold
         self._states: OrderedDict[Hashable, KeptState] = OrderedDict()  # the least recently used comes first
-        self._root = self._state = None
+        self._root = self._content = self._table = None
 
     @torch.no_grad()
     @read_once()
@@ -175,7 +176,7 @@ class UserSessions:
         """Drop all states and free their memory; events stay."""
         self._states.clear()
         self._pool = KeyValuePool(self._pool.capacity)
-        self._root = self._state = None
+        self._root = self._content = None
 
     def memory(self) -> SessionMemory:
         """How much is kept."""
@@ -230,10 +231,11 @@ class UserSessions:
     def _run(self, histories: dict[Hashable, list[int]], answer: bool) -> torch.Tensor | None:
         """Update users' states; with `answer`, return the `(n, H)` final states that items are scored from."""
         with self.model.evaluating():
-            state = ModelState(self.model)
-            if not state.same(self._state):
+            content = session_content(self.model)
+            if content is None or content != self._content:
                 self.clear()
-                self._state = state
+                self._content = content
+            self._table = self.model.item_table()
             if self._root is None:
                 self._root = self._computed_root()
             suffix = len(self.model.config.prompt_suffix)
@@ -243,6 +245,7 @@ class UserSessions:
                 self._check_length(tokens.shape[1])
                 sequences[user] = tokens if answer else tokens[:, : tokens.shape[1] - suffix]
             states = [self._run_batch(batch, suffix, answer) for batch in self._batches(sequences)]
+            self._table = None
         return torch.cat(states) if answer else None
 
     def _check_length(self, tokens: int) -> None:
@@ -314,8 +317,8 @@ class UserSessions:
         device = self.model.device
         write = partial(self._pool.write, torch.as_tensor(new, device=device))
         order = torch.as_tensor(np.concatenate([state.slots for state in states]), device=device)
-        table = self._state.item_table
-        return continued_states(self.model, table, sequences, kept, PackedCache(write, order))
+        with for_later(self.model.device.type):
+            return continued_states(self.model, self._table, sequences, kept, PackedCache(write, order))
 
     def _crop(self, state: KeptState, length: int) -> None:
         """Keep a state's first tokens and free the others' slots."""

@@ -115,6 +115,16 @@ def test_yes_no_learns_to_tell_candidates_apart(trained, data, candidates):
 # ---- text-prompt: packing and supervision -------------------------------------------------------------------
 
 
+def test_titles_follow_the_configuration(place, data):
+    """They are tokenized once, for a tokenizer, a catalogue and a longest title."""
+    model = TextPrompt.from_backbone(place / "backbone", data.catalogue)
+    whole = model.title(1)
+    model.config.max_title_tokens = 1
+    assert len(model.title(1)) < len(whole)
+    model.config.max_title_tokens = 99
+    assert model.title(1) == whole
+
+
 def test_an_instruction_is_read_once_and_the_scores_are_those_of_whole_sequences(place, data):
     model = fresh(place, data, max_history=4, template="Chosen so far:\n{history}Chosen next:\n")
     assert model.shared_prefix == model.pieces[0] != []

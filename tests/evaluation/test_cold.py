@@ -200,8 +200,7 @@ def test_every_leak_is_caught(parts):
     known = replace(cold, catalogue=cold.catalogue.with_features("collaborative", table))
     with pytest.raises(LeakError, match="collaborative features were fitted on interactions"):
         check_cold_items(known, fitted)
-    leaking = copy.copy(fitted)
-    leaking.manifest = copy.deepcopy(fitted.manifest)
+    leaking = replace(fitted, manifest=copy.deepcopy(fitted.manifest))
     leaking.manifest["encoders"]["collaborative"]["training_hash"] = training_hash(
         warm.interactions.sequences()
     )

@@ -2,8 +2,12 @@
 
 import copy
 import math
+import weakref
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +15,12 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations
+from transformers import LogitsProcessor
 
 from speeder.errors import SpeederError
 from speeder.model.content import Kept, checksums, content_of, read_once
+from speeder.model.explain import explain
+from speeder.model.mrc import MRC
 from speeder.retrieval.shards import write_token_shards
 from speeder.serving.sessions import UserSessions
 from tests.model.worlds import tiny_model
@@ -179,7 +186,7 @@ def test_a_store_of_item_tokens_is_refused_once_mrc_has_changed(tmp_path):
     weight = model.mrc.norm_weight
     weight.data.copy_(2 * weight)
     for ask in (lambda: model.score([HISTORY]), lambda: model.recommend([HISTORY], k=2)):
-        with pytest.raises(SpeederError, match="item store: expected MRC as it was"):
+        with pytest.raises(SpeederError, match="its tokens were made with other weights"):
             ask()
     weight.data.copy_(weight / 2)
     assert torch.equal(model.score([HISTORY]), before)
@@ -267,3 +274,239 @@ def test_checksums_of_an_accelerator_tell_contents_apart(size, chunks, seed, dat
     assert not torch.equal(first, checksums(other))
     rolled = raw.roll(1)
     assert torch.equal(rolled, raw) or not torch.equal(first, checksums(rolled))
+
+
+# --- what a reader of the first version found ----------------------------------------------------------------------
+
+
+def adapted_model():
+    """A model with an adapter's own copy of MRC, and the whole of it."""
+    model = tiny_model()
+    settings = {"target_modules": ADAPTED, "modules_to_save": ["mrc"], "init_lora_weights": False}
+    whole = get_peft_model(model, LoraConfig(**settings)).eval()
+    with torch.no_grad():
+        for part in model.mrc.modules_to_save.values():
+            for parameter in part.parameters():
+                parameter.copy_(stirred(parameter))
+    return model, whole
+
+
+def test_what_runs_within_generate_may_switch_adapters():
+    """As a processor that contrasts a model with its base does."""
+    model, whole = adapted_model()
+    ids, seen = torch.tensor([[65, 66, 67]]), []
+
+    class Contrast(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            with whole.disable_adapter():
+                model.clear_cache()
+                seen.append(model.score([HISTORY]))
+            return scores
+
+    expected = anew(model)["scores"]
+    how = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    plain = model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, logits_processor=[Contrast()], **how), plain)
+    with whole.disable_adapter():
+        torch.testing.assert_close(seen[-1], anew(model)["scores"])
+    torch.testing.assert_close(model.score([HISTORY]), expected)
+
+
+def test_casts_that_autocast_keeps_do_not_come_into_later_regions():
+    """Torch casts a weight once in a region of autocast, also if it changes in it."""
+    model = tiny_model(prompt_prefix=[5])
+    sessions = UserSessions(model, 80)
+    with torch.autocast("cpu", torch.bfloat16):
+        sessions.score({"user": HISTORY})
+        model.score([HISTORY])
+        for parameter in model.parameters():
+            parameter.data.copy_(stirred(parameter))
+        model.score([HISTORY])
+        sessions.score({"user": []})
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = anew(model)["scores"]
+        torch.testing.assert_close(model.score([HISTORY]), expected, atol=0.05, rtol=0.02)
+        torch.testing.assert_close(sessions.score({"user": []}), expected, atol=0.05, rtol=0.02)
+
+
+def test_item_tokens_on_disk_are_refused_of_an_adapter(tmp_path):
+    """Their identity is that of weights alone."""
+    model, _ = adapted_model()
+    with pytest.raises(SpeederError, match="without adapters and hooks, got one at 'mrc'"):
+        write_token_shards(model, tmp_path / "shards")
+    plain = tiny_model()
+    shards = write_token_shards(plain, tmp_path / "shards")
+    plain.mrc.experts["text"].register_forward_hook(lambda module, args, output: -output)
+    with pytest.raises(SpeederError, match=r"without adapters and hooks, got one at 'experts\.text'"):
+        plain.use_item_store(shards)
+
+
+def test_a_store_stays_in_use_where_weights_are_the_same(tmp_path):
+    model = tiny_model()
+    model.use_item_store(write_token_shards(model, tmp_path / "shards"))
+    before = model.score([HISTORY])
+    model.mrc.compile(backend="eager")
+    assert torch.equal(model.score([HISTORY]), before)
+    explained = explain(model, HISTORY, [4])[0]
+    assert explained.score == pytest.approx(float(before[0, 4]), abs=1e-4)
+
+
+def test_hooks_on_the_text_embedding_see_items_too():
+    model, factor = tiny_model(), [1.0]
+    words = model.backbone.get_input_embeddings()
+    words.register_forward_hook(lambda module, args, output: output * factor[0])
+    check_after(lambda: factor.__setitem__(0, -2.0), model)
+
+
+@pytest.mark.parametrize("kept_by", ["item_tokens", "gates"])
+def test_who_writes_into_what_was_returned_changes_no_answer(kept_by):
+    model = tiny_model()
+    expected = kept(model, sessions_of(model))
+    with torch.no_grad():
+        if kept_by == "item_tokens":
+            model.item_tokens()[0].mul_(3)
+        else:
+            for weights in model.gates().values():
+                weights.mul_(100)
+    for name, value in kept(model, sessions_of(model)).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def sessions_of(model) -> UserSessions:
+    sessions = UserSessions(model, 80)
+    sessions.extend({"user": HISTORY})
+    return sessions
+
+
+def test_a_state_dict_brings_which_rows_are_trained():
+    model, other = tiny_model(item_embedding=True), tiny_model(item_embedding=True)
+    model.set_trained_items(torch.arange(20) < 5)
+    other.score([HISTORY])
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.score([HISTORY]), model.score([HISTORY]))
+    assert (other.gates()["item"][5:] == 0).all()
+
+
+@dataclass
+class Settings:
+    scale: float = 1.0
+
+
+class Part(nn.Module):
+    """A module with attributes of any kind."""
+
+    def __init__(self, **attributes: object):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    "attributes, change",
+    [
+        ({"settings": Settings()}, lambda part: setattr(part.settings, "scale", 2.0)),
+        ({"queue": deque([1])}, lambda part: part.queue.append(2)),
+        ({"nested": {"a": [Settings()]}}, lambda part: setattr(part.nested["a"][0], "scale", 2.0)),
+        ({}, lambda part: setattr(part.weight, "scales", torch.ones(2))),
+        ({"table": np.ones(3)}, lambda part: part.table.__setitem__(0, 5)),
+    ],
+    ids=["dataclass", "deque", "nested", "beside a weight", "array"],
+)
+def test_attributes_that_are_changed_in_place(attributes, change):
+    part = Part(**attributes).eval()
+    before = content_of(part)
+    assert before is not None and content_of(part) == before
+    change(part)
+    assert content_of(part) != before
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, 2).to_sparse(),
+        torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+        torch.nested.nested_tensor([torch.ones(2)]),
+        torch.ones(2, dtype=torch.complex64).conj(),
+        np.array([object()]),
+        object.__new__(type("Slotted", (), {"__slots__": ()})),
+    ],
+    ids=["sparse", "quantized", "nested", "conjugate", "objects", "slots"],
+)
+def test_what_cannot_be_read_is_not_kept(tensor):
+    assert content_of(Part(strange=tensor).eval()) is None
+
+
+def test_a_hook_for_all_modules_counts():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert content_of(nn.Linear(2, 2).eval()) is None
+    finally:
+        handle.remove()
+
+
+def test_in_one_call_also_an_unknown_content_is_computed_once(monkeypatch):
+    model, calls = tiny_model(prompt_prefix=[5]), []
+    model.mrc.register_forward_pre_hook(lambda module, args: None)
+    forward = MRC.forward
+    monkeypatch.setattr(MRC, "forward", lambda *args: calls.append(1) or forward(*args))
+    model.recommend([HISTORY] * 9, k=2, batch_size=3)
+    assert len(calls) == 1
+    model.recommend([HISTORY], k=2)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda model, folder: model.save_pretrained(folder),
+        lambda model, folder: setattr(model.config, "id2label", {0: "a"}),
+        lambda model, folder: model(torch.tensor([[65, 66]])),  # with gradients
+        lambda model, folder: model.generate(torch.tensor([[65, 66]]), max_new_tokens=1, pad_token_id=0),
+    ],
+    ids=["save", "config", "gradients", "generate"],
+)
+def test_what_changes_nothing_costs_nothing(step, monkeypatch, tmp_path):
+    model, calls = tiny_model(prompt_prefix=[5]), []
+    sessions = sessions_of(model)
+    model.score([HISTORY])
+    table, prefix = model._kept_tokens._value[0], model._kept_prefix._value
+    step(model, tmp_path / "saved")
+    model.score([HISTORY])
+    forward = type(model.backbone.get_decoder()).forward
+    monkeypatch.setattr(
+        type(model.backbone.get_decoder()),
+        "forward",
+        lambda self, **kwargs: calls.append(kwargs["inputs_embeds"].shape[1]) or forward(self, **kwargs),
+    )
+    sessions.score({"user": []})
+    assert calls in ([], [1]), "a user's history was kept"
+    assert model._kept_tokens._value[0] is table and model._kept_prefix._value is prefix
+
+
+def test_no_old_table_stays_alive():
+    model = tiny_model(prompt_prefix=[5])
+    sessions = sessions_of(model)
+    model.score([HISTORY])
+    old = weakref.ref(model._kept_tokens._value[0])
+    model.clear_cache()
+    assert old() is None and sessions.memory().users == 1
+
+
+def test_negatives_follow_the_exponent():
+    model = tiny_model(negatives="sampled", num_negatives=8, negatives_exponent=1.0)
+    model.negatives.set_counts(np.arange(20) + 1.0)
+    items = torch.arange(20)
+    first = model.negatives._probability(items)
+    model.config.negatives_exponent = 0.5
+    other = model.negatives._probability(items)
+    torch.testing.assert_close(other, (first.sqrt() / first.sqrt().sum()))
+
+
+def test_inference_mode_leaves_nothing_that_cannot_be_used_later():
+    model = tiny_model(prompt_prefix=[5])
+    with torch.inference_mode():
+        model.recommend([HISTORY], k=2)
+    with torch.no_grad():
+        tokens = model.item_tokens()[0]
+    nn.Linear(32, 1)(tokens[:, 0]).sum().backward()
+    model.gates()["text"].mul_(2)

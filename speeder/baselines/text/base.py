@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model.config import SpeederConfig
+from speeder.model.content import Kept
 from speeder.model.loading import catalogue_folder, from_backbone, load_tokenizer
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.processor import HISTORY
@@ -75,7 +76,7 @@ class TextBaseline(SpeederForCausalLM):
             raise SpeederError(f"expected a {self.name!r} baseline, got {config.baseline!r}")
         super().__init__(config)
         self.tokenizer: PreTrainedTokenizerBase | None = None
-        self._titles: list[list[int]] = []
+        self._titles: Kept[list[list[int]]] = Kept()
 
     @classmethod
     def from_backbone(
@@ -117,13 +118,11 @@ class TextBaseline(SpeederForCausalLM):
         except ValueError as error:
             raise SpeederError(f"template: {error}") from error
         self.pieces = [text_ids(tokenizer, piece) for piece in pieces]
-        self._titles = []
 
     def title(self, item: int) -> list[int]:
         """An item's title (or its id, without a title) as token ids, and a line end."""
-        if not self._titles:
-            self._titles = title_rows(self.tokenizer, self.catalogue, self.config.max_title_tokens)
-        return self._titles[item]
+        of = (self.tokenizer, self.catalogue, self.config.max_title_tokens)
+        return self._titles.get(of, lambda: title_rows(*of))[item]
 
     def lines(self, items: Sequence[int]) -> list[int]:
         """Titles, one per line; of a history, pass the newest `config.max_history` items."""
@@ -131,7 +130,7 @@ class TextBaseline(SpeederForCausalLM):
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """Attach the catalogue whose titles are read."""
-        self.catalogue, self._titles = catalogue, []
+        self.catalogue = catalogue
         self.config.num_items = 0  # no item is a token: the vocabulary is the backbone's
 
     def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:

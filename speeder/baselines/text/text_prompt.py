@@ -33,7 +33,6 @@ class TextPrompt(TextBaseline):
             SpeederError: it has more items than the table has rows.
         """
         SpeederForCausalLM.set_catalogue(self, catalogue)
-        self._titles = []
 
     gates = SpeederForCausalLM.gates
 
