@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from speeder.cli.shared import ray_arguments, runner_for
 from speeder.errors import SpeederError
 
+if TYPE_CHECKING:
+    from speeder.data.prepared import PreparedData
+
 SUMMARY = (
     "Turn raw files into prepared data: a catalogue with features, and interactions. ml-100k needs no PATH."
 )
+_FORMATS = """
+
+  plain      interactions.csv with the columns user,item,timestamp, and perhaps rating;
+             items.csv with item,title, and perhaps text and image; .tsv, .parquet and .jsonl too
+  sequences  sequences.txt with a line per user, "user item item ...", oldest first; perhaps items.csv
+
+A modality is a kind of features of an item: text (of its title and text), image (of its picture), or
+collaborative (of who had it)."""
 EXAMPLE = (
-    "speeder prepare amazon-2018 raw/ --out data/beauty --k-core 5"
+    "speeder prepare plain shop/ --out data/shop"
+    "\n  speeder prepare amazon-2018 raw/ --out data/beauty --k-core 5"
     "\n  speeder prepare ml-100k --out data/ml-100k --posters posters/"
 )
 
 
+_SHARED_TIMES = 0.1  # share of events with an equal time that is told
+_MOST_SHOWN = 10  # names of columns
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder prepare`."""
+    parser.description = f"{parser.description}{_FORMATS}"
     parser.add_argument(
         "name",
         choices=["amazon-2014", "amazon-2018", "amazon-2023", "ml-100k", "ml-1m", "ml-10m", "ml-20m", "ml-latest",
@@ -103,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.prepare.pipeline import prepare, prepare_ml100k
+    from speeder.prepare.raw_table import REPEATED
     from speeder.recipes.schema import MODALITIES
 
     modalities = [name for name in MODALITIES if name not in options.without]
@@ -151,5 +171,34 @@ def run(options: argparse.Namespace) -> None:
     )
     dropped = data.manifest["interactions"]["dropped"]
     if dropped:
-        reasons = ", ".join(f"{lines} {reason}" for reason, lines in sorted(dropped.items()))
+        told = {REPEATED: "repeats of a user with an item (keep them with --repeats)"}
+        reasons = ", ".join(
+            f"{lines} {told.get(reason, reason)}" for reason, lines in sorted(dropped.items())
+        )
         print(f"dropped: {reasons}; more: speeder describe {options.out}")
+    for note in _notes(data):
+        print(note)
+
+
+def _notes(data: PreparedData) -> Iterator[str]:
+    """What of the raw files is not used, not there, or not certain, a line each."""
+    manifest, catalogue = data.manifest, data.catalogue
+    for part, names in manifest.get("unused_columns", {}).items():
+        hint = " (what describes an item, such as its category, belongs into text)" if part == "items" else ""
+        if names:
+            more = ", ..." if len(names) > _MOST_SHOWN else ""
+            yield f"{part}: columns not used: {', '.join(names[:_MOST_SHOWN])}{more}{hint}"
+    bare = sum(
+        bool(title) and text.removesuffix(".") == title.removesuffix(".")
+        for title, text in zip(catalogue.titles, catalogue.texts, strict=True)
+    )
+    if bare:
+        yield f"items with only their title as text: {bare} of {len(catalogue)}"
+    if "read" in manifest["items"] and (missing := manifest["items"].get("without_line")):
+        yield f"items without a line in the file of items: {missing}"
+    shared = manifest.get("same_time", 0) / len(data.interactions)
+    if shared > _SHARED_TIMES:
+        yield (
+            f"{shared:.0%} of events share their user's time with another: their order is the file's, oldest first is"
+            " expected"
+        )

@@ -59,8 +59,9 @@ def run_data(run: Path, folder: Path | None = None) -> PreparedData:
             f"{run}: its data are not in {folder}; if they were moved, use evaluate --data DIR"
         )
     data = PreparedData.load(folder)
-    if (split := data.split.hash()) != known.get("split"):
+    if data.split.hash() != known.get("split"):
         raise SpeederError(
-            f"{folder}: its split is {split[:12]}…, but {run} was trained on {str(known.get('split'))[:12]}…"
+            f"{folder}: the data have changed since {run} was trained; prepare the earlier ones into a new folder "
+            "(evaluate --data DIR), or train again"
         )
     return data

@@ -103,6 +103,15 @@ class PreparedData:
             raise SpeederError(f"{folder} does not fit together: {error}") from error
 
 
+def saved_split(folder: str | Path) -> str | None:
+    """The hash of the split of the data in a folder; None if it has no readable ones."""
+    folder = recover_folder(folder)
+    try:
+        return LeaveOneOut(Interactions.load(folder / _FILES[0])).hash() if _is_prepared(folder) else None
+    except SpeederError:  # damaged: no run can be evaluated with them anyway
+        return None
+
+
 def check_replaceable(folder: str | Path) -> set[str]:
     """The entries of a folder that `PreparedData.save` may replace; it need not exist.
 

@@ -72,7 +72,8 @@ def add_features(
     if "text" in modalities:
         if not any(catalogue.texts):
             raise SpeederError(
-                "no item has a text: give a file of items, or leave out the text modality (--without text)"
+                "no item has a text: expected items.csv (item, title, and perhaps text) in the folder, or --items FILE;"
+                " or leave out the text modality (--without text)"
             )
         if text_encoder is None:
             from speeder.prepare.encoders.text import TextEncoder

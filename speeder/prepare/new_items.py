@@ -34,10 +34,11 @@ _PROBES = (
 class StrictCount(LineCount):
     """A count that allows no broken line: of a few new items none may be lost."""
 
-    def drop(self, number: int, reason: str) -> None:
+    def drop(self, number: int, error: BadLine | str) -> None:
         """Raises `SpeederError`, except for blank lines."""
-        if reason != BLANK:
-            raise SpeederError(f"{row_name(self.path, number)}: {reason}")
+        if str(error) != BLANK:
+            told = error.told if isinstance(error, BadLine) else error
+            raise SpeederError(f"{row_name(self.path, number)}: {told}")
 
 
 def row_name(file: Path, number: int) -> str:

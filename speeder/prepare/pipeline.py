@@ -1,11 +1,12 @@
 """From raw files to a prepared data folder: items, pictures, interactions and frozen features."""
 
+import logging
 from collections.abc import Callable, Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from speeder.data.prepared import PreparedData, check_replaceable
+from speeder.data.prepared import PreparedData, check_replaceable, saved_split
 from speeder.errors import SpeederError
 from speeder.io.disk_full import writing
 from speeder.prepare.features import EncodesImages, EncodesTexts, add_features, add_images
@@ -18,6 +19,8 @@ from speeder.recipes.schema import MODALITIES
 
 if TYPE_CHECKING:
     from speeder.io.parts import Runner
+
+log = logging.getLogger(__name__)
 
 
 def prepare(
@@ -75,6 +78,7 @@ def prepare(
     path, items = Path(path), Path(items) if items else None
     if not path.exists():
         raise SpeederError(f"{path} is missing")
+    earlier = saved_split(out)
     raw = plain(path, items, time_unit) if name == "plain" else READERS[name].open(path, items)
     with writing(out), scratch_folder(Path(out)) as scratch:
         data = read_raw(
@@ -85,7 +89,7 @@ def prepare(
             repeats=repeats,
         )
     data = add_images(data, images or raw.images, by_name=raw.images_by_name, must_match=images is not None)
-    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require, earlier)
 
 
 def prepare_ml100k(
@@ -115,12 +119,13 @@ def prepare_ml100k(
         The saved data, as from `prepare`.
     """
     check_replaceable(out)
+    earlier = saved_split(out)
     data = add_images(read_ml100k(source), posters, include_plot=include_plot)
     if on_text is not None:
         data = add_features(data, ["text"], text_encoder, runner=runner)
         on_text(data)
         modalities = [name for name in modalities if name != "text"]
-    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require)
+    return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require, earlier)
 
 
 def _encode_and_save(
@@ -131,10 +136,14 @@ def _encode_and_save(
     image_encoder: EncodesImages | None,
     runner: "Runner | None",
     require: Collection[str],
+    earlier: str | None,
 ) -> PreparedData:
+    """The saved data, with features; `earlier` is the split that was in `out` before."""
     data = add_features(data, modalities, text_encoder, image_encoder, runner, require)
     data.manifest["versions"] = {
         name: version(name) for name in ("torch", "transformers", "pyarrow", "pillow")
     }
     data.save(out)
+    if earlier not in (None, data.split.hash()):
+        log.warning("%s: replaced; runs trained on the earlier data can no longer be evaluated", out)
     return data

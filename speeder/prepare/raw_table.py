@@ -21,6 +21,8 @@ from speeder.prepare.readers.times import PER_SECOND, hold_dates, nanoseconds
 from speeder.prepare.readers.values import identifier, rating
 from speeder.prepare.spool import Spool
 
+REPEATED = "same user and item as another line"
+
 
 def read_raw(
     raw: RawData,
@@ -53,20 +55,23 @@ def read_raw(
     count = LineCount(raw.interaction_file)
     spool = Spool(scratch)
     _fill(spool, raw, count, min_rating)
+    count.check()
     user, item, time, user_ids, item_ids = _filtered(spool, count, core, repeats)
     if not user_ids:
-        reasons = "; ".join(f"{lines} {reason}" for reason, lines in count.dropped.most_common())
         raise SpeederError(
-            f"{raw.interaction_file}: no interaction is left of {count.read} lines ({reasons or 'it is empty'})"
+            f"{raw.interaction_file}: no interaction is left of {count.read} lines"
+            f" ({count.reasons() or 'it is empty'})"
         )
     order = np.lexsort((time, user))  # by nanoseconds: whole seconds would make ties of them
     user = user[order]  # one by one: each old column makes room for the next new one
     item = item[order]
-    time = time[order] // PER_SECOND
+    time = time[order]
     del order
+    same_time = _sharing_time(user, time)
+    time //= PER_SECOND
     interactions = Interactions(user, item, time, user_ids)
     del user, item, time
-    catalogue, items = _read_items(raw, item_ids)
+    catalogue, items, unused = _read_items(raw, item_ids)
     manifest = {
         "dataset": raw.name,
         "sources": {path.name: sha256_file(path) for path in sources},
@@ -75,8 +80,16 @@ def read_raw(
         "items": items,
         "interactions": count.summary(),
         "users": len(user_ids),
+        "unused_columns": {"interactions": count.unused, "items": unused},
+        "same_time": same_time,
     }
     return PreparedData(catalogue, interactions, manifest)
+
+
+def _sharing_time(user: np.ndarray, time: np.ndarray) -> int:
+    """How many rows, sorted by user and time, have their time in common with another row of their user."""
+    same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    return int(np.count_nonzero(np.append(same, False) | np.append(False, same)))
 
 
 def _fill(spool: Spool, raw: RawData, count: LineCount, min_rating: float | None) -> None:
@@ -87,7 +100,7 @@ def _fill(spool: Spool, raw: RawData, count: LineCount, min_rating: float | None
             time = nanoseconds(row.time, raw.ticks_per_second, dates=dates)
             rated_low = min_rating is not None and rating(row.rating) < min_rating
         except BadLine as error:
-            count.drop(row.number, str(error))
+            count.drop(row.number, error)
             continue
         if rated_low:
             count.leave_out("rated lower than the threshold")
@@ -103,8 +116,8 @@ def _filtered(
     user, user_hashes = spool.users.codes()
     item, item_hashes = spool.items.codes()
     keep = first_of_repeats(user, item, spool.times(), same_time=repeats)
-    what = "user, item and time" if repeats else "user and item"
-    count.leave_out(f"same {what} as another line", len(keep) - int(np.count_nonzero(keep)))
+    reason = "same user, item and time as another line" if repeats else REPEATED
+    count.leave_out(reason, len(keep) - int(np.count_nonzero(keep)))
     few_users, few_items = k_core(user, item, keep, core)
     count.leave_out(f"user with fewer than {core} interactions", few_users)
     count.leave_out(f"item with fewer than {core} interactions", few_items)
@@ -114,18 +127,18 @@ def _filtered(
     return user, item, spool.times_of(keep), *names
 
 
-def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
-    """The catalogue of these items, in this order, and the manifest's record of their lines."""
+def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict, list[str]]:
+    """The catalogue of these items, in this order, the manifest's record of their lines, and the unused columns."""
     place = {external: row for row, external in enumerate(ids)}
     found: list[ItemText | None] = [None] * len(ids)
-    cut, summary = np.zeros(len(ids), dtype=bool), {}
+    cut, summary, unused = np.zeros(len(ids), dtype=bool), {}, []
     if raw.items is not None:
         count = LineCount(raw.item_file)
         for entry in raw.items(count, place):
             try:
                 external = identifier(entry.item, "item")
             except BadLine as error:
-                count.drop(entry.number, str(error))
+                count.drop(entry.number, error)
                 continue
             row = place.get(external)
             if row is None:
@@ -144,6 +157,8 @@ def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
                     text=described.text[:MAX_TEXT],
                     image=described.image or (earlier and earlier.image),
                 )
+        count.check()
+        unused = count.unused
         summary = {
             **count.summary(),
             "cut_short": int(cut.sum()),
@@ -157,7 +172,7 @@ def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict]:
     summary["without_line"] = found.count(None)
     titles, texts, images, _ = zip(*(entry or ItemText("", "") for entry in found), strict=True)
     summary["without_text"] = texts.count("")
-    return ItemCatalogue(ids, titles, texts, images), summary
+    return ItemCatalogue(ids, titles, texts, images), summary, unused
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from PIL import Image
 from speeder.cli.main import build_parser, main
 from speeder.data import PreparedData
 from speeder.prepare.leave_out import leave_out_bare
+from speeder.prepare.pipeline import prepare_ml100k
 from speeder.prepare.readers import READERS
 from speeder.prepare.synthetic import synthetic_world
 from tests.model.worlds import save_tiny_backbone
@@ -99,6 +100,184 @@ def test_encoders_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data = PreparedData.load(tmp_path / "out")
     assert data.catalogue.modalities == {"text": 32, "image": 12}
     assert {name: record["name"] for name, record in data.manifest["encoders"].items()} == names
+
+
+BARE = ["--without", "text", "image", "collaborative"]
+
+
+def write_shop(folder: Path, header: str = "user,item,timestamp", time: str = "{day}", **more: str) -> Path:
+    """Events of 20 users with 5 items on 5 days; a row's `time` is a form of the day, from 1 on."""
+    folder.mkdir(exist_ok=True)
+    end, events = more.get("end", ""), [(f"ü{u}", f"i{i}", i + 1) for u in range(20) for i in range(5)]
+    rows = [f"{user},{item},{time.format(day=day)}{end}" for user, item, day in events]
+    text = "\n".join([header, *rows, *more.get("rows", "").split()]) + "\n"
+    (folder / "interactions.csv").write_text(text, encoding=more.get("encoding", "utf-8"))
+    return folder
+
+
+def prepared(shop: Path, *options: str) -> int:
+    return main(["prepare", "plain", str(shop), "--out", str(shop.parent / "out"), *BARE, *options])
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "message"),
+    [
+        (
+            {"time": "1{day}/03/2024 09:10"},
+            [],
+            "100 of 100 lines cannot be used: timestamp is not a number (line 2: got '11/03/2024 09:10'; expected"
+            " ISO 8601 such as 2024-03-14T09:10, or seconds since 1970)",
+        ),
+        (
+            {"time": "soon"},
+            ["--time-unit", "us"],
+            "got 'soon'; expected ISO 8601 such as 2024-03-14T09:10, or microseconds since 1970",
+        ),
+        (
+            {"time": "171040740000{day}"},
+            [],
+            "100 of 100 lines cannot be used: timestamp is before 1970 or after 2100 (line 2: got '1710407400001';"
+            " looks like milliseconds: add --time-unit ms",
+        ),
+        ({"time": "171040740000000{day}"}, [], "looks like microseconds: add --time-unit us"),
+        ({"time": "171040740000000000{day}"}, ["--time-unit", "ms"], "looks like nanoseconds: add --time-unit ns"),
+        # one line more, which can be used, does not make another file of it
+        ({"time": "1{day}/03/2024", "rows": "u,i0,1"}, [], "100 of 101 lines cannot be used"),
+        ({"end": ",x"}, [], "100 of 100 lines cannot be used: wrong number of fields (line 2: got 4, expected 3)"),
+        ({"encoding": "latin-1"}, [], "100 of 100 lines cannot be used: not UTF-8 (line 2: save the file as UTF-8)"),
+        (
+            {"header": "customer_id,product_id,created_at"},
+            [],
+            "it names customer_id, product_id, created_at; rename a column to 'user', and a column to 'item', and a"
+            " column to 'timestamp'",
+        ),
+        (
+            {"header": "user,item,created_at"},
+            [],
+            "has no column 'timestamp' or 'time' or 'ts'; it names user, item, created_at; rename a column to"
+            " 'timestamp'",
+        ),
+        (
+            {"header": "user;item;timestamp"},
+            [],
+            "the separator seems to be ';': expected ','; save the table with commas",
+        ),
+        (
+            {"header": '"user";"item";"timestamp"'},
+            [],
+            "the separator seems to be ';': expected ','; save the table with commas",
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_meant_in_another_way_gets_one_error(
+    how: dict, options: list[str], message: str, tmp_path: Path, capsys, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert prepared(write_shop(tmp_path / "shop", **how), *options) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("speeder: ") and message in lines[0], lines
+    assert len(caplog.messages) <= 5, "of lines of one kind, only the first are told one by one"
+    assert not (tmp_path / "out").exists()
+
+
+def test_most_lines_may_lack_a_user(tmp_path: Path) -> None:
+    """That is no other format: a shop's visitors without a name."""
+    rows = " ".join(f",i0,{time}" for time in range(5000))
+    assert prepared(write_shop(tmp_path / "shop", rows=rows)) == 0
+    assert PreparedData.load(tmp_path / "out").manifest["interactions"]["dropped"] == {"no user id": 5000}
+
+
+def test_json_lines_tell_their_names_too(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"customer": 1, "item": "a", "ts": 1}\n{"customer": 1, "item": "b"}\n')
+    assert main(["prepare", "plain", str(file), "--out", str(tmp_path / "out")]) == 1
+    message = "'uid'; it names customer, item, ts; rename a column to 'user'"
+    assert message in capsys.readouterr().err
+    file.write_text(
+        '{"user": 1, "item": "a", "ts": 1}\n{"user": 1, "item": "b", "TS": 2, "\\ud800": 1, "where": 2}\n'
+    )
+    assert main(["prepare", "plain", str(file), "--out", str(tmp_path / "out"), *BARE]) == 0
+    assert "interactions: columns not used: where\n" in capsys.readouterr().out
+    file.write_text('[\n{"user": 1}\n]\n')
+    assert main(["prepare", "plain", str(file), "--out", str(tmp_path / "out")]) == 1
+
+
+def test_what_is_not_used_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shop = write_shop(tmp_path / "shop", rows="ü1,i1,9 ü2,i2,9 ü2,i2,9")
+    assert prepared(shop) == 0
+    whole = capsys.readouterr().out
+    assert "dropped: 3 repeats of a user with an item (keep them with --repeats); more:" in whole
+    assert not any(word in whole for word in ("not used", "only their title", "without a line", "share"))
+    data = PreparedData.load(tmp_path / "out")
+    assert data.manifest["interactions"]["dropped"] == {"same user and item as another line": 3}
+
+    (shop / "items.csv").write_text(
+        "item,category,title,text,colour\ni0,x,Lamp,,\ni1,x,Cup?,,\ni2,x,Kettle,Boils.,\ni3,x,,Red.,\n"
+    )
+    assert prepared(write_shop(shop, "user,item,timestamp,place", end=",home"), "--repeats") == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[1:] == [
+        "interactions: columns not used: place",
+        "items: columns not used: category, colour (what describes an item, such as its category, belongs into text)",
+        "items with only their title as text: 2 of 5",
+        "items without a line in the file of items: 1",
+    ]
+
+
+def test_equal_times_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    message = (
+        "of events share their user's time with another: their order is the file's, oldest first is expected"
+    )
+    shop = write_shop(
+        tmp_path / "shop", time="2024-03-1{day}", rows=" ".join(f"ü{u},x,2024-03-11" for u in range(6))
+    )
+    assert prepared(shop) == 0
+    assert f"11% {message}" in capsys.readouterr().out  # 2 of each of 6 users' 6 events, of 106 in all
+    assert PreparedData.load(tmp_path / "out").manifest["same_time"] == 12
+    # no two events of these days are at one time, though they are on one day
+    assert prepared(write_shop(tmp_path / "shop", time="2024-03-14T09:10:00.00000{day}")) == 0
+    assert "share" not in capsys.readouterr().out
+
+
+def test_a_replaced_folder_is_told_where_its_split_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = "replaced; runs trained on the earlier data can no longer be evaluated"
+    shop = write_shop(tmp_path / "shop")
+    assert prepared(shop) == prepared(shop) == 0
+    assert message not in caplog.text, "the same data again"
+    assert prepared(write_shop(shop, rows="ü1,i1,9"), "--repeats") == 0
+    assert caplog.text.count(message) == 1
+    (tmp_path / "out" / "interactions.parquet").write_bytes(b"damaged")
+    assert prepared(shop) == 0 and caplog.text.count(message) == 1
+
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "ml-100k.item").write_text(
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"
+        + "".join(f"{i}\tHeat\t1995\tAction\n" for i in range(4))
+    )
+    for films in ([0, 1, 2], [1, 2, 3]):
+        rows = "".join(f"1\t{film}\t5\t{film}\n" for film in films)
+        (raw / "ml-100k.inter").write_text(
+            "user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + rows
+        )
+        prepare_ml100k(tmp_path / "films", source=raw, modalities=())
+    assert caplog.text.count(message) == 2
+
+
+def test_no_file_of_items_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shop = write_shop(tmp_path / "shop")
+    assert main(["prepare", "plain", str(shop), "--out", str(tmp_path / "out")]) == 1
+    assert "no item has a text: expected items.csv (item, title, and perhaps text)" in capsys.readouterr().err
+
+
+def test_the_help_tells_the_columns(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main(["prepare", "--help"])
+    told = capsys.readouterr().out
+    for part in ("user,item,timestamp", "item,title", "user item item", "A modality is"):
+        assert part in told
+    assert "speeder prepare plain shop/ --out data/shop" in told
 
 
 @pytest.mark.slow

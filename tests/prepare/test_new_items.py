@@ -198,6 +198,9 @@ def test_broken_lines_and_empty_tables_are_refused(place, folder, tmp_path):
     (tmp_path / "broken.csv").write_text("id,title\na,Heat\nb,dogs,cats\n")
     with pytest.raises(SpeederError, match="line 3: wrong number of fields"):
         add_items(folder, tmp_path / "broken.csv", **encoders(place))
+    (tmp_path / "broken.csv").write_bytes("id,title\na,Käse\n".encode("latin-1"))
+    with pytest.raises(SpeederError, match=r"line 2: not UTF-8 \(save the file as UTF-8\)"):
+        add_items(folder, tmp_path / "broken.csv", **encoders(place))
     (tmp_path / "empty.csv").write_text("id,title\n")
     with pytest.raises(SpeederError, match="lists no item"):
         add_items(folder, tmp_path / "empty.csv", **encoders(place))

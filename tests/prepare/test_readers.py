@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from speeder.data import PreparedData
 from speeder.errors import SpeederError
 from speeder.prepare.raw_table import read_raw, scratch_folder
 from speeder.prepare.readers import READERS
-from speeder.prepare.readers.plain import plain
+from speeder.prepare.readers.plain import IMAGE, ITEM, RATING, TEXT, TIME, TITLE, USER, plain
 
 NO_INTERACTIONS = "item without interactions that are kept"
 
@@ -507,6 +508,13 @@ def test_plain_time_units_and_repeats(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("names", [USER, (*ITEM, "id"), TIME, RATING, TITLE, TEXT, IMAGE])
+def test_the_page_on_data_lists_the_accepted_names(names: tuple[str, ...]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    row = re.search(rf"^\| `{names[0]}` \|(.*?)\|", page, re.MULTILINE)
+    assert row and tuple(re.findall(r"`(\w+)`", row[1])) == names[1:]
+
+
 def test_plain_tables_that_are_none(tmp_path: Path) -> None:
     for name, content, message in [
         ("interactions.csv", "", "is empty"),
@@ -514,14 +522,18 @@ def test_plain_tables_that_are_none(tmp_path: Path) -> None:
         (
             "interactions.csv",
             "üser,item\n".encode("latin-1"),
-            "its first line is not UTF-8, and a header line was",
+            "its first line is not UTF-8, and a header line was expected; save the file as UTF-8",
         ),
         ("interactions.csv", "user,item,timestamp\nu,i,1".encode("utf-16"), "its first line is not UTF-8"),
         ("interactions.csv", b"\xff\nuser,item,timestamp\nu,i,1\n", "its first line is not UTF-8"),
         ("interactions.csv", "x" * (4 << 20) + "y\n", "its first line is longer than 4 MiB"),
         ("interactions.csv", "user,thing,timestamp\n", "no column 'item' or 'item_id'"),
         ("interactions.csv", "user,item,timestamp\n", "no interaction is left of 0 lines"),
-        ("interactions.csv", "user,item,timestamp\nu,i,soon\n", "1 timestamp is not a number"),
+        (
+            "interactions.csv",
+            "user,item,timestamp\nu,i,soon\n",
+            "1 of 1 lines cannot be used: timestamp is not a number",
+        ),
         ("interactions.parquet", "PAR1", "cannot be read as Parquet"),
         ("interactions.jsonl", "{}\n", "1 no user id"),
     ]:

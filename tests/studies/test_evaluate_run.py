@@ -135,7 +135,7 @@ def test_data_that_moved(run, capsys):
     assert "\npopularity" in capsys.readouterr().out
     synthetic_world(num_users=40, history=8, seed=1).save(run.parent / "other")
     assert main(["evaluate", str(run), "--data", str(run.parent / "other")]) == 1
-    assert "other: its split is" in one_line(capsys)
+    assert "other: the data have changed since" in one_line(capsys)
 
 
 def test_choices_that_a_protocol_would_ignore_are_refused(run, capsys):

@@ -114,7 +114,7 @@ def _interactions(edition: Edition, path: Path, count: LineCount) -> Iterator[Ro
         try:
             record = _record(edition, line)
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         yield Row(number, *(record.get(key) for key in keys))
 
@@ -142,7 +142,7 @@ def _items(edition: Edition, path: Path, count: LineCount, wanted: Container[str
         try:
             record = _record(edition, line)
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         yield Entry(number, record.get(edition.item), record)
 

@@ -55,7 +55,7 @@ def _read_items(path: Path) -> tuple[ItemCatalogue, LineCount]:
         try:
             item = identifier(item, "item")
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         if item in items:
             count.drop(number, "item listed before")
@@ -83,7 +83,7 @@ def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactio
             pair = identifier(user, "user"), identifier(item, "item")
             time = nanoseconds(time, 1)
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         if pair[1] not in known:
             count.drop(number, "item not in the item file")

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from speeder.errors import SpeederError
-from speeder.prepare.readers.lines import BLANK, BadLine, LineCount, read_lines
+from speeder.prepare.readers.lines import BLANK, NOT_UTF8, SAVE_AS_UTF8, BadLine, LineCount, read_lines
 from speeder.prepare.readers.times import arrow_times
 from speeder.prepare.readers.values import json_object
 
@@ -16,6 +16,7 @@ _RECORD_LINES = 200  # lines and characters over which a row with quoted cells m
 _RECORD_SIZE = 1 << 20
 _PARQUET_ROWS = 1 << 16
 _QUOTES = "quotes that do not match"
+_MOST_NAMES = 1000  # of keys in JSON lines that are remembered: they may be data rather than names
 
 Columns = Sequence[Sequence[str]]  # each column's possible names, in lower case
 
@@ -34,7 +35,7 @@ def split_rows(
                 raise BadLine(_QUOTES)
             _of_width(fields, width)
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         yield number, fields
 
@@ -57,8 +58,9 @@ def csv_rows(
     number, header = next(lines, (0, None))
     wrong = next((reason for reason in count.dropped if reason != BLANK), None)
     if wrong or header is None:
+        remedy = f"; {SAVE_AS_UTF8}" if wrong == NOT_UTF8 else ""
         raise SpeederError(
-            f"{path}: its first line is {wrong}, and a header line was expected"
+            f"{path}: its first line is {wrong}, and a header line was expected{remedy}"
             if wrong
             else f"{path} is empty, and a header line was expected"
         )
@@ -68,12 +70,17 @@ def csv_rows(
         names = _record(lines, number, header, separator, count)
     except BadLine as error:
         raise SpeederError(f"{path} line {number}: the header has {error}") from None
-    picks = pick_columns(path, names, columns, required)
+    if len(names) == 1 and ";" in names[0]:
+        raise SpeederError(
+            f"{path}: the separator seems to be ';': expected {separator!r}; save the table with "
+            + {",": "commas", "\t": "tabs"}[separator]
+        )
+    picks = pick_columns(count, names, columns, required)
     for number, line in lines:
         try:
             cells = _of_width(_record(lines, number, line, separator, count), len(names))
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         yield number, [None if pick is None else cells[pick] for pick in picks]
 
@@ -151,7 +158,7 @@ def _reason(error: csv.Error) -> str:
 
 def _of_width(fields: list[str], width: int) -> list[str]:
     if len(fields) != width:
-        raise BadLine("wrong number of fields")
+        raise BadLine("wrong number of fields", f"got {len(fields)}, expected {width}")
     return fields
 
 
@@ -163,15 +170,24 @@ def unquoted(text: str) -> str:
     return text
 
 
-def pick_columns(path: Path, names: Sequence[str], columns: Columns, required: int) -> list[int | None]:
-    """The index of each wanted column in a table; raises `SpeederError` if a required one is missing."""
+def pick_columns(count: LineCount, names: Sequence[str], columns: Columns, required: int) -> list[int | None]:
+    """The index of each wanted column in a table, and in `count` the names of the others.
+
+    Raises `SpeederError`, which names all required columns that are missing.
+    """
     places = {name.strip().lower(): place for place, name in reversed(list(enumerate(names)))}
     picks = [next((places[name] for name in options if name in places), None) for options in columns]
-    for pick, options in zip(picks[:required], columns, strict=False):
-        if pick is None:
-            raise SpeederError(
-                f"{path} has no column {' or '.join(map(repr, options))}; it names {', '.join(names)[:200]}"
-            )
+    missing = [options for pick, options in zip(picks[:required], columns, strict=False) if pick is None]
+    if missing:
+        lacks = ", and no column ".join(" or ".join(map(repr, options)) for options in missing)
+        raise SpeederError(
+            f"{count.path} has no column {lacks}; it names {', '.join(names)[:200]}; rename "
+            + ", and ".join(f"a column to {options[0]!r}" for options in missing)
+        )
+    unused = [name.strip() for place, name in enumerate(names) if place not in picks]
+    count.unused = [
+        name for name in unused if name and name.isprintable()
+    ]  # no file may hold lone surrogates
     return picks
 
 
@@ -180,7 +196,7 @@ def parquet_rows(path: Path, count: LineCount, columns: Columns, required: int) 
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            picks = pick_columns(path, names, columns, required)
+            picks = pick_columns(count, names, columns, required)
             wanted = [names[pick] for pick in picks if pick is not None]
             number = 0
             for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
@@ -204,17 +220,22 @@ def _values(column: pa.Array) -> list:
 
 
 def json_rows(path: Path, count: LineCount, columns: Columns, required: int) -> Iterator[tuple[int, list]]:
-    """Rows of JSON lines, as from `csv_rows`; None for a missing key."""
+    """Rows of JSON lines, as from `csv_rows`; None for a missing key. A required key must be in some line."""
+    known: dict[str, None] = {}  # in their order
     for number, line in read_lines(path, count):
         try:
             record = {key.lower(): value for key, value in json_object(line).items()}
+            if not record.keys() <= known.keys() and len(known) < _MOST_NAMES:
+                known |= dict.fromkeys(record)
         except BadLine as error:
-            count.drop(number, str(error))
+            count.drop(number, error)
             continue
         yield (
             number,
             [next((record[name] for name in options if name in record), None) for options in columns],
         )
+    if 0 < len(known) < _MOST_NAMES:
+        pick_columns(count, list(known), columns, required)
 
 
 def rows_of(path: Path) -> Callable[..., Iterator[tuple[int, list]]]:

@@ -12,6 +12,9 @@ from speeder.prepare.readers.raw import Row
 
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}  # ticks a second
 PER_SECOND = TIME_UNITS["ns"]
+_UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
+_RECENT_SECOND = 631_152_000  # the year 1990: a time after it in another unit is most likely in that unit
+_MAX_SHOWN = 60  # characters of a broken value in a message
 _LAST_SECOND = 4_102_444_800  # the year 2100: a later time is in another unit, or nonsense
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ROWS_TOLD_BY = 100  # rows that decide whether a file's times are dates or numbers
@@ -30,22 +33,42 @@ def nanoseconds(value: object, per_second: int, *, dates: bool = False) -> int:
 
     Raises `BadLine`, also for times before 1970 and after 2100.
     """
+    given = value
     if dates and _is_eight_digits(value):
         value = _parsed(str(value).strip(), _date)
         if value is None:
-            raise BadLine("timestamp is not a date")
+            raise BadLine("timestamp is not a date", f"got {_shown(given)}; expected such as 20240314")
     elif isinstance(value, str):
         value = _parsed(value.strip(), int, float, _date)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise BadLine("timestamp is not a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise BadLine("timestamp is not a number")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or (isinstance(value, float) and not math.isfinite(value)):
+        raise BadLine("timestamp is not a number", f"got {_shown(given)}; {_expected(per_second)}")
     if isinstance(value, Nanoseconds):
         per_second = PER_SECOND
     if not 0 <= value <= _LAST_SECOND * per_second:
-        raise BadLine("timestamp is before 1970 or after 2100")
+        unit = _likely_unit(value)
+        remedy = f"; looks like {_UNIT_NAMES[unit]}: add --time-unit {unit} (plain data)" if unit else ""
+        raise BadLine("timestamp is before 1970 or after 2100", f"got {_shown(given)}{remedy}")
     whole, scale = int(value), PER_SECOND // per_second
     return whole * scale + int((value - whole) * scale)  # apart: a float does not hold the digits of both
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
+
+
+def _expected(per_second: int) -> str:
+    unit = next(_UNIT_NAMES[name] for name, ticks in TIME_UNITS.items() if ticks == per_second)
+    return f"expected ISO 8601 such as 2024-03-14T09:10, or {unit} since 1970"
+
+
+def _likely_unit(value: float) -> str | None:
+    """The unit in which a number is a time of our days."""
+    for name, ticks in TIME_UNITS.items():
+        if _RECENT_SECOND * ticks <= value <= _LAST_SECOND * ticks:
+            return name
+    return None
 
 
 def hold_dates(rows: Iterable[Row]) -> tuple[bool, Iterator[Row]]:

@@ -45,7 +45,7 @@ def rating(value: object) -> float:
 
 def json_object(line: str) -> dict:
     """A JSON object. Raises `BadLine`."""
-    return _object(json.loads, line, "JSON")
+    return _object(json.loads, line, "JSON", "expected one JSON object a line")
 
 
 def literal_object(line: str) -> dict:
@@ -57,12 +57,12 @@ def literal_object(line: str) -> dict:
         return _object(ast.literal_eval, line, "a Python literal")
 
 
-def _object(parse: Callable[[str], object], line: str, form: str) -> dict:
+def _object(parse: Callable[[str], object], line: str, form: str, remedy: str = "") -> dict:
     try:
         value = parse(line)
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         # the parsers report too deep nesting as RecursionError or MemoryError
-        raise BadLine(f"not {form}") from None
+        raise BadLine(f"not {form}", remedy) from None
     if not isinstance(value, dict):
         raise BadLine("not an object with named fields")
     return value
