@@ -61,7 +61,7 @@ def run_data(run: Path, folder: Path | None = None) -> PreparedData:
     data = PreparedData.load(folder)
     if data.split.hash() != known.get("split"):
         raise SpeederError(
-            f"{folder}: the data have changed since {run} was trained; prepare the earlier ones into a new folder "
-            "(evaluate --data DIR), or train again"
+            f"{folder}: the data have changed since {run} was trained, or are others; prepare the earlier ones "
+            "into a new folder (evaluate --data DIR), or train again"
         )
     return data

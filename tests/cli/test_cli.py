@@ -268,7 +268,7 @@ def test_moved_data_must_be_the_runs_own(run, tmp_path, capsys):
     shutil.rmtree(new.parent / "data")
     PreparedData(other.catalogue, other.interactions, other.manifest).save(new.parent / "data")
     assert main(["recommend", str(new), "--user", "user-1"]) == 1
-    assert "was trained on" in capsys.readouterr().err
+    assert "the data have changed since" in capsys.readouterr().err
 
 
 def test_titles_that_a_terminal_cannot_show_end_nothing(run, tmp_path, monkeypatch):
