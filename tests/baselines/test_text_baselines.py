@@ -117,7 +117,7 @@ def test_yes_no_learns_to_tell_candidates_apart(trained, data, candidates):
 
 def test_titles_follow_the_configuration(place, data):
     """They are tokenized once, for a tokenizer, a catalogue and a longest title."""
-    model = TextPrompt.from_backbone(place / "backbone", data.catalogue)
+    model = fresh(place, data)
     whole = model.title(1)
     model.config.max_title_tokens = 1
     assert len(model.title(1)) < len(whole)
