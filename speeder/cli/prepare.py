@@ -102,6 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " nothing else",
     )
     parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="further columns of a plain table of items to keep, such as a category, for recommend --where",
+    )
+    parser.add_argument(
         "--text-encoder",
         metavar="MODEL",
         help="an asset, a folder or a Hub id, or backbone:MODEL for the mean of a language model's input"
@@ -149,15 +156,20 @@ def run(options: argparse.Namespace) -> None:
             options.out,
             items=options.items,
             images=options.images,
+            columns=options.columns,
             **filters,
             **settings,
         )
     elif options.name != "ml-100k":
         raise SpeederError(f"prepare: expected the PATH of the raw files of {options.name}")
-    elif options.items or filters != {"core": None, "min_rating": None, "repeats": False, "time_unit": "s"}:
+    elif (
+        options.items
+        or options.columns
+        or filters != {"core": None, "min_rating": None, "repeats": False, "time_unit": "s"}
+    ):
         raise SpeederError(
-            "prepare: ml-100k without PATH takes no --items and no filters: give PATH, the folder of its raw files"
-            " (u.data, u.item)"
+            "prepare: ml-100k without PATH takes no --items, no --columns and no filters: give PATH, the folder of its"
+            " raw files (u.data, u.item)"
         )
     else:
         data = prepare_ml100k(options.out, posters=options.images, **settings)
@@ -184,7 +196,11 @@ def _notes(data: PreparedData) -> Iterator[str]:
     """What of the raw files is not used, not there, or not certain, a line each."""
     manifest, catalogue = data.manifest, data.catalogue
     for part, names in manifest.get("unused_columns", {}).items():
-        hint = " (what describes an item, such as its category, belongs into text)" if part == "items" else ""
+        hint = (
+            " (what describes an item belongs into text; --columns keeps a column for filters)"
+            if part == "items"
+            else ""
+        )
         if names:
             more = ", ..." if len(names) > _MOST_SHOWN else ""
             yield f"{part}: columns not used: {', '.join(names[:_MOST_SHOWN])}{more}{hint}"

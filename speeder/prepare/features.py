@@ -162,9 +162,12 @@ def add_images(
     named = sum(name is not None for name in catalogue.images)
     if folder is None:
         if named:
-            log.warning("%d items name a picture, but no folder of pictures is given: they have none", named)
+            log.warning(
+                "pictures named in the table: %d; without --images, the folder of the pictures, none is read",
+                named,
+            )
             manifest["images"] = {"matched": 0, "names_without_folder": named}
-        bare = ItemCatalogue(catalogue.ids, catalogue.titles, catalogue.texts)
+        bare = ItemCatalogue(catalogue.ids, catalogue.titles, catalogue.texts).with_columns(catalogue.columns)
         return PreparedData(bare, data.interactions, manifest)
     if by_name and named:
         posters, refused = _named(Path(folder), catalogue)

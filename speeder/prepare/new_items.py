@@ -54,7 +54,7 @@ def read_items(
 
     Args:
         images: the folder of the files in `image`; by default the table's folder.
-        known: a catalogue that must not have these items yet.
+        known: a catalogue that must not have these items yet; its further columns are read where the table has them.
 
     Returns:
         the items, without features, and the name of each one's row in messages.
@@ -68,9 +68,10 @@ def read_items(
     if images and not folder.is_dir():
         raise SpeederError(f"{folder} is not a folder of pictures")
     rows: dict[str, str] = {}
-    columns: tuple[list, list, list] = ([], [], [])
+    further = tuple(known.columns) if known is not None else ()
+    columns: tuple[list, list, list, list] = ([], [], [], [])
     described, taken = False, set(known.ids if known is not None else ())
-    for entry in item_rows(file, StrictCount(file), ()):
+    for entry in item_rows(file, StrictCount(file), (), further, must_have_columns=False):
         where = row_name(file, entry.number)
         try:
             external = identifier(entry.item, "item")
@@ -80,14 +81,14 @@ def read_items(
             raise SpeederError(f"{where}: the id {external!r} is also in {rows[external]}")
         if external in taken:
             raise SpeederError(f"{where}: the recommender has an item of the id {external!r} already")
-        described |= any(field is not None for field in entry.record)
+        described |= any(field is not None for field in entry.record[:3])
         if not isinstance(entry.record[2], str | None):
             raise SpeederError(f"{where}: image: expected a file's name, got {entry.record[2]!r}")
         found = describe(entry.record)
         image = _picture(folder, found.image, where) if found.image else None
         rows[external] = where
         for column, value in zip(
-            columns, (found.title[:MAX_TITLE], found.text[:MAX_TEXT], image), strict=True
+            columns, (found.title[:MAX_TITLE], found.text[:MAX_TEXT], image, found.columns), strict=True
         ):
             column.append(value)
     if not rows:
@@ -96,7 +97,9 @@ def read_items(
         raise SpeederError(
             f"{file}: expected a column title, text or image beside the ids, found nothing in any"
         )
-    return ItemCatalogue(list(rows), *columns), list(rows.values())
+    catalogue = ItemCatalogue(list(rows), *columns[:3])
+    values = dict(zip(further, map(list, zip(*columns[3], strict=True)), strict=True))
+    return catalogue.with_columns(values), list(rows.values())
 
 
 def _picture(folder: Path, name: str, where: str) -> str:

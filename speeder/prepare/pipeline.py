@@ -1,7 +1,7 @@
 """From raw files to a prepared data folder: items, pictures, interactions and frozen features."""
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from speeder.prepare.features import EncodesImages, EncodesTexts, add_features, 
 from speeder.prepare.raw_table import read_raw, scratch_folder
 from speeder.prepare.readers import READERS
 from speeder.prepare.readers.ml100k import read_ml100k
-from speeder.prepare.readers.plain import plain
+from speeder.prepare.readers.plain import IMAGE, ITEM, TEXT, TITLE, plain, sequences
 from speeder.prepare.readers.times import TIME_UNITS
 from speeder.recipes.schema import MODALITIES
 
@@ -39,6 +39,7 @@ def prepare(
     image_encoder: EncodesImages | None = None,
     runner: "Runner | None" = None,
     require: Collection[str] = (),
+    columns: Sequence[str] = (),
 ) -> PreparedData:
     """Reads raw files, filters, encodes texts and pictures, and saves the result, whole or not at all.
 
@@ -60,6 +61,8 @@ def prepare(
         runner: runs these defaults elsewhere, such as an `OnRay`; None: in this process.
         require: of `"text"` and `"image"`: items that have none of these are left out, with their interactions. It is
             the last filter, so users and items may then have fewer than `core` interactions.
+        columns: further columns of `"plain"` and `"sequences"` items, such as a category, by which recommendations
+            can be filtered.
 
     Returns:
         The saved data. The manifest has neither time nor machine: the same input gives the same manifest.
@@ -74,12 +77,24 @@ def prepare(
         raise SpeederError(
             f"time unit: expected one of {', '.join(TIME_UNITS)}, for plain data, got {time_unit!r}"
         )
+    if columns and name not in ("plain", "sequences"):
+        raise SpeederError(
+            f"columns: expected none for {name}, got {', '.join(columns)}; plain data can have them"
+        )
+    taken = {*ITEM, "id", *TITLE, *TEXT, *IMAGE} & {column.lower() for column in columns}
+    if taken or len(set(columns)) < len(columns):
+        raise SpeederError(f"columns: expected further columns of items, each once, got {', '.join(columns)}")
     check_replaceable(out)
     path, items = Path(path), Path(items) if items else None
     if not path.exists():
         raise SpeederError(f"{path} is missing")
     earlier = saved_split(out)
-    raw = plain(path, items, time_unit) if name == "plain" else READERS[name].open(path, items)
+    if name == "plain":
+        raw = plain(path, items, time_unit, columns)
+    elif name == "sequences":
+        raw = sequences(path, items, columns)
+    else:
+        raw = READERS[name].open(path, items)
     with writing(out), scratch_folder(Path(out)) as scratch:
         data = read_raw(
             raw,

@@ -170,9 +170,15 @@ def _read_items(raw: RawData, ids: list[str]) -> tuple[ItemCatalogue, dict, list
                 " do they belong together?"
             )
     summary["without_line"] = found.count(None)
-    titles, texts, images, _ = zip(*(entry or ItemText("", "") for entry in found), strict=True)
+    bare = ItemText("", "", columns=(None,) * len(raw.columns))
+    titles, texts, images, _, columns = zip(*(entry or bare for entry in found), strict=True)
     summary["without_text"] = texts.count("")
-    return ItemCatalogue(ids, titles, texts, images), summary, unused
+    catalogue = ItemCatalogue(ids, titles, texts, images)
+    return (
+        catalogue.with_columns(dict(zip(raw.columns, zip(*columns, strict=True), strict=True))),
+        summary,
+        unused,
+    )
 
 
 @contextmanager

@@ -37,7 +37,7 @@ _NOISE = 0.1  # per feature; an attribute's code has length 1, so groups stay li
 _TRIES = 1000
 
 
-@dataclass
+@dataclass(frozen=True)
 class SyntheticWorld(PreparedData):
     """Prepared data with its ground truth, which `save` does not keep. All users have both targets.
 

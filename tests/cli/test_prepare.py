@@ -42,7 +42,7 @@ def test_every_reader_is_offered(capsys: pytest.CaptureFixture) -> None:
     ("arguments", "message"),
     [
         (["plain"], "expected the PATH of the raw files of plain"),
-        (["ml-100k", "--k-core", "5"], "ml-100k without PATH takes no --items and no filters"),
+        (["ml-100k", "--k-core", "5"], "ml-100k without PATH takes no --items, no --columns"),
         (["plain", "none.csv"], "none.csv is missing"),
         (["plain", "x.csv", "--k-core", "0"], "k-core: expected at least 1, got 0"),
         (["plain", "x.csv", "--k-core", "9", "--without", "text"], "no interaction is left of 1 lines"),
@@ -217,7 +217,8 @@ def test_what_is_not_used_is_told(tmp_path: Path, capsys: pytest.CaptureFixture)
     told = capsys.readouterr().out.splitlines()
     assert told[1:] == [
         "interactions: columns not used: place",
-        "items: columns not used: category, colour (what describes an item, such as its category, belongs into text)",
+        "items: columns not used: category, colour (what describes an item belongs into text; --columns keeps a column"
+        " for filters)",
         "items with only their title as text: 2 of 5",
         "items without a line in the file of items: 1",
     ]

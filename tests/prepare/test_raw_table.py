@@ -269,7 +269,7 @@ def test_names_of_pictures_without_a_folder_are_said(
     data = prepare("plain", tmp_path, tmp_path / "out", modalities=())
     assert data.catalogue.images == [None] * 3
     assert data.manifest["images"] == {"matched": 0, "names_without_folder": 2}
-    assert "2 items name a picture, but no folder of pictures is given" in caplog.text
+    assert "pictures named in the table: 2; without --images" in caplog.text
     assert PreparedData.load(tmp_path / "out").manifest == data.manifest
 
     (tmp_path / "pairs").mkdir()

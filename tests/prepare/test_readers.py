@@ -13,6 +13,8 @@ import pytest
 
 from speeder.data import PreparedData
 from speeder.errors import SpeederError
+from speeder.prepare.new_items import read_items
+from speeder.prepare.pipeline import prepare
 from speeder.prepare.raw_table import read_raw, scratch_folder
 from speeder.prepare.readers import READERS
 from speeder.prepare.readers.plain import IMAGE, ITEM, RATING, TEXT, TIME, TITLE, USER, plain
@@ -569,3 +571,47 @@ def test_real_beauty_is_the_standard_benchmark(tmp_path: Path) -> None:
     assert data.manifest["interactions"]["dropped"] == {} and data.manifest["items"]["without_text"] == 7
     lines = (folder / "sequences.txt").read_text().splitlines()
     assert list(histories(data).items()) == [(line.split()[0], line.split()[1:]) for line in lines]
+
+
+# --- further columns of items ---------------------------------------------------------------------------------------
+
+
+def shop(folder: Path) -> Path:
+    write(folder / "interactions.csv", ["user,item,timestamp", *(f"u{i % 3},{i % 4},{i}" for i in range(12))])
+    write(
+        folder / "items.csv",
+        ["item,title,Category,brand", "0,Kettle,Kitchen,", "1,Lamp,Light,Acme", "2,Pan,Kitchen,Acme"],
+    )
+    return folder
+
+
+def test_further_columns_are_kept_for_filters(tmp_path):
+    data = prepare(
+        "plain", shop(tmp_path / "shop"), tmp_path / "data", modalities=[], columns=["category", "brand"]
+    )
+    for catalogue in (data.catalogue, PreparedData.load(tmp_path / "data").catalogue):
+        assert catalogue.columns["category"] == ["Kitchen", "Light", "Kitchen", None]
+        assert catalogue.columns["brand"] == [None, "Acme", "Acme", None]
+        assert catalogue.rows_where("category", ["Kitchen"]).tolist() == [0, 2]
+    assert data.manifest["unused_columns"]["items"] == []
+    new = write(tmp_path / "new.csv", ["id,title,category", "9,Pot,Kitchen"])
+    items, _ = read_items(new, known=data.catalogue)
+    assert items.columns == {"category": ["Kitchen"], "brand": [None]}
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        (["colour"], "items.csv has no column 'colour'"),
+        (["title"], "columns: expected further columns of items, each once, got title"),
+        (["brand", "brand"], "each once"),
+    ],
+)
+def test_columns_that_cannot_be_kept(tmp_path, columns, message):
+    with pytest.raises(SpeederError, match=message):
+        prepare("plain", shop(tmp_path / "shop"), tmp_path / "data", modalities=[], columns=columns)
+    (tmp_path / "shop" / "items.csv").unlink()
+    with pytest.raises(SpeederError, match=f"columns: expected .*{columns[0]}"):
+        prepare("plain", tmp_path / "shop", tmp_path / "data", modalities=[], columns=columns)
+    with pytest.raises(SpeederError, match="columns: expected none for ml-1m"):
+        prepare("ml-1m", tmp_path / "shop", tmp_path / "data", columns=["brand"])

@@ -1,6 +1,6 @@
 """Plain tables: interactions with user, item and time per row, or a user's whole sequence per line; and items."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,9 @@ IMAGE = ("image", "image_path")
 _TABLES = (".csv", ".tsv", ".parquet", ".pq", ".jsonl", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 
 
-def plain(path: Path, item_file: Path | None = None, time_unit: str = "s") -> RawData:
+def plain(
+    path: Path, item_file: Path | None = None, time_unit: str = "s", columns: Sequence[str] = ()
+) -> RawData:
     """Raw data in plain tables (CSV, TSV, Parquet, JSON lines).
 
     Args:
@@ -31,6 +33,7 @@ def plain(path: Path, item_file: Path | None = None, time_unit: str = "s") -> Ra
         item_file: column `item`, and any of `title`, `text`, `image`.
         time_unit: unit of numeric times: `"s"`, `"ms"`, `"us"` or `"ns"`. Dates, in ISO 8601 or Parquet's types, need
         none.
+        columns: further columns of the items that are kept, such as a category.
 
     Raises `SpeederError` if there is no such file.
     """
@@ -46,23 +49,23 @@ def plain(path: Path, item_file: Path | None = None, time_unit: str = "s") -> Ra
         name="plain",
         interaction_file=path,
         interactions=partial(_interactions, path),
-        **item_table(item_file),
+        **item_table(item_file, columns),
         ticks_per_second=TIME_UNITS[time_unit],
     )
 
 
-def sequences(path: Path, item_file: Path | None = None) -> RawData:
+def sequences(path: Path, item_file: Path | None = None, columns: Sequence[str] = ()) -> RawData:
     """Raw data with one line per user, `user item item ...`, oldest first, a format of sequential-recommendation
     papers.
 
     Args:
         path: the file, or a folder with `sequences.txt`, and optionally a table `items.*`.
-        item_file: as in `plain`.
+        item_file, columns: as in `plain`.
     """
     if path.is_dir():
         item_file = item_file or find_table(path, "items")
         path = path / "sequences.txt"
-    return RawData("sequences", path, partial(sequence_rows, path), **item_table(item_file))
+    return RawData("sequences", path, partial(sequence_rows, path), **item_table(item_file, columns))
 
 
 def find_table(folder: Path, name: str) -> Path | None:
@@ -75,13 +78,18 @@ def find_table(folder: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
-def item_table(path: Path | None) -> dict:
-    """Arguments of `RawData` for a table of items; empty without one."""
+def item_table(path: Path | None, columns: Sequence[str] = ()) -> dict:
+    """Arguments of `RawData` for a table of items; empty without one, which then can have no further columns."""
+    if path is None and columns:
+        raise SpeederError(
+            f"columns: expected a table of items with {', '.join(columns)}, found no such file"
+        )
     if path is None:
         return {}
     return {
         "item_file": path,
-        "items": partial(item_rows, path),
+        "items": partial(item_rows, path, columns=columns),
+        "columns": tuple(columns),
         "describe": describe,
         "images_by_name": True,
     }
@@ -106,14 +114,24 @@ def sequence_rows(path: Path, count: LineCount) -> Iterator[Row]:
             time += 1
 
 
-def item_rows(path: Path, count: LineCount, wanted: Container[str]) -> Iterator[Entry]:
-    """Entries of a table of items; records are `[title, text, image]`."""
-    for number, (item, *fields) in rows_of(path)(path, count, ((*ITEM, "id"), TITLE, TEXT, IMAGE), 1):
-        yield Entry(number, item, fields)
+def item_rows(
+    path: Path,
+    count: LineCount,
+    wanted: Container[str],
+    columns: Sequence[str] = (),
+    must_have_columns: bool = True,
+) -> Iterator[Entry]:
+    """Entries of a table of items; records are `[title, text, image, *columns]`."""
+    further = tuple((name.lower(),) for name in columns)
+    names = ((*ITEM, "id"), *further, TITLE, TEXT, IMAGE)
+    required = 1 + len(further) if must_have_columns else 1
+    for number, (item, *fields) in rows_of(path)(path, count, names, required):
+        yield Entry(number, item, fields[len(further) :] + fields[: len(further)])
 
 
 def describe(fields: list) -> ItemText:
-    """Title, text (which starts with the title) and picture of an entry's `[title, text, image]`."""
+    """Title, text (which starts with the title), picture and columns of an entry's `[title, text, image, *columns]`."""
     title, text, image = clean(fields[0]), clean(fields[1]), fields[2]
     whole = compose("" if title and text.startswith(title) else title, [], text)
-    return ItemText(title, whole, image if isinstance(image, str) and image else None)
+    columns = tuple(clean(field) or None for field in fields[3:])
+    return ItemText(title, whole, image if isinstance(image, str) and image else None, columns=columns)

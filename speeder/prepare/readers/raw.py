@@ -43,6 +43,7 @@ class RawData:
         ticks_per_second: of the interactions' times, if they are plain numbers.
         images: the data's own folder of pictures.
         images_by_name: whether `describe` names pictures (else they are found by item id).
+        columns: the names of further columns of items that `describe` gives.
     """
 
     name: str
@@ -54,3 +55,4 @@ class RawData:
     ticks_per_second: int = 1
     images: Path | None = None
     images_by_name: bool = False
+    columns: tuple[str, ...] = ()

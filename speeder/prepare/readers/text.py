@@ -22,12 +22,14 @@ class ItemText(NamedTuple):
     Attributes:
         image: a file's name or path as in the raw data.
         blanked: whether the raw data's title was not a title, such as a piece of script, and became `""`.
+        columns: values of further columns, such as a category; None where empty.
     """
 
     title: str
     text: str
     image: str | None = None
     blanked: bool = False
+    columns: tuple[str | None, ...] = ()
 
 
 def clean(value: object) -> str:
