@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,9 @@ def run(options: argparse.Namespace) -> None:
         recommended = model.recommend([history], options.k, **how)[0]
     except (KeyError, ValueError) as error:
         raise SpeederError(f"recommend: {error.args[0]}") from error
+    if options.user is not None:  # beside the recommendations, which another program may read
+        titles = [model.catalogue.titles[item] or model.catalogue.ids[item] for item in history[-3:]]
+        print(f"after {len(history)} items, the last: {', '.join(titles)}", file=sys.stderr)
     for place, item in enumerate(recommended, 1):
         print(f"{place:3}. {item.id:>10}  {item.score:8.3f}  {item.title}")
 

@@ -174,7 +174,9 @@ def test_recommend_by_history_and_by_user(run, capsys):
     assert main(["recommend", str(run), "--user", "user-7"]) == 0
     data = PreparedData.load(run.parent / "data")
     seen = {data.catalogue.ids[i] for i in data.interactions.sequences()[7]}
-    assert not seen & {line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    printed = capsys.readouterr()
+    assert not seen & {line.split()[1] for line in printed.out.splitlines()}
+    assert f"after {len(seen)} items, the last: " in printed.err
 
 
 def test_a_model_with_other_features_than_the_datas_is_not_evaluated(run, tmp_path, capsys):
