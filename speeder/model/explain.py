@@ -102,7 +102,7 @@ def leave_one_out(
 
 
 def _vectors_of(model: SpeederForCausalLM, items: torch.Tensor) -> torch.Tensor:
-    table = model._vectors()
+    table = model.scoring_table()
     if isinstance(table, torch.Tensor):
         return table[items]
     rows = table.rows(items)

@@ -1,10 +1,61 @@
-"""Checks around `generate` over items: what it would otherwise fill up with text ids, silently."""
+"""`generate` over items, and its checks: what it would otherwise fill up with text ids, silently."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
+
+from speeder.model.packing import item_ranks
+
+
+class ItemGenerationMixin(GenerationMixin):
+    """transformers' generation, over items, text or both."""
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
+        """transformers' `generate`, over items by default; `vocabulary="text"` writes text, `"all"` either.
+
+        Items seen in the prompt are left out with `no_repeat_ngram_size=1`.
+
+        Raises:
+            ValueError: items are to be generated with several tokens per item (use `recommend`), by more beams than
+                there are items, or more of them than are left.
+        """
+        if vocabulary != "text" and self.config.tokens_per_item > 1:
+            raise ValueError(
+                f"vocabulary: expected 'text' with tokens_per_item = {self.config.tokens_per_item}, "
+                f"got {vocabulary!r}; recommend() ranks items in any case"
+            )
+        if vocabulary != "items":
+            return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+        settings = kwargs.get("generation_config") or self.generation_config
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        once = kwargs.get("no_repeat_ngram_size", settings.no_repeat_ngram_size) == 1
+        beams = kwargs.get("num_beams", settings.num_beams)
+        check_beams(beams, self.config.num_items, prompt if once else None, self.config.text_vocab_size)
+        found = super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
+        ends = kwargs.get("eos_token_id", settings.eos_token_id)
+        check_items_only(
+            found if isinstance(found, torch.Tensor) else found.sequences,
+            0 if prompt is None else prompt.shape[1],
+            self.config.text_vocab_size,
+            ends,
+        )
+        return found
+
+    def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, ranks=None, **kwargs):
+        """Give every step the ranks of all tokens so far, which attention needs besides the cache."""
+        item_mask = input_ids >= self.config.text_vocab_size
+        if attention_mask is not None:
+            item_mask = item_mask & attention_mask.bool()
+        all_ranks = item_ranks(item_mask, self.config.tokens_per_item)
+        if ranks is not None:  # keep the prompt's ranks: its last position may carry the next item's rank
+            all_ranks[:, : ranks.shape[1]] = ranks
+        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
+        inputs["ranks"] = all_ranks
+        inputs.pop("position_ids", None)  # `generate` makes them from the mask, as the layout does
+        return inputs
 
 
 def check_beams(num_beams: int | None, num_items: int, seen: torch.Tensor | None, text_ids: int) -> None:

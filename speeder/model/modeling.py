@@ -8,41 +8,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speeder.data.catalogue import ItemCatalogue, move_catalogue, saved_hash
-from speeder.data.fingerprints import ids_hash
-from speeder.errors import SpeederError
-from speeder.io.files import replaced_files
+from speeder.data.catalogue import ItemCatalogue
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
-from speeder.model.content import Kept, autocast_dtype, content_of, for_later
+from speeder.model.content import Kept
 from speeder.model.embeddings import embedding_scale, read_directly
-from speeder.model.generation import check_beams, check_items_only
+from speeder.model.generation import ItemGenerationMixin
 from speeder.model.heads import ScoringMixin, next_labels
 from speeder.model.item_store import ItemRows, ItemStore
+from speeder.model.item_tokens import ItemTokensMixin
 from speeder.model.kv_cache import SharedPrefix
 from speeder.model.last_layer import last_layer_computes
 from speeder.model.loading import (
-    CATALOGUE_FOLDER,
-    align_weights,
-    catalogue_folder,
-    check_saved_model,
     from_backbone,
-    optional_file,
-    saved_warm_items,
 )
 from speeder.model.lora import add_lora, merge_lora
 from speeder.model.mrc import MRC
 from speeder.model.negatives import Candidates, NegativeSampler
-from speeder.model.offload import check_own_parts, keep_own_parts, own_parts_wait
+from speeder.model.offload import check_own_parts
 from speeder.model.packing import (
     SequenceLayout,
     check_cu_seqlens,
@@ -53,17 +43,15 @@ from speeder.model.packing import (
     packed_layout,
     padded_layout,
 )
-from speeder.model.popularity import FILE as COUNTS_FILE
-from speeder.model.popularity import ItemCounts
 from speeder.model.recommend import RecommenderMixin
-from speeder.model.saved_files import check_catalogue_hash, check_loaded, remove_other_weights
+from speeder.model.saving import SavingModel
 from speeder.model.spae import SPAE
 from speeder_kernels import pack_tokens
 
 VOCABULARIES = ("all", "items", "text")
 
 
-class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, GenerationMixin):
+class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, SavingModel, ItemGenerationMixin):
     """A decoder language model that reads and predicts catalogue items as single tokens.
 
     Make one from a pretrained backbone with [`from_backbone`]; load a saved one with `from_pretrained`.
@@ -135,122 +123,6 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
         elif module is self:
             init.eye_(self.item_head.weight)
             init.constant_(self.logit_scale, math.log(self.config.initial_logit_scale))
-
-    # ---- the catalogue -------------------------------------------------------------------------------------
-
-    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
-        """Set the catalogue of the items with ids from `V` on.
-
-        Raises:
-            SpeederError: it lacks a modality that this model reads; an item has no modality; or the model has a learned
-                embedding per item, and the catalogue does not begin with the items of its rows.
-        """
-        self._check_warm_items(catalogue)
-        self.mrc.set_catalogue(catalogue)
-        self.catalogue = catalogue
-        self.config.num_items = len(catalogue)
-        self.item_store = None
-        self.clear_cache()
-
-    def _check_warm_items(self, catalogue: ItemCatalogue) -> None:
-        """Rows of the learned embedding belong to items by place: another order would give them to other items."""
-        count = self.config.num_warm_items
-        if count == 0:
-            return
-        here = ids_hash(catalogue.ids[:count])
-        if self.config.warm_items_hash is None:  # new, or of version 0.1.0, which noted none
-            self.config.warm_items_hash = here
-        elif self.config.warm_items_hash != here:
-            raise SpeederError(
-                f"catalogue: expected one that begins with the {count} items that this model has a learned embedding "
-                "of, in the same order; new items come after them (add_items)"
-            )
-
-    def set_trained_items(self, trained: torch.Tensor) -> None:
-        """Tell which items training reads or predicts. The learned embedding of the others is left out of their tokens.
-
-        `speeder.train` calls it; without a call every row counts as trained.
-
-        Args:
-            trained: `(I,)` bool.
-
-        Raises:
-            ValueError: it has another shape or dtype.
-            SpeederError: the model has no catalogue.
-        """
-        if trained.dtype != torch.bool or tuple(trained.shape) != (self.config.num_items,):
-            raise ValueError(
-                f"trained: expected ({self.config.num_items},) bool, got {tuple(trained.shape)} {trained.dtype}"
-            )
-        if self.catalogue is None:
-            raise SpeederError("set_trained_items: expected a model with a catalogue")
-        if self.config.item_embedding:
-            rows = self.mrc.item_trained
-            rows.copy_(trained[: len(rows)])
-
-    def use_item_store(self, store: ItemStore | None) -> None:
-        """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.
-
-        It is used in evaluation mode, until training mode, another catalogue or None.
-
-        Raises:
-            SpeederError: the store was made with other weights or another catalogue.
-        """
-        if store is not None:
-            store.check(self)
-        self.clear_cache()
-        self.item_store = None if self.training else store
-        self._checked_store = None if store is None else (store, content_of(self.mrc))
-
-    def item_table(self) -> torch.Tensor | ItemStore:
-        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens; to be read only.
-
-        Raises:
-            SpeederError: MRC has changed, and the store was made with other weights.
-        """
-        if self.item_store is None:
-            return self.item_tokens()[0]
-        if self._checked_store is not None and self._checked_store[0] is self.item_store:
-            content = content_of(self.mrc)
-            if content is None or content != self._checked_store[1]:
-                self.item_store.check(self)
-                self._checked_store = (self.item_store, content)
-        return self.item_store
-
-    def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compress the whole catalogue.
-
-        In evaluation mode without gradients the result is kept. It is used again as long as the content of MRC is the
-        same: every weight is read and compared by its hash, however it was written.
-
-        Returns:
-            tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`. They may be the
-            kept ones, so do not write into them.
-        """
-        if self.training or torch.is_grad_enabled():
-            return self.mrc.whole()
-        device, content = self.device.type, content_of(self.mrc)
-        if content is not None:
-            content += (autocast_dtype(device),)
-        with for_later(device):
-            tokens, gates, versions = self._kept_tokens.get(content, self._compressed)
-            if (tokens._version, gates._version) != versions:  # a caller has written into them
-                self._kept_tokens.clear()
-                tokens, gates, _ = self._kept_tokens.get(content, self._compressed)
-        return tokens, gates
-
-    def _compressed(self) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-        tokens, gates = self.mrc.whole()
-        return tokens, gates, (tokens._version, gates._version)
-
-    def clear_cache(self) -> None:
-        """Free what is kept between calls: the item tokens, and the states of the text before histories.
-
-        It is not needed for right results: what is kept is compared with the model's content before it is used. Only a
-        catalogue must not be changed in place: set another one.
-        """
-        self._kept_tokens.clear()
-        self._kept_prefix.clear()
 
     @property
     def device(self) -> torch.device:
@@ -573,178 +445,11 @@ class SpeederForCausalLM(RecommenderMixin, ScoringMixin, PreTrainedModel, Genera
             prompts.to(table.dtype),
         )
 
-    # ---- generation ---------------------------------------------------------------------------------------
-
-    def generate(self, inputs: torch.Tensor | None = None, *args, vocabulary: str = "items", **kwargs):
-        """transformers' `generate`, over items by default; `vocabulary="text"` writes text, `"all"` either.
-
-        Items seen in the prompt are left out with `no_repeat_ngram_size=1`.
-
-        Raises:
-            ValueError: items are to be generated with several tokens per item (use `recommend`), by more beams than
-                there are items, or more of them than are left.
-        """
-        if vocabulary != "text" and self.config.tokens_per_item > 1:
-            raise ValueError(
-                f"vocabulary: expected 'text' with tokens_per_item = {self.config.tokens_per_item}, "
-                f"got {vocabulary!r}; recommend() ranks items in any case"
-            )
-        if vocabulary != "items":
-            return super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
-        settings = kwargs.get("generation_config") or self.generation_config
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        once = kwargs.get("no_repeat_ngram_size", settings.no_repeat_ngram_size) == 1
-        beams = kwargs.get("num_beams", settings.num_beams)
-        check_beams(beams, self.config.num_items, prompt if once else None, self.config.text_vocab_size)
-        found = super().generate(inputs, *args, vocabulary=vocabulary, **kwargs)
-        ends = kwargs.get("eos_token_id", settings.eos_token_id)
-        check_items_only(
-            found if isinstance(found, torch.Tensor) else found.sequences,
-            0 if prompt is None else prompt.shape[1],
-            self.config.text_vocab_size,
-            ends,
-        )
-        return found
-
-    def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, ranks=None, **kwargs):
-        """Give every step the ranks of all tokens so far, which attention needs besides the cache."""
-        item_mask = input_ids >= self.config.text_vocab_size
-        if attention_mask is not None:
-            item_mask = item_mask & attention_mask.bool()
-        all_ranks = item_ranks(item_mask, self.config.tokens_per_item)
-        if ranks is not None:  # keep the prompt's ranks: its last position may carry the next item's rank
-            all_ranks[:, : ranks.shape[1]] = ranks
-        inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
-        inputs["ranks"] = all_ranks
-        inputs.pop("position_ids", None)  # `generate` makes them from the mask, as the layout does
-        return inputs
-
-    # ---- saving and loading -------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        *args,
-        save_catalogue: bool = True,
-        **kwargs,
-    ) -> None:
-        """Save weights, configuration and the catalogue (in `catalogue/`): the whole recommender.
-
-        The folder's old content stays whole until everything is written.
-
-        Raises:
-            SpeederError: the disk is full; or `catalogue/` has anything else.
-        """
-        whole = save_catalogue and self.catalogue is not None and is_main_process
-        catalogue = Path(save_directory) / CATALOGUE_FOLDER
-        if push_to_hub:  # which uploads the very folder, at the end of super's
-            Path(save_directory).mkdir(parents=True, exist_ok=True)
-            if is_main_process and save_catalogue and self.item_counts is not None:
-                self.item_counts.save(Path(save_directory))
-            if whole:
-                self.catalogue.save(catalogue)
-                self.config.catalogue_hash = saved_hash(catalogue)
-            super().save_pretrained(save_directory, is_main_process, state_dict, True, *args, **kwargs)
-            return
-        with replaced_files(save_directory) as temporary:
-            if is_main_process and save_catalogue and self.item_counts is not None:
-                self.item_counts.save(temporary)
-            if whole:
-                self.catalogue.save(temporary / CATALOGUE_FOLDER)
-                self.config.catalogue_hash = saved_hash(temporary / CATALOGUE_FOLDER)
-            super().save_pretrained(temporary, is_main_process, state_dict, False, *args, **kwargs)
-            if whole:
-                move_catalogue(temporary / CATALOGUE_FOLDER, catalogue)
-            remove_other_weights(Path(save_directory), temporary)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, catalogue: ItemCatalogue | None = None, **kwargs
-    ):
-        """Load a saved recommender, its catalogue included, from a folder or the Hub. Safetensors only.
-
-        Args:
-            catalogue: used instead of the saved one; needed for checkpoints, which have none.
-
-        Raises:
-            SpeederError: it is no Speeder model; a file is missing, cut or damaged; the catalogue is not the
-                one that it was saved with; or `device_map` names several devices that compute.
-        """
-        check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
-        device_map = kwargs.pop("device_map", None)
-        if isinstance(device_map, dict):
-            device_map = keep_own_parts(device_map)
-        load = partial(
-            super().from_pretrained, pretrained_model_name_or_path, *args, output_loading_info=True
-        )
-        model, info = load(device_map=device_map, **kwargs)
-        if getattr(model, "hf_device_map", None):
-            placed = keep_own_parts(model.hf_device_map)
-            if own_parts_wait(model):  # a map that transformers made
-                del model
-                model, info = load(device_map=placed, **kwargs)
-        check_loaded(pretrained_model_name_or_path, cls.config_class, info, **kwargs)
-        align_weights(model)
-        if model.config.num_items:
-            if catalogue is None:
-                folder = catalogue_folder(pretrained_model_name_or_path, **kwargs)
-                check_catalogue_hash(folder, model.config.catalogue_hash)
-                catalogue = ItemCatalogue.load(folder)
-            elif model.config.num_warm_items and model.config.warm_items_hash is None:
-                model.config.warm_items_hash = saved_warm_items(
-                    pretrained_model_name_or_path, model.config.num_warm_items, **kwargs
-                )
-            model.set_catalogue(catalogue)
-        counts = optional_file(pretrained_model_name_or_path, COUNTS_FILE, **kwargs)
-        model.item_counts = None if counts is None else ItemCounts.load(counts)
-        return (model, info) if with_info else model
-
-    # transformers 5.24 on, where the old name calls the new one
-    if hasattr(PreTrainedModel, "activation_checkpointing_enable"):
-
-        def activation_checkpointing_enable(
-            self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs
-        ) -> None:
-            """As in transformers, without the reentrant variant: SPAE's tables come from outside of every layer."""
-            settings = not_reentrant("activation_checkpointing_kwargs", activation_checkpointing_kwargs)
-            super().activation_checkpointing_enable(settings, *args, **kwargs)
-
-    else:
-
-        def gradient_checkpointing_enable(
-            self, gradient_checkpointing_kwargs: dict | None = None, *args, **kwargs
-        ) -> None:
-            """As in transformers, without the reentrant variant: SPAE's tables come from outside of every layer."""
-            settings = not_reentrant("gradient_checkpointing_kwargs", gradient_checkpointing_kwargs)
-            super().gradient_checkpointing_enable(settings, *args, **kwargs)
-
-    def resize_token_embeddings(self, *args, **kwargs) -> None:
-        """Not supported: item ids begin where the text vocabulary ends."""
-        raise NotImplementedError(
-            "resize the backbone's embeddings before from_backbone: item ids begin after them"
-        )
-
     @property
     def training_hash(self) -> str | None:
         """Hash of what the model was trained on (`data.fingerprints.training_hash`), for the leak check; None if
         unknown."""
         return self.config.training_hash
-
-
-def not_reentrant(name: str, settings: dict | None) -> dict:
-    """Settings of `torch.utils.checkpoint`, with the variant that Speeder needs.
-
-    Raises:
-        ValueError: they ask for the other.
-    """
-    if (settings or {}).get("use_reentrant"):
-        raise ValueError(f"{name}: expected use_reentrant=False, got True")
-    return {**(settings or {}), "use_reentrant": False}
 
 
 def without_last(

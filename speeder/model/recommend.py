@@ -188,10 +188,12 @@ class RecommenderMixin:
             read_once(),
             showing("recommending", len(batches), "batch", show=progress) as work,
         ):
-            vectors = self._vectors() if read else None
+            vectors = self.scoring_table() if read else None
             states = self.user_states([rows[number] for number in read], batch_size)
             for batch, state in zip(batches, states, strict=True):
-                found = self._best(state, vectors, k, [hidden[number] for number in batch], choice.allowed)
+                found = self.best_items(
+                    state, vectors, k, [hidden[number] for number in batch], choice.allowed
+                )
                 for number, items in zip(batch, found, strict=True):
                     results[number] = items
                 work.update()
@@ -264,13 +266,13 @@ class RecommenderMixin:
         self.set_catalogue(self.catalogue.concat(new_items))
         return range(before, len(self.catalogue))
 
-    def _vectors(self) -> torch.Tensor | ItemStore:
-        """The scoring vectors, or the store, that `_best` searches."""
+    def scoring_table(self) -> torch.Tensor | ItemStore:
+        """The scoring vectors, or the store, that `best_items` searches."""
         with self.evaluating():
             table = self.item_table()
         return self.item_vectors(table) if isinstance(table, torch.Tensor) else table
 
-    def _best(
+    def best_items(
         self,
         states: torch.Tensor,
         vectors: torch.Tensor | ItemStore,

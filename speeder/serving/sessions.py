@@ -130,7 +130,7 @@ class UserSessions:
         hidden = [choice.hidden(history if exclude_seen else ()) for history in histories.values()]
         check_left(choice, hidden, len(self.model.catalogue), k)
         queries = self._queries(histories)
-        found = self.model._best(queries, self.model._vectors(), k, hidden, choice.allowed)
+        found = self.model.best_items(queries, self.model.scoring_table(), k, hidden, choice.allowed)
         self._take_in(histories)
         return dict(zip(histories, found, strict=True))
 

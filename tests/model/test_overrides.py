@@ -20,7 +20,7 @@ NAMED = (_P.POSITIONAL_OR_KEYWORD, _P.KEYWORD_ONLY)
 KINDS_OF_OWN_CALLS = {"forward", "__init__", "__call__"}  # each class calls these in its own way; see below
 LEFT_OUT = {
     # transformers names them, and the order differs between its releases
-    ("SpeederForCausalLM", "prepare_inputs_for_generation"): "by name alone",
+    ("ItemGenerationMixin", "prepare_inputs_for_generation"): "by name alone",
     ("SpeederProcessor", "from_pretrained"): "by name alone",
 }
 

@@ -51,7 +51,7 @@ def fixed_model(prompt: str = "instruction", tokens_per_item: int = 1):
 def whole(model, histories) -> torch.Tensor:
     """Scores by one pass over all tokens, where nothing is kept but the item tokens."""
     states = model.last_states(**pack_batch([model.sequence(list(history)) for history in histories]))
-    return model.item_queries(states) @ model._vectors().float().T
+    return model.item_queries(states) @ model.scoring_table().float().T
 
 
 @contextmanager

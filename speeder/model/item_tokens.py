@@ -1,0 +1,136 @@
+"""The catalogue of a model and its items' tokens: computed from the catalogue and kept, or read from a store."""
+
+from __future__ import annotations
+
+import torch
+
+from speeder.data.catalogue import ItemCatalogue
+from speeder.data.fingerprints import ids_hash
+from speeder.errors import SpeederError
+from speeder.model.content import Kept, autocast_dtype, content_of, for_later
+from speeder.model.item_store import ItemStore
+from speeder.model.kv_cache import SharedPrefix
+
+
+class ItemTokensMixin:
+    """The catalogue and the item tokens of [`SpeederForCausalLM`]."""
+
+    catalogue: ItemCatalogue | None
+    item_store: ItemStore | None
+    _checked_store: tuple[ItemStore, tuple | None] | None
+    _kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]
+    _kept_prefix: Kept[SharedPrefix]
+
+    def set_catalogue(self, catalogue: ItemCatalogue) -> None:
+        """Set the catalogue of the items with ids from `V` on.
+
+        Raises:
+            SpeederError: it lacks a modality that this model reads; an item has no modality; or the model has a learned
+                embedding per item, and the catalogue does not begin with the items of its rows.
+        """
+        self._check_warm_items(catalogue)
+        self.mrc.set_catalogue(catalogue)
+        self.catalogue = catalogue
+        self.config.num_items = len(catalogue)
+        self.item_store = None
+        self.clear_cache()
+
+    def _check_warm_items(self, catalogue: ItemCatalogue) -> None:
+        """Rows of the learned embedding belong to items by place: another order would give them to other items."""
+        count = self.config.num_warm_items
+        if count == 0:
+            return
+        here = ids_hash(catalogue.ids[:count])
+        if self.config.warm_items_hash is None:  # new, or of version 0.1.0, which noted none
+            self.config.warm_items_hash = here
+        elif self.config.warm_items_hash != here:
+            raise SpeederError(
+                f"catalogue: expected one that begins with the {count} items that this model has a learned embedding "
+                "of, in the same order; new items come after them (add_items)"
+            )
+
+    def set_trained_items(self, trained: torch.Tensor) -> None:
+        """Tell which items training reads or predicts. The learned embedding of the others is left out of their tokens.
+
+        `speeder.train` calls it; without a call every row counts as trained.
+
+        Args:
+            trained: `(I,)` bool.
+
+        Raises:
+            ValueError: it has another shape or dtype.
+            SpeederError: the model has no catalogue.
+        """
+        if trained.dtype != torch.bool or tuple(trained.shape) != (self.config.num_items,):
+            raise ValueError(
+                f"trained: expected ({self.config.num_items},) bool, got {tuple(trained.shape)} {trained.dtype}"
+            )
+        if self.catalogue is None:
+            raise SpeederError("set_trained_items: expected a model with a catalogue")
+        if self.config.item_embedding:
+            rows = self.mrc.item_trained
+            rows.copy_(trained[: len(rows)])
+
+    def use_item_store(self, store: ItemStore | None) -> None:
+        """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.
+
+        It is used in evaluation mode, until training mode, another catalogue or None.
+
+        Raises:
+            SpeederError: the store was made with other weights or another catalogue.
+        """
+        if store is not None:
+            store.check(self)
+        self.clear_cache()
+        self.item_store = None if self.training else store
+        self._checked_store = None if store is None else (store, content_of(self.mrc))
+
+    def item_table(self) -> torch.Tensor | ItemStore:
+        """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens; to be read only.
+
+        Raises:
+            SpeederError: MRC has changed, and the store was made with other weights.
+        """
+        if self.item_store is None:
+            return self.item_tokens()[0]
+        if self._checked_store is not None and self._checked_store[0] is self.item_store:
+            content = content_of(self.mrc)
+            if content is None or content != self._checked_store[1]:
+                self.item_store.check(self)
+                self._checked_store = (self.item_store, content)
+        return self.item_store
+
+    def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compress the whole catalogue.
+
+        In evaluation mode without gradients the result is kept. It is used again as long as the content of MRC is the
+        same: every weight is read and compared by its hash, however it was written.
+
+        Returns:
+            tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`. They may be the
+            kept ones, so do not write into them.
+        """
+        if self.training or torch.is_grad_enabled():
+            return self.mrc.whole()
+        device, content = self.device.type, content_of(self.mrc)
+        if content is not None:
+            content += (autocast_dtype(device),)
+        with for_later(device):
+            tokens, gates, versions = self._kept_tokens.get(content, self._compressed)
+            if (tokens._version, gates._version) != versions:  # a caller has written into them
+                self._kept_tokens.clear()
+                tokens, gates, _ = self._kept_tokens.get(content, self._compressed)
+        return tokens, gates
+
+    def _compressed(self) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+        tokens, gates = self.mrc.whole()
+        return tokens, gates, (tokens._version, gates._version)
+
+    def clear_cache(self) -> None:
+        """Free what is kept between calls: the item tokens, and the states of the text before histories.
+
+        It is not needed for right results: what is kept is compared with the model's content before it is used. Only a
+        catalogue must not be changed in place: set another one.
+        """
+        self._kept_tokens.clear()
+        self._kept_prefix.clear()
