@@ -54,8 +54,10 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
     """NotImplementedError where forward mode or `torch.func` asks for a derivative."""
     refuse_forward_mode(op, *tensors)
+    # What vmap wraps within grad does not say that it requires a gradient.
     if _functorch.TransformType.Grad in _transforms() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in tensors
+        isinstance(x, Tensor) and (x.requires_grad or _functorch.is_functorch_wrapped_tensor(x))
+        for x in tensors
     ):
         raise NotImplementedError(
             f"{op}: torch.func's derivatives are not supported (grad, vjp, jacrev, hessian); use backward or "

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from speeder_kernels.derivatives import refuse_forward_mode, refuse_transforms
+from speeder_kernels.derivatives import refuse_transforms
 from speeder_kernels.validate import (
     FLOATS,
     FLOATS_AND_DOUBLE,
@@ -328,7 +328,8 @@ def topk_items(
 ) -> tuple[Tensor, Tensor]:
     """The k items with the highest dot product in each row, with no `(N, I)` matrix ever held.
 
-    Items that score the same come in the order of their index. The results carry no gradient.
+    Items that score the same come in the order of their index. The results are constants to autograd, as `detach()`
+    makes them; where you need a gradient, gather the items' rows and multiply.
 
     Args:
         hidden: `(N, H)`, float32, bfloat16 or float16.
@@ -348,9 +349,9 @@ def topk_items(
             the row; on a GPU without SPEEDER_CHECK=1 such places hold -inf and -1), a score that is NaN, a
             backend that cannot.
         IndexError: an excluded item out of range, with its position.
-        NotImplementedError: forward mode.
+        NotImplementedError: forward mode, or `torch.func.grad` and its like.
     """
-    refuse_forward_mode("topk_items", hidden, item_table)
+    refuse_transforms("topk_items", hidden, item_table)
     device = _float_device("hidden", hidden, FLOATS)
     check_tensor("hidden", hidden, ("N", "H"), FLOATS, device)
     check_not_empty("hidden", hidden, 1)

@@ -127,9 +127,11 @@ def compress_items_backward(
     # RMSNorm: the part of the gradient along the normalised vector is removed.
     along = (grad_normed * normed).mean(dim=-1, keepdim=True)
     grad_mixed = inverse_rms * (grad_normed - normed * along)
-    grad_experts = gates[..., None] * grad_mixed[:, None]
+    # An absent modality's gradients are zero, also where the item's own are not finite.
+    grad_experts = torch.where(present[..., None], gates[..., None] * grad_mixed[:, None], 0.0)
     grad_gates = grad_gates.to(experts.dtype) + (experts * grad_mixed[:, None]).sum(dim=-1)
     grad_logits = gates * (grad_gates - (gates * grad_gates).sum(dim=-1, keepdim=True))
+    grad_logits = torch.where(present, grad_logits, 0.0)
     return (
         grad_experts.to(expert_outputs.dtype),
         grad_logits.to(gate_logits.dtype),
@@ -160,6 +162,7 @@ def item_cross_entropy(
     for start in range(0, item_table.shape[0], ITEMS_PER_CHUNK):
         logits, _ = _chunk_logits(hidden, item_table, start, scale, log_q)
         lse = torch.logaddexp(lse, logits.logsumexp(dim=-1))
+    lse = torch.where(lse == float("inf"), torch.nan, lse)  # as a softmax of infinity is
     target_logits = (hidden * item_table[targets].to(hidden.dtype)).sum(dim=-1) * scale
     if log_q is not None:
         target_logits -= log_q[targets].to(hidden.dtype)
@@ -234,6 +237,9 @@ def topk_items(
 def _encode(scores: Tensor, start: int) -> Tensor:
     """Score and item as one sortable int64: the score's bits on top (made monotonic), the negated item
     below."""
+    scores = torch.where(
+        scores.isnan(), torch.nan, scores
+    )  # of either sign, so that it comes first and is noticed
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0, which is equal to it
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     items = torch.arange(start, start + scores.shape[1], device=scores.device)

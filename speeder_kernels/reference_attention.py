@@ -194,6 +194,7 @@ def spae_attention(
         v_BKTD = block.pad_k(v, dtype).transpose(1, 2)
         scores_BHST = _scores(block, q_BKGD, k_BKTD, heads, scale, [b for b in biases if b is not None])
         lse_BHS = scores_BHST.logsumexp(dim=-1)
+        lse_BHS = torch.where(lse_BHS == float("inf"), torch.nan, lse_BHS)  # as a softmax of infinity is
         lse_BHS = torch.where(lse_BHS == float("-inf"), float("inf"), lse_BHS)  # then exp(score - lse) is 0
         weights = scores_BHST.sub_(lse_BHS[..., None]).exp_()
         out_BSHD = _ungroup(weights.view(*q_BKGD.shape[:3], -1) @ v_BKTD, heads)

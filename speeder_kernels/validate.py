@@ -8,6 +8,7 @@ where the environment variable SPEEDER_CHECK is 1.
 
 from __future__ import annotations
 
+import math
 import os
 from itertools import pairwise
 from numbers import Real
@@ -21,8 +22,10 @@ HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
 FLOATS_AND_DOUBLE = (*FLOATS, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-LARGEST_FLOAT = torch.finfo(torch.float32).max
-INT32 = torch.iinfo(torch.int32)
+# What kernels multiply by log2(e) must stay finite too.
+LARGEST_FLOAT = torch.finfo(torch.float32).max / 1.5
+SMALLEST_FLOAT = torch.finfo(torch.float32).tiny
+INT32, INT64 = torch.iinfo(torch.int32), torch.iinfo(torch.int64)
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -64,8 +67,10 @@ def check_not_empty(name: str, tensor: Tensor, dim: int = 0) -> None:
 
 
 def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    if not value >= SMALLEST_FLOAT:
+        raise ValueError(
+            f"{name}: expected a number above 0 (at least {SMALLEST_FLOAT:.3g}, in float32), got {value}"
+        )
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:
@@ -73,6 +78,8 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name}: expected a whole number, got {type(value).__name__}")
     if not value >= least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if isinstance(value, int) and value > INT64.max:
+        raise ValueError(f"{name}: expected at most {INT64.max}, got {value}")
 
 
 def check_bool(name: str, value: bool) -> None:
@@ -90,9 +97,14 @@ def check_number(name: str, value: float, instead: str) -> float:
             )
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")
+        if value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"{name}: expected a number, got a tensor of {value.dtype}")
     elif isinstance(value, bool) or not isinstance(value, (int, float, Real)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        value = math.inf
     if not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
         raise ValueError(f"{name}: expected a finite float32, got {value}")
     return value

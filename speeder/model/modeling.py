@@ -45,6 +45,7 @@ from speeder.model.packing import (
 )
 from speeder.model.recommend import RecommenderMixin
 from speeder.model.saving import SavingModel
+from speeder.model.sequences import IGNORED
 from speeder.model.spae import SPAE
 from speeder_kernels import pack_tokens
 
@@ -204,6 +205,11 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             check_integers("labels", labels)
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels: expected {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
+            labels = labels.long()
+            if labels.device.type == "cpu" and bool(((labels < 0) & (labels != IGNORED)).any()):
+                raise ValueError(
+                    f"labels: expected ids, or {IGNORED} where there is none, got {int(labels.min())}"
+                )
             if cu_seqlens is not None:
                 check_cu_seqlens(cu_seqlens, input_ids.shape[-1])
             targets = next_labels(labels, cu_seqlens)

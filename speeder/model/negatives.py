@@ -14,12 +14,16 @@ import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from speeder.model.config import SpeederConfig
 from speeder.model.content import Kept
 from speeder_kernels import item_cross_entropy
 
 _LEAST = 1e-12  # of a loss whose logarithm is taken
+_CLOSE = 0.05  # a loss with a rounding of 1e-6 tells the others' sum to 2e-5 from here on
+_LOGITS = 1 << 22  # numbers of a matrix of rows by candidates that is formed at once
+_LEFT_OUT = -1e30  # a logit that counts nothing, and has a gradient of 0 also where no other is left
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,52 @@ def candidate_cross_entropy(
     column = torch.where(hit, column, 0)
     loss = item_cross_entropy(queries, negatives, column, scale=1.0, log_q=log_q)
     precise = queries.float()
-    positive = (precise * F.embedding(targets, vectors).float()).sum(dim=-1)
+    positives = F.embedding(targets, vectors)
+    positive = (precise * positives.float()).sum(dim=-1)
     first = precise @ negatives[0].float() - log_q[0]
     others = loss.clamp(min=_LEAST)
     others = others + torch.log(
         -torch.expm1(-others)
     )  # log(e^loss - 1): the candidates' sum without the target
-    return F.softplus(torch.where(hit, others - log_q[column], loss + first - positive))
+    losses = F.softplus(torch.where(hit, others - log_q[column], loss + first - positive))
+    # A target that is most of that sum, where its weight is 1 / q, leaves too little of the others beside it.
+    close = hit & (loss < _CLOSE)
+    rows = close.nonzero().flatten()
+    if not len(rows):
+        return losses
+    size = max(1, _LOGITS // len(places))
+    exact = [
+        checkpoint(  # which forms the logits again for the gradient
+            _row_losses,
+            queries[part],
+            positives[part],
+            column[part],
+            negatives,
+            log_q,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for part in rows.split(size)
+    ]
+    return losses.masked_fill(close, 0.0).index_add(0, rows, torch.cat(exact))
+
+
+def _row_losses(
+    queries: torch.Tensor,
+    positives: torch.Tensor,
+    column: torch.Tensor,
+    negatives: torch.Tensor,
+    log_q: torch.Tensor,
+) -> torch.Tensor:
+    """The losses of some rows whose target is the candidate of a column, `(n,)`; it is left out of their sum before
+    that is formed."""
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = queries.float()
+        positive = (queries * positives.float()).sum(dim=-1)
+        logits = queries @ negatives.float().T - log_q
+        own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, column[:, None], True)
+        others = logits.masked_fill(own, _LEFT_OUT).logsumexp(dim=-1)
+        return F.softplus(others - positive)
 
 
 def gather_ids(ids: torch.Tensor) -> torch.Tensor:

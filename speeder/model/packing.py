@@ -60,8 +60,7 @@ def packed_layout(
         ranks = torch.cat([item_ranks(row, tokens_per_item) for row in rows])
     elif ranks.shape != item_mask.shape:
         raise ValueError(f"ranks: expected ({len(item_mask)},), got {tuple(ranks.shape)}")
-    check_integers("ranks", ranks)
-    ranks = ranks.int()
+    ranks = kernel_ranks(ranks)
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths.long())
     cu_seqlens, longest = cu_seqlens.int(), int(lengths.max())
     position_ids = torch.arange(len(ranks), device=ranks.device) - starts
@@ -86,6 +85,25 @@ def check_integers(name: str, tensor: torch.Tensor) -> None:
     """Raise `TypeError` for a tensor of another dtype than integers, which a cast would cut."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+
+
+def kernel_ranks(ranks: torch.Tensor) -> torch.Tensor:
+    """Ranks as the kernels take them: int32; or int64 on an accelerator, where the op itself sees to the range.
+
+    Raises:
+        TypeError: they are not integers. ValueError: one does not fit int32.
+    """
+    check_integers("ranks", ranks)
+    if ranks.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+        return ranks.int()
+    if ranks.device.type != "cpu":
+        return ranks.long()
+    if ranks.numel():
+        low, high = ranks.long().aminmax()
+        limits = torch.iinfo(torch.int32)
+        if low < limits.min or high > limits.max:
+            raise ValueError(f"ranks: expected at most {limits.max} (int32), got {int(low)}..{int(high)}")
+    return ranks.int()
 
 
 def last_positions(cu_seqlens: torch.Tensor, at_least: int = 1) -> torch.Tensor:
@@ -123,8 +141,8 @@ def padded_layout(mask: torch.Tensor, ranks: torch.Tensor, new_tokens: int) -> S
         cu_seqlens(lengths),
         int(new_lengths.max()),
         int(lengths.max()),
-        pick(new_ranks, query_index).int(),
-        pick(ranks, key_index).int(),
+        kernel_ranks(pick(new_ranks, query_index)),
+        kernel_ranks(pick(ranks, key_index)),
         pick(positions[:, -new_tokens:], query_index),
         query_index,
         key_index,

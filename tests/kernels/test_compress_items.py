@@ -217,7 +217,7 @@ def test_compile_and_autocast():
             r"present: expected device cpu, got meta",
         ),
         ({3: torch.ones(5)}, ValueError, r"norm_weight: expected shape \(6,\), got \(5,\)"),
-        ({"eps": 0.0}, ValueError, r"eps: expected a number above 0, got 0"),
+        ({"eps": 0.0}, ValueError, r"eps: expected a number above 0"),
         ({"backend": "cuda"}, ValueError, r"'cuda' cannot run compress_items here"),
     ],
 )

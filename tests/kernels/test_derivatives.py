@@ -223,3 +223,41 @@ def test_causal_is_a_bool(value):
     args, _ = floats("spae_attention", "cpu")
     with pytest.raises(TypeError, match=f"^causal: expected True or False, got {type(value).__name__}"):
         sk.spae_attention(**args, causal=value)
+
+
+@everywhere(["topk_items"])
+def test_the_best_items_are_constants(op, backend, device):
+    """As after `detach()`, which `torch.func` would take for a derivative of zero."""
+    args, _ = floats(op, backend)
+    scores, items = at(sk.topk_items, backend, device)(
+        **{**args, "hidden": args["hidden"].clone().requires_grad_()}
+    )
+    assert not scores.requires_grad and not items.requires_grad
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(NotImplementedError, match=r"^topk_items: torch.func's derivatives"):
+            transform(scalar(op, backend, device, args, "hidden"))(args["hidden"])
+
+
+@everywhere(DIFFERENTIABLE)
+def test_vmap_within_grad(op, backend, device):
+    """What vmap wraps does not say that it requires a gradient."""
+    args, names = floats(op, backend)
+    run, x = scalar(op, backend, device, args, names[0]), args[names[0]]
+    with pytest.raises(NotImplementedError, match=f"^{op}: torch.func's derivatives"):
+        torch.func.grad(lambda batch: torch.func.vmap(run)(batch).sum())(torch.stack([x, x]))
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (3e38, ValueError),  # times log2(e) it is infinite
+        (1e-60, ValueError),
+        (10**400, ValueError),
+        (torch.tensor(True), TypeError),
+        (torch.tensor(1j), TypeError),
+    ],
+)
+def test_numbers_that_a_kernel_cannot_take(value, error):
+    args, _ = floats("item_cross_entropy", "cpu")
+    with pytest.raises(error, match=r"^scale: expected"):
+        sk.item_cross_entropy(**{**args, "scale": value})

@@ -79,6 +79,13 @@ def test_an_empty_size_is_refused_by_name(op, case, backend, device):
         at(getattr(sk, op), backend, device)(**args)
 
 
+@pytest.fixture
+def compiler():
+    """What is compiled here counts in no other test: PyTorch compiles one function for few shapes only."""
+    yield
+    torch._dynamo.reset()
+
+
 def answers(op: str, backend: str, device: str, args: dict) -> list[torch.Tensor]:
     """Results and gradients."""
     leaves = [args[name].requires_grad_() for name in SHAPES[op] if name in FLOATS]
@@ -137,6 +144,7 @@ RESULTS = {
 
 
 @everywhere(*((op, case) for op, cases in NOTHING.items() for case in cases))
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_batch_of_nothing(op, case, backend, device, compiled):
     """Empty results (zeros for queries without keys) and zero gradients, in the shapes and dtypes of any batch."""
@@ -248,3 +256,57 @@ def test_compiled_kernels_refuse_sizes_that_they_divide_by():
     """Called as they are, without the checks of the Python functions: an error, not the end of the process."""
     result = subprocess.run([sys.executable, "-c", RAW_KERNELS], capture_output=True, text=True)
     assert result.returncode == 0, (result.returncode, result.stdout[-20:], result.stderr[-2000:])
+
+
+# --- what is not finite ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "device"), all_places("topk_items"))
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_score_that_is_no_number_is_noticed_whatever_its_sign(backend, device, sign):
+    """x86's own NaN has its sign bit set."""
+    table = torch.tensor([[0.0, 9.0], [1.0, 0.0], [2.0, 0.0]])
+    table[1, 0] = torch.copysign(torch.tensor(torch.nan), torch.tensor(float(sign)))
+    with pytest.raises(ValueError, match="expected scores that are numbers, got NaN in row 0"):
+        at(sk.topk_items, backend, device)(torch.tensor([[1.0, 1.0]]), table, 1)
+
+
+@pytest.mark.parametrize(("backend", "device"), all_places("item_cross_entropy"))
+def test_infinite_logits_give_no_finite_loss_or_gradient(backend, device):
+    """As in PyTorch: a model that has diverged must not train on."""
+    hidden, table = torch.ones(3, 4), torch.ones(6, 4)
+    table[5] = torch.inf
+    hidden, table = hidden.requires_grad_(), table.requires_grad_()
+    loss = at(sk.item_cross_entropy, backend, device)(hidden, table, torch.tensor([0, 1, 2]), scale=1.0)
+    assert loss.isnan().all()
+    loss.sum().backward()
+    assert hidden.grad.isnan().all() and table.grad.isnan().all()
+
+
+@pytest.mark.parametrize(("backend", "device"), all_places("spae_attention"))
+def test_an_infinite_score_gives_no_finite_output(backend, device):
+    torch.manual_seed(0)
+    q, k, v = (torch.rand(3, 1, 16) + 0.5 for _ in range(3))
+    dtype = torch.float32 if torch.float32 in dispatch.dtypes("spae_attention", backend) else torch.bfloat16
+    k[0] = torch.inf
+    q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
+    starts, ranks = torch.tensor([0, 3], dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    out = at(sk.spae_attention, backend, device)(q, k, v, starts, starts, 3, 3, ranks, ranks)
+    assert out.isnan().all()
+    out.float().sum().backward()
+    assert v.grad[0].isnan().all() and q.grad.isnan().all()
+
+
+# Triton multiplies an absent modality's gate, 0, with the item's gradient; to ask first would cost it registers.
+@pytest.mark.parametrize(("backend", "device"), [("reference", "cpu"), ("cpu", "cpu")])
+def test_what_is_not_finite_does_not_leak_into_absent_modalities(backend, device):
+    torch.manual_seed(0)
+    experts, logits, weight = torch.randn(2, 2, 4), torch.randn(2, 2), torch.ones(4)
+    present = torch.tensor([[True, False], [True, True]])
+    experts, logits = experts.requires_grad_(), logits.requires_grad_()
+    tokens, _ = at(sk.compress_items, backend, device)(experts, logits, present, weight)
+    upstream = torch.ones(2, 4)
+    upstream[0, 0] = torch.inf
+    tokens.backward(upstream.to(tokens.device))
+    assert (experts.grad[0, 1] == 0).all() and logits.grad[0, 1] == 0
+    assert not experts.grad[0, 0].isfinite().all() and experts.grad[1].isfinite().all()

@@ -137,3 +137,10 @@ def test_lengths_to_pack():
     ):
         sk.plan_packing([1, 2], 2**63)
     assert sk.plan_packing([1, 2], 2**63 - 1) == [[1, 0]]
+
+
+def test_a_longest_length_beyond_int64():
+    """PyTorch's own message would not name the argument."""
+    starts, ranks, q = torch.tensor([0, 2]), torch.arange(2), torch.randn(2, 1, 8)
+    with pytest.raises(ValueError, match=r"^max_seqlen_q: expected at most"):
+        sk.spae_attention(q, q, q, starts, starts, 2**63, 2, ranks, ranks)

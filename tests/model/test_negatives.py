@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from speeder.evaluation.metrics import target_ranks
+from speeder.model import negatives
 from speeder.model.config import SpeederConfig
 from speeder.model.negatives import NegativeSampler, candidate_cross_entropy
 from speeder.model.streamed_ranking import streamed_ranks
@@ -65,6 +67,41 @@ def test_the_loss_is_the_formula(data, rows, items, seed):
         torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
     ):
         torch.testing.assert_close(mine, right.float(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_rare_target_among_the_candidates_keeps_its_loss_and_gradient():
+    """In a sum of the candidates it has a weight of 1 / q, beside which the others would be lost in rounding."""
+    vectors, log_q = torch.eye(3), torch.tensor([-12.0, -1.0, -1.0])
+    for score in (5.0, 10.0, 20.0):
+        queries = torch.tensor([[score, 1.0, 2.0]], requires_grad=True)
+        loss = candidate_cross_entropy(queries, vectors, torch.tensor([0]), torch.arange(3), log_q)
+        exact = queries.detach().double().requires_grad_()
+        others = torch.logsumexp(exact[:, 1:] - log_q[1:].double(), dim=1)
+        expected = F.softplus(others - exact[:, 0])
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        loss.sum().backward()
+        expected.sum().backward()
+        torch.testing.assert_close(queries.grad.double(), exact.grad, rtol=1e-5, atol=0)
+
+
+def test_many_rows_are_computed_a_part_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    queries, vectors = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8)
+    targets, places = torch.randint(0, 30, (50,)), torch.arange(0, 30, 2)
+    log_q = -40 * torch.rand(15)  # so that many of the targets among them are close
+
+    def run():
+        loss = candidate_cross_entropy(queries, vectors, targets, places, log_q)
+        return loss, *torch.autograd.grad(loss.sum(), queries)
+
+    whole = run()
+    monkeypatch.setattr("speeder.model.negatives._LOGITS", 4 * 15)
+    calls = []
+    formed = negatives._row_losses
+    monkeypatch.setattr(negatives, "_row_losses", lambda *args: calls.append(len(args[0])) or formed(*args))
+    for part, expected in zip(run(), whole, strict=True):
+        torch.testing.assert_close(part, expected)
+    assert len(calls) > 2 and max(calls) == 4
 
 
 def test_a_target_that_alone_was_drawn_costs_nothing_and_gives_finite_gradients():

@@ -249,3 +249,25 @@ def test_no_text_id_is_written_where_no_item_is_left():
     first = int(found[0, -(count - 3)])  # as a sign to stop
     ended = model.generate(**batch, **once, max_new_tokens=4, eos_token_id=first, pad_token_id=0)
     assert ended.shape[1] == batch["input_ids"].shape[1] + 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shift", [2**32, 2**31, 1_700_000_000_000])
+def test_ranks_that_do_not_fit_the_kernels_are_refused(packed, shift):
+    """They were cut to int32: a rank of 2^32 + r was taken as r."""
+    model, ids = tiny_model(), torch.tensor([[3, 64, 65, 70, 5, 66]])
+    ranks = torch.tensor([[-1, 0, 1, 2, -1, 3]])
+    how = {"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)} if packed else {}
+    with pytest.raises(ValueError, match=r"ranks: expected at most 2147483647 \(int32\)"):
+        model(ids, ranks=torch.where(ranks < 0, ranks, ranks + shift), **how)
+    whole = model(ids, ranks=ranks, **how).logits
+    assert torch.equal(whole, model(ids, ranks=ranks.int(), **how).logits)
+
+
+def test_labels_are_ids_or_nothing():
+    model, ids = tiny_model(), torch.tensor([[64, 65, 66]])
+    expected = model(ids, labels=ids).loss
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        torch.testing.assert_close(model(ids, labels=ids.to(dtype)).loss, expected)
+    with pytest.raises(ValueError, match="labels: expected ids, or -100 where there is none, got -7"):
+        model(ids, labels=torch.tensor([[64, -7, 66]]))

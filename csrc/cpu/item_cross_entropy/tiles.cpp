@@ -35,10 +35,11 @@ inline void add_scores(const float* scores, int64_t tile, int64_t vecs, float fa
       most = largest(score[r], most);
     }
     const Vec base = most == -kInfinity ? Vec{} : most;  // all are -inf: sums 0, not NaN
-    Vec sum = load(total + v * kWidth) * exp2(before - base);
-    for (int64_t r = 0; r < tile; ++r) sum += exp2(score[r] - base);
+    Vec part =
+        {};  // of its own: one long chain of sums would round every term in the same direction
+    for (int64_t r = 0; r < tile; ++r) part += exp2(score[r] - base);
     store(top + v * kWidth, most);
-    store(total + v * kWidth, sum);
+    store(total + v * kWidth, load(total + v * kWidth) * exp2(before - base) + part);
   }
 }
 
