@@ -206,10 +206,13 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             if labels.shape != input_ids.shape:
                 raise ValueError(f"labels: expected {tuple(input_ids.shape)}, got {tuple(labels.shape)}")
             labels = labels.long()
-            if labels.device.type == "cpu" and bool(((labels < 0) & (labels != IGNORED)).any()):
-                raise ValueError(
-                    f"labels: expected ids, or {IGNORED} where there is none, got {int(labels.min())}"
-                )
+            if labels.device.type == "cpu":
+                wrong = ((labels < 0) & (labels != IGNORED)) | (labels >= self.config.vocab_size)
+                if bool(wrong.any()):
+                    raise ValueError(
+                        f"labels: expected ids in 0..{self.config.vocab_size - 1}, or {IGNORED} where there is none, "
+                        f"got {int(labels[wrong][0])}"
+                    )
             if cu_seqlens is not None:
                 check_cu_seqlens(cu_seqlens, input_ids.shape[-1])
             targets = next_labels(labels, cu_seqlens)
@@ -395,6 +398,8 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         scale = embedding_scale(words)
         if read_directly(words):
             packed = self._pack_embeddings(words.weight, word_ids, ids, layout, item_table)
+            if words.padding_idx is not None and words.weight.requires_grad:  # whose row gets no gradient
+                packed = torch.where((ids == words.padding_idx)[:, None], packed.detach(), packed)
             return packed if scale is None else packed * scale.to(packed.dtype)
         shape = shape or (1, len(ids))
 

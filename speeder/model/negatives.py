@@ -20,6 +20,7 @@ from speeder.model.config import SpeederConfig
 from speeder.model.content import Kept
 from speeder_kernels import item_cross_entropy
 
+_BELOW = 30.0  # how far below the least possible logit one is that counts nothing
 _LEAST = 1e-12  # of a loss whose logarithm is taken
 _CLOSE = 0.05  # a loss with a rounding of 1e-6 tells the others' sum to 2e-5 from here on
 _LOGITS = 1 << 22  # numbers of a matrix of rows by candidates that is formed at once
@@ -152,18 +153,27 @@ def candidate_cross_entropy(
     negatives = vectors[places]
     column = torch.searchsorted(places, targets).clamp(max=len(places) - 1)
     hit = places[column] == targets
-    # The op needs the target among the candidates. If it is not, column 0 is used, and its logit is added again.
-    column = torch.where(hit, column, 0)
-    loss = item_cross_entropy(queries, negatives, column, scale=1.0, log_q=log_q)
-    precise = queries.float()
     positives = F.embedding(targets, vectors)
-    positive = (precise * positives.float()).sum(dim=-1)
-    first = precise @ negatives[0].float() - log_q[0]
+    positive = (queries.float() * positives.float()).sum(dim=-1)
+    # The op needs a target among the candidates. Where a row's own is none, a vector of zeros stands in, whose weight
+    # is too small to count and whose logit is known: the loss then tells the candidates' sum.
+    bound = queries.detach().float().norm(dim=1).max() * negatives.detach().float().norm(dim=1).max()
+    low = bound + _BELOW
+    zeros = negatives.new_zeros(1, negatives.shape[1])
+    column = torch.where(hit, column, len(places))
+    loss = item_cross_entropy(
+        queries,
+        torch.cat([negatives, zeros]),
+        column,
+        scale=1.0,
+        log_q=torch.cat([log_q, low[None].to(log_q.dtype)]),
+    )
     others = loss.clamp(min=_LEAST)
     others = others + torch.log(
         -torch.expm1(-others)
     )  # log(e^loss - 1): the candidates' sum without the target
-    losses = F.softplus(torch.where(hit, others - log_q[column], loss + first - positive))
+    own = log_q[column.clamp(max=len(places) - 1)]
+    losses = F.softplus(torch.where(hit, others - own, loss - low - positive))
     # A target that is most of that sum, where its weight is 1 / q, leaves too little of the others beside it.
     close = hit & (loss < _CLOSE)
     rows = close.nonzero().flatten()

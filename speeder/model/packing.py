@@ -75,15 +75,23 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:
         ValueError: it does not run from 0 to `tokens` without falling.
     """
     check_integers("cu_seqlens", cu_seqlens)
-    if cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens[0] != 0 or (cu_seqlens.diff() < 0).any():
+    if (
+        cu_seqlens.ndim != 1
+        or len(cu_seqlens) < 2
+        or cu_seqlens[0] != 0
+        or (cu_seqlens.long().diff() < 0).any()
+    ):
         raise ValueError(f"cu_seqlens: expected (B + 1,) rising from 0, got {cu_seqlens.tolist()[:8]}")
     if cu_seqlens[-1] != tokens:
         raise ValueError(f"cu_seqlens: expected to end at T = {tokens}, got {int(cu_seqlens[-1])}")
 
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def check_integers(name: str, tensor: torch.Tensor) -> None:
     """Raise `TypeError` for a tensor of another dtype than integers, which a cast would cut."""
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
 
 

@@ -243,3 +243,18 @@ def test_sasrec_gives_modes_back_too():
     before = [module.training for module in model.modules()]
     model.score([[1, 2]])
     assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+def test_a_hook_that_only_looks_on_changes_no_gradient(family):
+    """Nor does the kernel, which reads the weight itself: a row of padding gets no gradient where it is text either."""
+    model, ids = tiny_model(family), torch.tensor([[3, 0, 64, 65, 0, 66]])
+
+    def gradient() -> torch.Tensor:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return model.backbone.get_input_embeddings().weight.grad.clone()
+
+    plain = gradient()
+    model.backbone.get_input_embeddings().register_forward_hook(lambda module, args, output: None)
+    torch.testing.assert_close(gradient(), plain)

@@ -84,6 +84,27 @@ def test_a_rare_target_among_the_candidates_keeps_its_loss_and_gradient():
         torch.testing.assert_close(queries.grad.double(), exact.grad, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_every_candidate_in_bfloat16(autocast):
+    """Of rows whose target is no candidate too, for which another column of the op has to stand in."""
+    torch.manual_seed(0)
+    queries = ((torch.randn(64) + torch.randn(1000, 64)) / 4).bfloat16()
+    vectors = torch.randn(900, 64).bfloat16().requires_grad_()
+    targets, places, log_q = torch.randint(400, 900, (1000,)), torch.arange(500), torch.full((500,), -1.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = candidate_cross_entropy(queries, vectors, targets, places, log_q)
+    exact = vectors.detach().double().requires_grad_()
+    scores = queries.double() @ exact.T
+    others = (scores[:, :500] + 1.5).masked_fill(F.one_hot(targets, 900)[:, :500].bool(), -torch.inf)
+    expected = F.softplus(others.logsumexp(1) - scores[torch.arange(1000), targets])
+    torch.testing.assert_close(loss.double(), expected, atol=1e-4, rtol=1e-4)
+    (ours,), (right,) = (
+        torch.autograd.grad(x.mean(), leaf) for x, leaf in ((loss, vectors), (expected, exact))
+    )
+    errors = (ours - right).norm(dim=1) / right.norm(dim=1)
+    assert errors[right.norm(dim=1) > 0].max() < 0.02
+
+
 def test_many_rows_are_computed_a_part_at_a_time(monkeypatch):
     torch.manual_seed(0)
     queries, vectors = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8)

@@ -269,5 +269,13 @@ def test_labels_are_ids_or_nothing():
     expected = model(ids, labels=ids).loss
     for dtype in (torch.int32, torch.int16, torch.uint8):
         torch.testing.assert_close(model(ids, labels=ids.to(dtype)).loss, expected)
-    with pytest.raises(ValueError, match="labels: expected ids, or -100 where there is none, got -7"):
+    with pytest.raises(
+        ValueError, match=r"labels: expected ids in 0\.\.83, or -100 where there is none, got -7"
+    ):
         model(ids, labels=torch.tensor([[64, -7, 66]]))
+    with pytest.raises(ValueError, match=r"labels: expected ids in 0\.\.83, .*, got 84"):
+        tiny_model(negatives="sampled", num_negatives=4).train()(ids, labels=torch.tensor([[64, 65, 84]]))
+    with pytest.raises(TypeError, match=r"labels: expected integers, got torch.uint64"):
+        model(ids, labels=ids.to(torch.uint64))
+    with pytest.raises(ValueError, match="cu_seqlens: expected .* rising from 0"):
+        model(torch.full((1, 7), 64), cu_seqlens=torch.tensor([0, 5, 3, 7], dtype=torch.uint8))
