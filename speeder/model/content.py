@@ -12,43 +12,79 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import cache, partial, wraps
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import xxhash
 from torch import nn
+from torch._C import _functorch
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as every_module
 
 from speeder.data.catalogue import ItemCatalogue
 
 Value = TypeVar("Value")
+Function = TypeVar("Function", bound=Callable)
 
 _CHUNK = 1 << 20  # numbers of a tensor on an accelerator that are multiplied and summed at once
 # attributes of every module; those that matter are read on their own
 _OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# hooks that only look on: transformers adds them to layers when hidden states are first asked for
-_ONLOOKERS = ("transformers.utils.output_capturing",)
+# Hooks of transformers that change no value: of layers, when hidden states are first asked for, and of the text
+# embedding, for gradient checkpointing.
+_ONLOOKERS = (
+    "transformers.utils.output_capturing.",
+    "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.",
+)
 _BY_IDENTITY = (type, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 _read: ContextVar[dict[tuple[int, ...], tuple] | None] = ContextVar("contents", default=None)
 
 
 @contextmanager
-def read_once() -> Iterator[None]:
-    """In this context each content is read once. Nothing may change a module in it: no caller's code may run inside.
+def read_once(model: nn.Module) -> Iterator[None]:
+    """In this context each content is read once. Nothing may change a module in it: no caller's code may run inside. So
+    it does nothing for a model with hooks.
 
     What is computed from an unknown content may be used again in it, and not after it.
     """
-    token = _read.set({}) if _read.get() is None else None
+    alone = not _global_hooks() and not any(map(_hooks, model.modules()))
+    known = _read.get()
+    token = _read.set(None if not alone else {} if known is None else known)
     try:
         yield
     finally:
-        if token is not None:
-            _read.reset(token)
+        _read.reset(token)
+
+
+def reading_once(model_of: Callable[[Any], nn.Module]) -> Callable[[Function], Function]:
+    """A function that runs in `read_once` of the model that its first argument leads to."""
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
+            with read_once(model_of(first)):
+                return function(first, *args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+def _global_hooks() -> bool:
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks that may do anything."""
+    attributes = vars(module)
+    return any(
+        not f"{hook.__module__}.{getattr(hook, '__qualname__', '')}".startswith(_ONLOOKERS)
+        for name in _HOOKS
+        for hook in attributes.get(name, {}).values()
+    )
 
 
 @contextmanager
@@ -97,6 +133,7 @@ class Kept(Generic[Value]):
         return Kept, ()
 
 
+@torch.compiler.disable
 def content_of(*modules: nn.Module, without: nn.Module | None = None) -> tuple | None:
     """The content of modules, with all inside them: what is equal computes the same.
 
@@ -113,7 +150,7 @@ def content_of(*modules: nn.Module, without: nn.Module | None = None) -> tuple |
         return known[key]
     reader = _Reader(without)
     try:
-        if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        if _global_hooks():
             raise _Unknown
         content = (*[reader.plain(module) for module in modules], reader.digest())
     except _Unknown:
@@ -151,7 +188,7 @@ class _Reader:
             isinstance(value, str | int | float | complex | bytes) or value is None
         ):  # most are: try nothing else
             return value
-        if isinstance(value, _BY_IDENTITY) or inspect.isroutine(value):
+        if isinstance(value, _BY_IDENTITY):
             return value
         if isinstance(value, list | tuple | deque):
             return tuple(map(self.plain, value))
@@ -170,24 +207,41 @@ class _Reader:
         if isinstance(value, np.ndarray):
             return self._array(value)
         if isinstance(value, partial):
-            return value.func, self.plain(value.args), self.plain(value.keywords)
+            return self.plain(value.func), self.plain(value.args), self.plain(value.keywords)
+        if inspect.isroutine(value):
+            return self._function(value)
         if isinstance(value, ItemCatalogue):  # read-only; features may be memory-mapped and large
-            return value, [None if each.is_inference() else each._version for each in value.features.values()]
+            return value, tuple(
+                None if each.is_inference() else each._version for each in value.features.values()
+            )
         if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
             return type(value), self.plain(vars(value))
         raise _Unknown
 
     def _module(self, module: nn.Module) -> tuple:
         attributes = vars(module)
-        hooks = [hook for name in _HOOKS for hook in attributes[name].values()]
-        if module.training or "forward" in attributes or any(h.__module__ not in _ONLOOKERS for h in hooks):
+        strange = isinstance(module, torch.jit.ScriptModule) or "forward" in attributes
+        if strange or module.training or _hooks(module):
             raise _Unknown
         names = (
             ("_buffers", "_modules") if module is self._without else ("_parameters", "_buffers", "_modules")
         )
         parts = [self.plain(attributes[name]) for name in names]
-        others = [(name, self.plain(value)) for name, value in attributes.items() if name not in _OWN]
+        others = tuple((name, self.plain(value)) for name, value in attributes.items() if name not in _OWN)
         return type(module), *parts, others
+
+    def _function(self, function: Any) -> tuple:
+        """A function with what it has bound: the object of a method, and variables of the function around it."""
+        cells = getattr(function, "__closure__", None) or ()
+        try:
+            bound = [cell.cell_contents for cell in cells]
+        except ValueError:  # not bound yet
+            raise _Unknown from None
+        owner = getattr(function, "__self__", None)
+        if inspect.isbuiltin(function) or inspect.ismodule(owner):
+            owner = None
+        code = getattr(function, "__func__", function)
+        return code, self.plain(owner), self.plain(bound), self.plain(getattr(function, "__defaults__", None))
 
     def _array(self, array: np.ndarray) -> tuple:
         if array.dtype.hasobject:
@@ -197,6 +251,8 @@ class _Reader:
 
     def _tensor(self, tensor: torch.Tensor) -> tuple:
         if isinstance(tensor, DTensor) or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+            raise _Unknown
+        if _functorch.is_functorch_wrapped_tensor(tensor):
             raise _Unknown
         beside = (
             self.plain(vars(tensor)) if hasattr(tensor, "__dict__") else ()

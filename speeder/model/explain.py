@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from speeder.model.content import read_once
+from speeder.model.content import reading_once
 from speeder.model.item_store import scoring_vectors
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Explanation:
 
 
 @torch.no_grad()
-@read_once()
+@reading_once(lambda model: model)
 def leave_one_out(
     model: SpeederForCausalLM,
     history: Sequence[int | str],
@@ -110,7 +110,7 @@ def _vectors_of(model: SpeederForCausalLM, items: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-@read_once()
+@reading_once(lambda model: model)
 def explain(
     model: SpeederForCausalLM,
     history: Sequence[int | str],

@@ -32,7 +32,7 @@ class ItemTokensMixin:
         self.mrc.set_catalogue(catalogue)
         self.catalogue = catalogue
         self.config.num_items = len(catalogue)
-        self.item_store = None
+        self.item_store = self._checked_store = None
         self.clear_cache()
 
     def _check_warm_items(self, catalogue: ItemCatalogue) -> None:
@@ -80,7 +80,7 @@ class ItemTokensMixin:
             SpeederError: the store was made with other weights or another catalogue.
         """
         if store is not None:
-            store.check(self)
+            self._check_store(store)
         self.clear_cache()
         self.item_store = None if self.training else store
         self._checked_store = None if store is None else (store, content_of(self.mrc))
@@ -96,9 +96,23 @@ class ItemTokensMixin:
         if self._checked_store is not None and self._checked_store[0] is self.item_store:
             content = content_of(self.mrc)
             if content is None or content != self._checked_store[1]:
-                self.item_store.check(self)
+                self._check_store(self.item_store)
                 self._checked_store = (self.item_store, content)
         return self.item_store
+
+    @torch.no_grad()
+    def _check_store(self, store: ItemStore) -> None:
+        """Raise `SpeederError` unless a store has this model's weights and catalogue, and MRC's tokens of a few."""
+        store.check(self)
+        rows = torch.linspace(0, self.config.num_items - 1, 4, device=self.device).long().unique()
+        with self.evaluating():
+            mine, kept = self.mrc(rows)[0].float(), store.rows(rows).tokens.float()
+        if not torch.allclose(mine, kept, rtol=0.02, atol=0.02 * float(mine.abs().max())):
+            raise SpeederError(
+                "item store: expected the tokens that MRC computes, got others, though weights and catalogue are the "
+                "same: a hook, an adapter or a changed feature is in between; make the store again, or call "
+                "use_item_store(None)"
+            )
 
     def item_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Compress the whole catalogue.

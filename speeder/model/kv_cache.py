@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 
 from speeder.model.config import CACHE_NAME
 from speeder.model.content import autocast_dtype, content_of, for_later, is_known
@@ -116,6 +116,17 @@ def continued_states(
     return hidden[0, borders[1:].long() - 1]
 
 
+def positions_move(config: PreTrainedConfig) -> bool:
+    """Whether a backbone turns all keys by the longest position of a pass ("dynamic" and "longrope" rotary embeddings).
+    Then keys of a short sequence are not those of a longer one, and cannot be kept for it."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    each = [
+        settings,
+        *(value for value in settings.values() if isinstance(value, dict)),
+    ]  # of kinds of layers
+    return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
+
+
 def text_content(model: SpeederForCausalLM) -> tuple | None:
     """What the keys and values of the shared text depend on: the layers, SPAE, autocast's dtype and the text itself.
 
@@ -128,7 +139,7 @@ def text_content(model: SpeederForCausalLM) -> tuple | None:
     prefix = model.shared_prefix
     rows = words(torch.tensor(prefix, dtype=torch.int64, device=model.device)).detach()
     read = rows.contiguous().view(torch.uint8).cpu().numpy().tobytes()
-    return (*content, autocast_dtype(model.device.type), tuple(prefix), read)
+    return (*content, autocast_dtype(model.device.type), tuple(prefix), rows.dtype, read)
 
 
 def session_content(model: SpeederForCausalLM) -> tuple | None:

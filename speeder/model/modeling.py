@@ -135,7 +135,7 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         if mode != self.training:
             self.clear_cache()
         if mode:
-            self.item_store = None
+            self.item_store = self._checked_store = None
         return super().train(mode)
 
     # ---- forward ------------------------------------------------------------------------------------------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -15,15 +16,16 @@ FILE = "popularity.parquet"
 
 
 class ItemCounts:
-    """Occurrences by item id, so that they fit a catalogue that has grown or has another order.
+    """Occurrences by item id, so that they fit a catalogue that has grown or has another order."""
 
-    Attributes:
-        counts: id -> occurrences, above 0.
-    """
-
-    def __init__(self, counts: dict[str, int]):
-        self.counts = counts
+    def __init__(self, counts: Mapping[str, int]):
+        self._counts = dict(counts)
         self._ordered: tuple[ItemCatalogue, np.ndarray] | None = None
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Id -> occurrences, above 0; to be read only."""
+        return MappingProxyType(self._counts)
 
     @classmethod
     def of_sequences(cls, sequences: Sequence[Sequence[int]], catalogue: ItemCatalogue) -> ItemCounts:
@@ -48,7 +50,7 @@ class ItemCounts:
             counts = self.in_catalogue(catalogue)
             order = np.argsort(-counts, kind="stable")
             self._ordered = (catalogue, np.stack([order, counts[order]]))
-        return tuple(self._ordered[1])
+        return tuple(self._ordered[1].copy())
 
     def save(self, folder: Path) -> None:
         """Write `popularity.parquet` into a folder: columns `id` and `count`."""

@@ -19,7 +19,7 @@ from speeder.io.progress import showing
 from speeder.model.choice import FALLBACKS, Choice, Where, best_among, check_word
 from speeder.model.content import read_once
 from speeder.model.item_store import ItemStore
-from speeder.model.kv_cache import SharedPrefix, text_content
+from speeder.model.kv_cache import SharedPrefix, positions_move, text_content
 from speeder.model.offload import check_own_parts
 from speeder.model.popularity import ItemCounts
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
@@ -104,13 +104,13 @@ class RecommenderMixin:
                 chunk = [
                     self.catalogue.indices_of(history) for history in histories[start : start + batch_size]
                 ]
-                with read_once():
+                with read_once(self):
                     states = self._sequence_states([self.sequence(history) for history in chunk])
                 yield self.item_queries(states)
 
     def _sequence_states(self, sequences: list[TokenSequence]) -> torch.Tensor:
         """The final states of sequences' last tokens: `(B, H)`."""
-        if not self.shared_prefix:
+        if not self.shared_prefix or positions_move(self.config.text_config):
             batch = {name: tensor.to(self.device) for name, tensor in pack_batch(sequences).items()}
             return self.last_states(**batch)
         prefix = self._kept_prefix.get(text_content(self), lambda: SharedPrefix(self))
@@ -131,7 +131,7 @@ class RecommenderMixin:
                 is neither an integer nor a string.
         """
         self._check_histories(histories)
-        with self.evaluating(), read_once():
+        with self.evaluating(), read_once(self):
             states = torch.cat(list(self.user_states(histories, batch_size)))
             return self.item_logits(states, self.item_table()).cpu()
 
@@ -185,7 +185,7 @@ class RecommenderMixin:
         batches = [read[start : start + batch_size] for start in range(0, len(read), batch_size)]
         with (
             self.evaluating(),
-            read_once(),
+            read_once(self),
             showing("recommending", len(batches), "batch", show=progress) as work,
         ):
             vectors = self.scoring_table() if read else None

@@ -14,13 +14,14 @@ import torch
 
 from speeder.data.item_indices import is_single
 from speeder.model.choice import Choice, Where
-from speeder.model.content import for_later, read_once
+from speeder.model.content import for_later, reading_once
 from speeder.model.kv_cache import (
     KeyValuePool,
     PackedCache,
     as_tokens,
     common_length,
     continued_states,
+    positions_move,
     prefix_tokens,
     session_content,
 )
@@ -85,13 +86,19 @@ class UserSessions:
         batch_size: most users per batch.
 
     Raises:
-        ValueError: an argument is not positive, or `max_tokens` cannot hold one longest history.
+        ValueError: an argument is not positive, `max_tokens` cannot hold one longest history, or the backbone's keys
+            cannot be kept.
     """
 
     def __init__(self, model: SpeederForCausalLM, max_tokens: int, batch_size: int = 64):
         for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        if positions_move(model.config.text_config):
+            raise ValueError(
+                "model: expected a backbone whose keys can be kept, got rotary embeddings of the type 'dynamic' or "
+                "'longrope', which turn all keys anew as a history grows; use model.recommend"
+            )
         self.model, self.batch_size = model, batch_size
         self._pool = KeyValuePool(max_tokens)
         self._check_length(len(model.sequence([0] * model.config.max_history).ids))
@@ -101,7 +108,7 @@ class UserSessions:
         self._root = self._content = self._table = None
 
     @torch.no_grad()
-    @read_once()
+    @reading_once(lambda self: self.model)
     def recommend(
         self,
         events: Mapping[Hashable, Sequence[int | str]],
@@ -135,7 +142,7 @@ class UserSessions:
         return dict(zip(histories, found, strict=True))
 
     @torch.no_grad()
-    @read_once()
+    @reading_once(lambda self: self.model)
     def score(self, events: Mapping[Hashable, Sequence[int | str]]) -> torch.Tensor:
         """Add users' new events and score the whole catalogue as each one's next item.
 
@@ -151,7 +158,7 @@ class UserSessions:
         return scores
 
     @torch.no_grad()
-    @read_once()
+    @reading_once(lambda self: self.model)
     def extend(self, events: Mapping[Hashable, Sequence[int | str]]) -> None:
         """Add users' new events and run them, so that the next `recommend` has less to compute.
 
@@ -244,8 +251,10 @@ class UserSessions:
                 tokens = as_tokens(self.model.sequence(history))
                 self._check_length(tokens.shape[1])
                 sequences[user] = tokens if answer else tokens[:, : tokens.shape[1] - suffix]
-            states = [self._run_batch(batch, suffix, answer) for batch in self._batches(sequences)]
-            self._table = None
+            try:
+                states = [self._run_batch(batch, suffix, answer) for batch in self._batches(sequences)]
+            finally:
+                self._table = None
         return torch.cat(states) if answer else None
 
     def _check_length(self, tokens: int) -> None:

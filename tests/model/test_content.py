@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import LogitsProcessor
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from speeder.errors import SpeederError
 from speeder.model.content import Kept, checksums, content_of, read_once
 from speeder.model.explain import explain
+from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.mrc import MRC
+from speeder.model.sequences import pack_batch
 from speeder.retrieval.shards import write_token_shards
 from speeder.serving.sessions import UserSessions
-from tests.model.worlds import tiny_model
+from tests.model.worlds import FAMILIES, tiny_catalogue, tiny_model
 
 HISTORY = [1, 2, 3]
 ADAPTED = ["q_proj", "v_proj"]
@@ -211,12 +213,10 @@ def test_clear_cache_frees_what_is_kept():
 
 def test_content_is_read_once_where_nothing_may_change():
     layer = nn.Linear(3, 2).eval()
-    with read_once():
+    with read_once(layer):
         first = content_of(layer)
         layer.weight.data.zero_()
-        with read_once():
-            assert content_of(layer) == first
-        assert content_of(layer) == first, "an inner context does not end the outer one"
+        assert content_of(layer) == first
     assert content_of(layer) != first
 
 
@@ -446,7 +446,7 @@ def test_a_hook_for_all_modules_counts():
 
 def test_in_one_call_also_an_unknown_content_is_computed_once(monkeypatch):
     model, calls = tiny_model(prompt_prefix=[5]), []
-    model.mrc.register_forward_pre_hook(lambda module, args: None)
+    model.mrc.experts["text"].train()
     forward = MRC.forward
     monkeypatch.setattr(MRC, "forward", lambda *args: calls.append(1) or forward(*args))
     model.recommend([HISTORY] * 9, k=2, batch_size=3)
@@ -510,3 +510,118 @@ def test_inference_mode_leaves_nothing_that_cannot_be_used_later():
         tokens = model.item_tokens()[0]
     nn.Linear(32, 1)(tokens[:, 0]).sum().backward()
     model.gates()["text"].mul_(2)
+
+
+# --- what a second reader found ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cleared", [False, True])
+def test_a_hook_within_a_call_may_change_the_model(cleared):
+    """Its changes are in no content that was read before it."""
+    model, (once, inner) = tiny_model(prompt_prefix=[5]), ([1], [])
+    expected, old = anew(model)["scores"], copy.deepcopy(model.state_dict())
+    sessions = sessions_of(model)
+
+    def hook(module, args, output):
+        if once:
+            once.clear()
+            for parameter in (
+                model.mrc.norm_weight,
+                model.get_parameter("backbone.model.layers.0.mlp.up_proj.weight"),
+            ):
+                parameter.data.mul_(-2)
+            if cleared:
+                model.clear_cache()
+            inner.extend([model.score([HISTORY]), sessions.score({"user": []})])
+
+    handle = model.item_head.register_forward_hook(hook)
+    model.score([HISTORY])
+    handle.remove()
+    changed = anew(model)["scores"]
+    for scores in inner:
+        torch.testing.assert_close(scores, changed, atol=2e-5, rtol=1e-4)
+    model.load_state_dict(old)
+    for scores in (model.score([HISTORY]), sessions.score({"user": []})):
+        torch.testing.assert_close(scores, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_compiled_model():
+    model = tiny_model(prompt_prefix=[5])
+    ids = torch.tensor([[5, 64, 65]])
+    with torch.no_grad():
+        before = model(ids).logits
+        model.compile(backend="eager")
+        torch.testing.assert_close(model(ids).logits, before)
+        model.mrc.norm_weight.data.mul_(-2)
+        torch.testing.assert_close(model(ids).logits, copy.deepcopy(model)(ids).logits)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_keys_that_a_longer_sequence_turns_anew_are_not_kept(rope):
+    settings = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    if rope == "longrope":
+        settings |= {"short_factor": [1.0] * 4, "long_factor": [6.0] * 4}
+    sizes = dict(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=8, rope_parameters=settings))
+    model = SpeederForCausalLM.from_backbone(backbone, tiny_catalogue(), prompt_prefix=[5, 6, 7])
+    for history in (list(range(1, 16)), [1, 2]):
+        states = model.last_states(**pack_batch([model.sequence(history)]))
+        expected = model.item_logits(model.item_queries(states), model.item_table())
+        torch.testing.assert_close(model.score([history]), expected, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="model: expected a backbone whose keys can be kept"):
+        UserSessions(model, 80)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_content_is_known_of_every_family(family):
+    """After all that transformers adds to layers: hooks for hidden states and for gradient checkpointing."""
+    model = tiny_model(family)
+    model(torch.tensor([[5, 64]]), output_hidden_states=True)
+    model.gradient_checkpointing_enable()
+    model.eval()
+    for part in (model.backbone.get_decoder(), model.spae, model.mrc):
+        assert content_of(part) is not None
+
+
+def test_functions_count_with_what_they_have_bound():
+    scale, settings = [1.0], Settings()
+    part = Part(act=lambda x: x * scale[0], method=settings.__eq__).eval()
+    before = content_of(part)
+    assert before is not None and content_of(part) == before
+    scale[0] = 2.0
+    assert content_of(part) != before
+    before = content_of(part)
+    settings.scale = 3.0
+    assert content_of(part) != before
+
+
+def test_a_traced_module_and_a_mapped_weight_are_not_known():
+    model = tiny_model()
+    model.mrc.experts["text"] = torch.jit.trace(model.mrc.experts["text"], torch.randn(1, 7))
+    torch.testing.assert_close(model.score([HISTORY]), model.score([HISTORY]))
+    assert content_of(Part(parts={nn.Linear(2, 2).eval()}).eval()) is not None
+
+
+def test_a_store_is_refused_where_mrc_computes_others(tmp_path):
+    """A feature or a hook for all modules is in no hash of weights."""
+    model = tiny_model()
+    model.use_item_store(write_token_shards(model, tmp_path / "shards"))
+    model.mrc.features_text.data.mul_(-2)
+    model.mrc.features_image.data.mul_(-2)
+    with pytest.raises(SpeederError, match="item store: expected the tokens that MRC computes"):
+        model.score([HISTORY])
+
+
+def test_counts_cannot_be_written():
+    model = tiny_model()
+    model.set_item_counts([[1, 1, 1, 2, 2, 3]])
+    with pytest.raises(TypeError):
+        model.item_counts.counts["id7"] = 99
+    model.item_counts.ordered(model.catalogue)[1][:] = 0
+    best = model.recommend([[]], k=2, fallback="popularity")[0]
+    assert [(item.item, item.score) for item in best] == [(1, 3.0), (2, 2.0)]
+    assert copy.deepcopy(model).item_counts.counts == model.item_counts.counts

@@ -277,5 +277,5 @@ def test_labels_are_ids_or_nothing():
         tiny_model(negatives="sampled", num_negatives=4).train()(ids, labels=torch.tensor([[64, 65, 84]]))
     with pytest.raises(TypeError, match=r"labels: expected integers, got torch.uint64"):
         model(ids, labels=ids.to(torch.uint64))
-    with pytest.raises(ValueError, match="cu_seqlens: expected .* rising from 0"):
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected .* rising from 0"):
         model(torch.full((1, 7), 64), cu_seqlens=torch.tensor([0, 5, 3, 7], dtype=torch.uint8))

@@ -122,7 +122,9 @@ class TextBaseline(SpeederForCausalLM):
     def title(self, item: int) -> list[int]:
         """An item's title (or its id, without a title) as token ids, and a line end."""
         of = (self.tokenizer, self.catalogue, self.config.max_title_tokens)
-        return self._titles.get(of, lambda: title_rows(*of))[item]
+        # the size tells of added tokens
+        kept = self._titles.get((*of, len(self.tokenizer)), lambda: title_rows(*of))
+        return list(kept[item])
 
     def lines(self, items: Sequence[int]) -> list[int]:
         """Titles, one per line; of a history, pass the newest `config.max_history` items."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from speeder.model.choice import EVERYTHING, Choice
-from speeder.model.content import read_once
+from speeder.model.content import reading_once
 from speeder.model.explain import Explanation, explain
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.recommend import Recommendation
@@ -54,7 +54,7 @@ class Engine:
         self.model.recommend([[0]], k=1, exclude_seen=False)
 
     @torch.no_grad()
-    @read_once()
+    @reading_once(lambda self: self.model)
     def recommend(self, jobs: Sequence[RecommendJob]) -> list[list[Recommendation]]:
         """The results of several requests by one pass through the backbone.
 
