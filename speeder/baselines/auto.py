@@ -11,6 +11,7 @@ from speeder.errors import SpeederError
 from speeder.io.files import read_json
 
 if TYPE_CHECKING:  # each is imported where a folder holds one, so that Speeder loads without the others
+    from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.sasrec.model import SASRec
     from speeder.baselines.text.base import TextBaseline
     from speeder.model.modeling import SpeederForCausalLM
@@ -34,8 +35,8 @@ def baseline_class(name: str) -> type[TextBaseline]:
     return classes[name]
 
 
-def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
-    """Load a saved recommender: Speeder, a text baseline or SASRec.
+def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec | Neighbours:
+    """Load a saved recommender: Speeder, a text baseline, SASRec or neighbours.
 
     Raises:
         SpeederError: the folder has none of these, or it is damaged.
@@ -43,6 +44,10 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
     config = read_json(Path(folder) / "config.json")
     if config.get("model_type") == _TEXT_BASELINE:
         return baseline_class(config.get("baseline", "")).from_pretrained(folder)
+    if config.get("baseline") == "neighbours":
+        from speeder.baselines.neighbours import Neighbours
+
+        return Neighbours.load(folder)
     if "model_type" not in config:  # theirs is no Hugging Face model
         from speeder.baselines.sasrec.model import SASRec
 
@@ -52,7 +57,7 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec:
     return SpeederForCausalLM.from_pretrained(folder)
 
 
-def load_model(folder: Path) -> SpeederForCausalLM | SASRec:
+def load_model(folder: Path) -> SpeederForCausalLM | SASRec | Neighbours:
     """The recommender in a folder; `SpeederError` if a file is missing or damaged."""
     try:
         return load_recommender(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 from speeder.cli.shared import protocol_arguments, ray_arguments, runner_for
 from speeder.errors import SpeederError
 
-SUMMARY = "Rank the catalogue (or candidates) for every test user, beside popularity and SASRec."
+SUMMARY = "Rank the catalogue (or candidates) for every test user, beside popularity, neighbours and SASRec."
 EXAMPLE = "speeder evaluate runs/first --protocol vhr"
 
 
@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="titles: with --protocol vhr, also evaluate the titles that Speeder writes, in a separate row"
         " (needs a recipe with `titles`; default: ranking)",
     )
-    parser.add_argument("--no-baselines", action="store_true", help="leave out popularity and SASRec")
+    parser.add_argument(
+        "--no-baselines", action="store_true", help="leave out popularity, neighbours and SASRec"
+    )
     ray_arguments(parser)
 
 
@@ -35,6 +37,7 @@ def run(options: argparse.Namespace) -> None:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
+    from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.sasrec.model import SASRec
     from speeder.data.find_run import data_folder_of, find_model, run_data
     from speeder.prepare.new_items import without_added
@@ -69,10 +72,13 @@ def run(options: argparse.Namespace) -> None:
     measure = measure_for(
         run, data, options.split, options.protocol, options.negatives, options.candidates_seed, ask_for
     )
-    with_sasrec = not isinstance(model, SASRec)
+    beside = {
+        "with_neighbours": not isinstance(model, Neighbours),
+        "with_sasrec": not isinstance(model, SASRec),
+    }
     try:
         rows = evaluate_answers(run, model, measure, options.answers)
-        others = {} if options.no_baselines else baselines(run, measure, with_sasrec=with_sasrec)
+        others = {} if options.no_baselines else baselines(run, measure, **beside)
         table = write_results(run, others | rows, measure.folder)
     except ValueError as error:  # such as a model over another catalogue than the data's
         raise SpeederError(f"evaluate: {error}") from error

@@ -31,9 +31,11 @@ def run(options: argparse.Namespace) -> None:
     from speeder.io.files import read_json
     from speeder.io.memory import keep_freed_memory
     from speeder.recipes.load import load_recipe, recipe_from_dict
+    from speeder.recipes.neighbours import NeighboursRecipe
     from speeder.recipes.sasrec import SASRecRecipe
     from speeder.studies.evaluate_run import write_training_plots
     from speeder.training.distributed import processes
+    from speeder.training.neighbours import train_neighbours
     from speeder.training.sasrec import train_sasrec
     from speeder.training.train import train
 
@@ -51,12 +53,13 @@ def run(options: argparse.Namespace) -> None:
     else:
         recipe, notes = load_recipe(options.recipe).for_modalities(list(data.catalogue.modalities))
     together = processes()
-    if together.use_distributed and isinstance(recipe, SASRecRecipe):
-        raise SpeederError("train: SASRec trains on one process; start it without torchrun")
+    alone = {SASRecRecipe: ("SASRec", train_sasrec), NeighboursRecipe: ("neighbours", train_neighbours)}
+    name, train_by = alone.get(type(recipe), ("", train))
+    if together.use_distributed and name:
+        raise SpeederError(f"train: {name} trains on one process; start it without torchrun")
     for note in notes if together.is_main_process else []:
         print(f"Note: {note}")
     folder = options.data or recorded_data(options.out)
-    train_by = train_sasrec if isinstance(recipe, SASRecRecipe) else train
     model = train_by(recipe, data, options.out, resume=options.resume, data_folder=folder)
     if together.is_main_process:
         write_training_plots(options.out, options.out, model)

@@ -152,15 +152,18 @@ def check_features(data: "PreparedData") -> None:
 def check_model_features(model: object, data: "PreparedData") -> None:
     """Check that a model with its own catalogue has exactly the features that `check_features` checked.
 
+    A model without a catalogue may have `features_hashes` instead: modality -> hash of the features it was fitted on.
+
     Raises:
         LeakError: naming the first modality whose features differ.
     """
     catalogue = getattr(model, "catalogue", None)
-    if catalogue is None:
-        return
-    for name in getattr(getattr(model, "config", None), "modalities", None) or {}:
+    hashes = getattr(model, "features_hashes", None) or {}
+    if catalogue is not None:
+        names = getattr(getattr(model, "config", None), "modalities", None) or {}
+        hashes = {name: features_hash(catalogue.features[name], catalogue.present[name]) for name in names}
+    for name, found in hashes.items():
         record = data.manifest.get("encoders", {}).get(name, {})
-        found = features_hash(catalogue.features[name], catalogue.present[name])
         if name not in data.catalogue.features or found != record.get("features_hash"):
             raise LeakError(
                 f"{type(model).__name__}: its {name} features differ from the prepared data's, so what they were "

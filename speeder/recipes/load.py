@@ -12,9 +12,12 @@ import yaml
 
 from speeder.errors import SpeederError
 from speeder.recipes.checked import build
+from speeder.recipes.neighbours import NeighboursRecipe
 from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
 from speeder.recipes.schema import Recipe, Stage
 
+AnyRecipe = Recipe | SASRecRecipe | NeighboursRecipe
+_BASELINES = {"sasrec": SASRecRecipe, "neighbours": NeighboursRecipe}  # without stages
 _SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 
 
@@ -38,8 +41,8 @@ def recipe_file(name: str | Path) -> Path:
     return file
 
 
-def load_recipe(path: str | Path) -> Recipe | SASRecRecipe:
-    """Read and check a recipe; one with `baseline: sasrec` is SASRec's.
+def load_recipe(path: str | Path) -> AnyRecipe:
+    """Read and check a recipe; one with `baseline: sasrec` is SASRec's, one with `baseline: neighbours` neighbours'.
 
     Args:
         path: a YAML file, or the name of a bundled recipe, such as `"ml-100k"`.
@@ -60,14 +63,15 @@ def load_recipe(path: str | Path) -> Recipe | SASRecRecipe:
         raise SpeederError(f"{path}: {error}") from error
 
 
-def recipe_from_dict(data: Any) -> Recipe | SASRecRecipe:
+def recipe_from_dict(data: Any) -> AnyRecipe:
     """A recipe from plain data.
 
     Raises:
         SpeederError: a key is unknown, or a value has the wrong type or range.
     """
-    if isinstance(data, dict) and data.get("baseline") == "sasrec":
-        return build(SASRecRecipe, data, "recipe")
+    name = data.get("baseline") if isinstance(data, dict) else None
+    if isinstance(name, str) and name in _BASELINES:
+        return build(_BASELINES[name], data, "recipe")
     if not isinstance(data, dict) or not isinstance(data.get("stages"), list):
         raise SpeederError("recipe: expected a mapping with a list of 'stages'")
     stages = [build(Stage, stage, _place(stage, number)) for number, stage in enumerate(data["stages"], 1)]

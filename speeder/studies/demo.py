@@ -64,7 +64,7 @@ def demo(
 
     plan = load_recipe(recipe or "ml-100k")
     if not isinstance(plan, Recipe):
-        raise SpeederError("recipe: expected one of Speeder's for the demo, got SASRec's")
+        raise SpeederError("recipe: expected one of Speeder's for the demo, got a baseline's")
 
     def announce(text: str) -> None:
         say(f"\n[{time.monotonic() - started:4.0f} s] {text}")
@@ -113,7 +113,7 @@ def demo(
 
     model = train(plan, data, run, resume=resumed, data_folder=folder, on_stage=show_stage)
 
-    announce("Baselines on the same split: popularity, and SASRec with cross-entropy")
+    announce("Baselines on the same split: popularity, neighbours, and SASRec with cross-entropy")
     popularity, *others = baselines(out, measure).items()
     evaluations = dict([popularity, (ContentNeighbours.label, content), *others])
     *earlier, last = names.values()

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from speeder.baselines.auto import load_recommender
+from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec.model import SASRec
 from speeder.data.prepared import PreparedData
@@ -97,9 +98,11 @@ class RunAsked:
             load = partial(load_cold, folder, data)
         elif isinstance(model, Popularity):
             load = partial(load_popularity, data)
-        elif isinstance(model, SASRec) and file.stem != "model":  # the baseline, and not the run's own model
-            folder = (self.run / "baselines" / "sasrec").resolve()
-            load = partial(load_sasrec, folder)
+        elif (
+            isinstance(model, SASRec | Neighbours) and file.stem != "model"
+        ):  # a baseline, not the run's own model
+            folder = (self.run / "baselines" / type(model).__name__.lower()).resolve()
+            load = partial(load_recommender, folder)
         else:
             load = partial(load_model, folder, data, isinstance(model, TitleWriter))
         identity = {
@@ -167,11 +170,6 @@ def load_popularity(data_folder: Path) -> object:
     """Popularity of the training part."""
     data = PreparedData.load(data_folder)
     return Popularity(data.split.training(), len(data.catalogue))
-
-
-def load_sasrec(folder: Path) -> object:
-    """A fitted SASRec."""
-    return SASRec.load(folder)
 
 
 def load_cold(model_folder: Path, data_folder: Path) -> object:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from speeder.baselines.fit_neighbours import content_modalities, fit_neighbours, fits
+from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec.model import SASRec
+from speeder.data.fingerprints import training_hash
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates
@@ -260,30 +263,57 @@ def evaluate_answers(
     return {model_label(each): evaluate_run(run, each, measure, name) for name, each in models.items()}
 
 
-def baselines(run: Path, measure: Measure, *, with_sasrec: bool = True) -> dict[str, Evaluation]:
-    """Popularity and, unless the run is a SASRec itself, a cross-entropy SASRec, fitted on the training part.
+def baselines(
+    run: Path, measure: Measure, *, with_neighbours: bool = True, with_sasrec: bool = True
+) -> dict[str, Evaluation]:
+    """Popularity, neighbours and a cross-entropy SASRec, fitted on the training part.
 
-    SASRec has the bundled settings that suit the data, and stops by the validation ranking. It is saved in
-    `run/baselines/sasrec` and not fitted again for the same data. After a stop it resumes from its last epoch.
+    Neighbours and SASRec are saved in `run/baselines` and not fitted again for the same data.
+
+    Args:
+        with_neighbours, with_sasrec: not for a run of that very kind.
     """
-    data = measure.data
-    training, num_items = data.split.training(), len(data.catalogue)
-    folder = run / "baselines" / "sasrec"
-    popularity = Popularity(training, num_items)
-    rows = {Popularity.label: evaluate_once(run, Popularity.label, popularity, measure, mend=True)}
-    if not with_sasrec:
-        return rows
+    training = measure.data.split.training()
+    models: list[Scorer] = [Popularity(training, len(measure.data.catalogue))]
+    if with_neighbours:
+        models.append(_neighbours(run, measure.data))
+    rows = {model.label: evaluate_once(run, model.label, model, measure, mend=True) for model in models}
+    if with_sasrec:  # slow, so it comes last
+        rows[SASRec.label] = evaluate_once(run, SASRec.label, _sasrec(run, measure.data), measure, mend=True)
+    return rows
+
+
+def _neighbours(run: Path, data: PreparedData) -> Neighbours:
+    """Neighbours with the default settings, kept in the run folder."""
+    folder = run / "baselines" / "neighbours"
+    if (folder / "config.json").exists():
+        kept = Neighbours.load(folder)
+        if fits(kept, data):
+            return kept
+    for file in (run / EVALUATIONS).glob(f"*/{evaluation_file(Neighbours.label)}"):
+        file.unlink()  # of other features, which an evaluation does not tell
+    model = fit_neighbours(data.split, data.catalogue, content_modalities(data))
+    model.save(folder)
+    return model
+
+
+def _sasrec(run: Path, data: PreparedData) -> SASRec:
+    """SASRec with the bundled settings that suit the data, stopped by the validation ranking, kept in the run folder.
+
+    After a stop it resumes from its last epoch.
+    """
+    training, folder = data.split.training(), run / "baselines" / "sasrec"
     sasrec = SASRec.load(folder) if (folder / "config.json").exists() else None
     fits = sasrec is not None and (sasrec.training_hash, sasrec.num_items) == (
-        popularity.training_hash,
-        num_items,
+        training_hash(training),
+        len(data.catalogue),
     )
     if not fits:
         checkpoint = folder / "checkpoint.safetensors"
         sasrec = fit_on_split(data, settings_for(training), checkpoint)
         sasrec.save(folder)
         checkpoint.unlink(missing_ok=True)
-    return rows | {SASRec.label: evaluate_once(run, SASRec.label, sasrec, measure, mend=True)}
+    return sasrec
 
 
 def model_label(model: Scorer) -> str:
@@ -319,6 +349,8 @@ def write_results(run: Path, evaluations: Mapping[str, Evaluation], kind: str = 
 def write_training_plots(out: Path, run: Path, model: SpeederForCausalLM) -> None:
     """Write `training.png` and, for a model with gates, `gates.png` and `gate_distribution.png` into `out/plots`."""
     curves = training_curves(stage_logs(run))
+    if not any(stage["loss"] for stage in curves.stages.values()):  # neighbours: nothing was trained
+        return
     plot_training(curves.stages, out / "plots" / "training.png")
     if not curves.gates:  # a baseline without item tokens
         return

@@ -27,7 +27,7 @@ _PLACE = ("data", "data_from_run", "precision")  # in recipe.json, but not of th
 
 
 class AnyRecipe(Protocol):
-    """A recipe of Speeder, of a text baseline, or of SASRec."""
+    """A recipe of Speeder, of a text baseline, of SASRec, or of neighbours."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML holds it."""

@@ -332,7 +332,7 @@ MEAN = "variants: MRC: mean: "
         (("extra",), 1, "unknown key 'extra'; known: base, common, variants"),
         (("base",), "none.yaml", "none.yaml: No such file"),
         (("base",), 3, "base: expected a recipe's name or path, got 3"),
-        (("base",), "sasrec-ml-100k", "base: expected a recipe with stages, got SASRec's"),
+        (("base",), "sasrec-ml-100k", "base: expected a recipe with stages, got a baseline's"),
         (("common", "wings"), 2, "common: recipe: unknown key 'wings'"),
         (("variants",), {}, "variants: expected a mapping that is not empty"),
         (("variants", "MRC"), ["mean"], "variants: MRC: expected a mapping"),

@@ -95,7 +95,7 @@ def study_from_dict(data: Any, name: str, folder: Path = Path()) -> Study:
     _check_keys(data, ("base", "common", "variants"), "")
     base = load_recipe(_recipe_path(data["base"], folder))
     if not isinstance(base, Recipe):
-        raise SpeederError(f"base: expected a recipe with stages, got SASRec's ({data['base']})")
+        raise SpeederError(f"base: expected a recipe with stages, got a baseline's ({data['base']})")
     recipe = _changed(base, _flat(data.get("common") or {}, "common: "), "common: ")
     variants = {BASE: Variant(BASE, "", "the recipe that variants change", {}, recipe)}
     for group, members in _mapping(data["variants"], "variants: ").items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder.baselines.auto import baseline_class
+from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.sasrec.model import SASRec
 from speeder.data.find_run import recorded_data, run_data
 from speeder.data.prepared import PreparedData
@@ -19,7 +20,7 @@ from speeder.studies.evaluate_run import EVALUATIONS
 from speeder.training.run_folder import stage_records
 
 _DEMO_RUN = "speeder"  # a demo's folder holds its run under this name, and its evaluations itself
-_FIRST = ("popularity", "content neighbours", SASRec.label)  # the first rows of a table
+_FIRST = ("popularity", "content neighbours", Neighbours.label, SASRec.label)  # the first rows of a table
 
 
 @dataclass
@@ -89,7 +90,8 @@ def label_of(recipe: dict[str, Any]) -> str:
     name = recipe.get("baseline")
     if name is None:
         return "Speeder"
-    return SASRec.label if "sasrec" in recipe else baseline_class(name).label
+    labels = {"sasrec": SASRec.label, "neighbours": Neighbours.label}
+    return labels[name] if name in labels else baseline_class(name).label
 
 
 def _begin(folder: Path, run: Path) -> RunContents:
@@ -99,7 +101,7 @@ def _begin(folder: Path, run: Path) -> RunContents:
     if not isinstance(recipe, dict) or not isinstance(known.get("split"), str):
         raise SpeederError(f"{path}: expected a recipe and the split's hash")
     try:
-        planned = [stage["name"] for stage in recipe.get("stages", [{"name": "sasrec"}])]
+        planned = [stage["name"] for stage in recipe.get("stages", [{"name": recipe.get("baseline")}])]
     except (KeyError, TypeError) as error:
         raise SpeederError(f"{path}: expected stages with names") from error
     return RunContents(folder, run, recipe, known["split"], str(known.get("manifest", "")), planned)
@@ -152,7 +154,12 @@ def _whole(path: Path) -> Evaluation:
 
 def _names(contents: RunContents, roots: list[Path]) -> dict[str, str]:
     """File -> the row's name, as far as the run's recipe and its tables of results tell it."""
-    names = [_FIRST[0], SASRec.label, *(f"Speeder after {stage}" for stage in contents.planned)]
+    names = [
+        _FIRST[0],
+        Neighbours.label,
+        SASRec.label,
+        *(f"Speeder after {stage}" for stage in contents.planned),
+    ]
     for root in roots:
         for path in sorted(root.glob("results*.json")):
             names += read_json(path)

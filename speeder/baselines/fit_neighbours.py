@@ -1,0 +1,175 @@
+"""Fits neighbours: counts pairs of items, whitens contents, and chooses the parts' weights on validation items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from scipy.sparse import coo_array, csr_array, diags_array
+
+from speeder.baselines.neighbours import ITEM_PAIRS, Content, Neighbours
+from speeder.baselines.whitening import Whitening
+from speeder.data.fingerprints import features_hash, training_hash
+from speeder.data.item_indices import item_array
+from speeder.errors import SpeederError
+from speeder.evaluation.metrics import metric_values, target_ranks
+from speeder.recipes.neighbours import NeighboursConfig
+
+if TYPE_CHECKING:
+    from speeder.data.catalogue import ItemCatalogue
+    from speeder.data.interactions import LeaveOneOut
+    from speeder.data.prepared import PreparedData
+
+WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)  # of a modality, beside 1 for item pairs
+_MOST_USERS = 10_000  # of validation, evenly spaced
+_CELLS = 1 << 20  # scores held at once: they stay in the cache
+_MOST_CELLS = 1 << 28  # of all validation users together, but at least 1,000 users
+
+
+def content_modalities(data: PreparedData) -> list[str]:
+    """The modalities that were made of contents alone: not collaborative ones, and by the data's record of no
+    interactions."""
+    records = data.manifest.get("encoders", {})
+    return [
+        name
+        for name in data.catalogue.modalities
+        if name != "collaborative" and records.get(name, {}).get("training_hash") is None
+    ]
+
+
+def fit_neighbours(
+    split: LeaveOneOut,
+    catalogue: ItemCatalogue,
+    modalities: Sequence[str],
+    config: NeighboursConfig | None = None,
+    *,
+    log: Callable[[dict], None] | None = None,
+) -> Neighbours:
+    """Count on the split's training part, and choose weights by the NDCG@10 of its validation items (seen ones masked).
+
+    The same arguments give the same result.
+
+    Args:
+        modalities: of contents; see `content_modalities`.
+        log: called for every choice of weights with ``weights`` and ``NDCG@10``.
+
+    Raises:
+        SpeederError: the catalogue lacks a modality, or no user has a validation item.
+        IndexError: an item outside the catalogue.
+    """
+    unknown = [name for name in modalities if name not in catalogue.features]
+    if unknown:
+        raise SpeederError(
+            f"modalities: expected some of {', '.join(catalogue.features) or 'none'}, got {unknown[0]!r}"
+        )
+    if not len(split.users("validation")):
+        raise SpeederError(
+            "neighbours: no user has a validation item; leave one out needs users with 3 interactions"
+        )
+    config, training = config or NeighboursConfig(), split.training()
+    contents, hashes = {}, {}
+    for name in modalities:
+        features, present = catalogue.features[name], catalogue.present[name]
+        whitening = Whitening.fit(features, present)
+        contents[name] = Content(whitening, whitening(features, present))
+        hashes[name] = features_hash(features, present)
+    model = Neighbours(
+        config,
+        count_pairs(training, len(catalogue), config),
+        contents,
+        {ITEM_PAIRS: 1.0, **dict.fromkeys(contents, 0.0)},
+        training_hash=training_hash(training),
+        features_hashes=hashes,
+        split_hash=split.hash(),
+    )
+    model.weights = _chosen_weights(model, split, log or (lambda record: None))
+    return model
+
+
+def fits(model: Neighbours, data: PreparedData) -> bool:
+    """Whether `fit_neighbours` with the default settings would make the same again from these data."""
+    catalogue = data.catalogue
+    hashes = {
+        name: features_hash(catalogue.features[name], catalogue.present[name])
+        for name in content_modalities(data)
+    }
+    found = (model.config, model.num_items, model.split_hash, model.training_hash, model.features_hashes)
+    fitted_on = (data.split.hash(), training_hash(data.split.training()), hashes)
+    return found == (NeighboursConfig(), len(catalogue), *fitted_on)
+
+
+def count_pairs(
+    training_sequences: Sequence[Sequence[int]], num_items: int, config: NeighboursConfig
+) -> csr_array:
+    """`(I, I)` float32: entry (i, j) is what item i of a history gives to j.
+
+    Every pair of items of a user, j being `d` <= `window` places after i, adds `window_decay ** (d - 1)` to (i, j), and
+    `backward` times as much to (j, i). The sum is divided by the roots of both items' counts + 1, as frequent
+    items are near everything.
+
+    Raises:
+        IndexError: an item outside the catalogue.
+    """
+    sequences = [item_array("training_sequences", sequence) for sequence in training_sequences]
+    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    items = np.concatenate([np.empty(0, dtype=np.int64), *sequences])
+    if len(items) and not 0 <= items.min() <= items.max() < num_items:
+        raise IndexError(
+            f"training_sequences: expected items in 0..{num_items - 1}, got {items.min()}..{items.max()}"
+        )
+    users, longest = np.repeat(np.arange(len(sequences)), lengths), lengths.max(initial=0)
+    total = csr_array((num_items, num_items), dtype=np.float64)
+    for distance in range(1, min(config.window, longest - 1) + 1):
+        one_user = users[distance:] == users[:-distance]
+        pair = items[:-distance][one_user], items[distance:][one_user]
+        weights = np.full(len(pair[0]), config.window_decay ** (distance - 1))
+        forward = coo_array((weights, pair), shape=total.shape).tocsr()  # adds up a pair that occurs twice
+        total = total + forward + config.backward * forward.T.tocsr()
+    scale = diags_array(1 / np.sqrt(np.bincount(items, minlength=num_items) + 1.0))
+    pairs = csr_array(scale @ total @ scale, dtype=np.float32)
+    pairs.sum_duplicates()
+    return pairs
+
+
+def _chosen_weights(model: Neighbours, split: LeaveOneOut, log: Callable[[dict], None]) -> dict[str, float]:
+    """One modality after another gets the best of `WEIGHTS`; at last, item pairs are left out if that is better.
+
+    Among equals the smaller weight of a modality stays, and item pairs.
+    """
+    best = {ITEM_PAIRS: 1.0, **dict.fromkeys(model.contents, 0.0)}
+    choices = [(name, WEIGHTS) for name in model.contents] or [(ITEM_PAIRS, (1.0,))]
+    if model.contents:
+        choices.append((ITEM_PAIRS, (1.0, 0.0)))
+    known: dict[tuple, float] = {}
+    for name, weights in choices:
+        tried = [best | {name: weight} for weight in weights]
+        new = [each for each in tried if any(each.values()) and tuple(each.values()) not in known]
+        for each, value in zip(new, _validation_ndcg(model, split, new), strict=True):
+            known[tuple(each.values())] = value
+            log({"weights": each, "NDCG@10": value})
+        best = max(tried, key=lambda each: known.get(tuple(each.values()), -1.0))
+    return best
+
+
+def _validation_ndcg(
+    model: Neighbours, split: LeaveOneOut, weights: Sequence[Mapping[str, float]]
+) -> list[float]:
+    """The NDCG@10 of each choice of weights, over validation users."""
+    if not weights:
+        return []
+    histories, targets = split.histories("validation"), torch.from_numpy(split.targets("validation"))
+    most = min(len(histories), _MOST_USERS, max(1000, _MOST_CELLS // model.num_items))
+    users = np.linspace(0, len(histories) - 1, most).astype(np.int64)
+    size = max(1, _CELLS // model.num_items)
+    ranks = [np.empty(most, dtype=np.int64) for _ in weights]
+    used = [name for name in model.weights if any(each[name] for each in weights)]
+    for start in range(0, most, size):
+        chosen = users[start : start + size]
+        read = [histories[user] for user in chosen]
+        parts = {name: model.part(name, read) for name in used}
+        for found, each in zip(ranks, weights, strict=True):
+            scores = model.weighted(parts, each)
+            found[start : start + size] = target_ranks(scores, targets[chosen], read).numpy()
+    return [float(metric_values(found, "NDCG@10").mean()) for found in ranks]
