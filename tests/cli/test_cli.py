@@ -195,18 +195,19 @@ def test_a_model_with_other_features_than_the_datas_is_not_evaluated(run, tmp_pa
 def test_evaluate_writes_the_table_beside_baselines(run, capsys):
     assert main(["evaluate", str(run)]) == 0
     table = capsys.readouterr().out
-    for row in ("popularity", "SASRec", "Speeder"):
+    for row in ("popularity", "neighbours", "SASRec", "Speeder"):
         assert f"\n{row}" in table
         assert f"| {row}" in (run / "results.md").read_text()
     assert max(map(len, table.splitlines()[:-1])) <= 110 and str(run / "results.md") in table
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"popularity", "SASRec (cross-entropy)", "Speeder"}
+    assert set(results) == {"popularity", "neighbours", "SASRec (cross-entropy)", "Speeder"}
     assert (run / "plots" / "comparison.png").stat().st_size > 1000
     assert "\\toprule" in (run / "results.tex").read_text()
+    results_rows = ("popularity", "neighbours", "SASRec", "Speeder")
     for protocol, column in (("vhr", "VHR@1"), ("sampled", "AUC")):  # from the same checkpoint and SASRec
         assert main(["evaluate", str(run), "--protocol", protocol]) == 0
         table = capsys.readouterr().out
-        assert column in table and all(f"\n{row}" in table for row in ("popularity", "SASRec", "Speeder"))
+        assert column in table and all(f"\n{row}" in table for row in results_rows)
         assert f"| {column} " in (run / f"results-test-{protocol}.md").read_text()
     files = {path.name for path in (run / "candidates").iterdir()}
     assert files == {"test-19-seed0.json", "test-20-seed0.json"}

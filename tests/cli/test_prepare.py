@@ -305,7 +305,7 @@ def test_from_raw_amazon_2018_files_to_a_table_in_three_commands(
     capsys.readouterr()
     assert main(["evaluate", str(run)]) == 0
     table = capsys.readouterr().out
-    assert all(f"\n{row}" in table for row in ("popularity", "SASRec", "Speeder"))
+    assert all(f"\n{row}" in table for row in ("popularity", "neighbours", "SASRec", "Speeder"))
 
     assert main(["describe", str(data), "--tokenizer", str(tmp_path / "backbone")]) == 0
     report = capsys.readouterr().out

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speeder.baselines.content import ContentNeighbours
+from speeder.baselines.fit_neighbours import count_pairs
+from speeder.baselines.neighbours import ITEM_PAIRS, Neighbours
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec.fit import fit_sasrec
 from speeder.baselines.sasrec.model import SASRec
@@ -20,6 +22,7 @@ from speeder.model.explain import explain
 from speeder.model.item_store import seen_table
 from speeder.model.processor import SpeederProcessor
 from speeder.model.sequences import build_sequence
+from speeder.recipes.neighbours import NeighboursConfig
 from speeder.serving.sessions import UserSessions
 from tests.model.worlds import tiny_model
 
@@ -72,6 +75,9 @@ def model():
 def _entrances(model):
     """Every public place that takes item indices: name -> a call with a list of them."""
     sasrec = SASRec(20, None).eval()
+    none = dict(training_hash="", features_hashes={}, split_hash="")
+    pairs = count_pairs([[1, 2]], 20, NeighboursConfig())
+    neighbours = Neighbours(NeighboursConfig(), pairs, {}, {ITEM_PAIRS: 1.0}, **none)
     content = ContentNeighbours(torch.eye(20), torch.ones(20, dtype=torch.bool))
     scores = torch.zeros(1, 20)
     processor = SpeederProcessor.__new__(SpeederProcessor)
@@ -93,6 +99,8 @@ def _entrances(model):
         "popularity": lambda items: Popularity([items], 20),
         "content": lambda items: content.score([items]),
         "sasrec": lambda items: sasrec.score([items]),
+        "neighbours": lambda items: neighbours.score([items]),
+        "count_pairs": lambda items: count_pairs([items], 20, NeighboursConfig()),
         "fit_sasrec": lambda items: fit_sasrec([items], 20, epochs=1),
         "training_hash": lambda items: training_hash([items]),
         "target_ranks": lambda items: target_ranks(scores, torch.tensor([0]), [items]),

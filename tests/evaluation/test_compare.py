@@ -100,13 +100,14 @@ def test_what_cannot_be_compared_is_refused(split, evaluations):
         compare({"a": vhr, "b": vhr}, "HR@1")
 
 
-def test_popularity_and_sasrec_stand_in_the_tables_untested(evaluations, split, tmp_path, capsys, caplog):
+def test_baselines_stand_in_the_tables_untested(evaluations, split, tmp_path, capsys, caplog):
     """From the first run that has each; not those of another task, nor one that is named as a run."""
     places = [tmp_path / name / "evaluations" / "test" for name in ("good", "bad")]
     for place, name in zip(places, ("good", "bad"), strict=True):
         evaluations[name].save(place / "model.json")
     evaluate(Random(), split, "validation", resamples=5).save(places[0] / "popularity.json")
     evaluations["equal"].save(places[1] / "popularity.json")
+    evaluations["equal"].save(places[1] / "neighbours.json")
     evaluations["good"].save(places[0] / "sasrec__cross-entropy_.json")
     (places[1] / "sasrec__cross-entropy_.json").write_text("{")
     runs = [str(tmp_path / "good"), str(tmp_path / "bad")]
@@ -115,17 +116,18 @@ def test_popularity_and_sasrec_stand_in_the_tables_untested(evaluations, split, 
     assert set(content["models"]) == {"good", "bad"} and len(content["tests"]) == 1
     own = content["baselines"]["popularity"]["metrics"]["masked"]["MRR"]["value"]
     assert own == pytest.approx(evaluations["equal"].mean("MRR"))
-    order = ["popularity", "SASRec (cross-entropy)", "good", "bad"]
+    order = ["popularity", "neighbours", "SASRec (cross-entropy)", "good", "bad"]
     for table in (capsys.readouterr().out, (tmp_path / "out" / "comparison.tex").read_text()):
         rows = [line.strip().removeprefix("| ") for line in table.splitlines()]
         names = [next((name for name in order if row.startswith(name)), None) for row in rows]
-        assert [name for name in names if name][:4] == order
+        assert [name for name in names if name][:5] == order
     assert main(["compare", runs[0], str(places[1] / "popularity.json")]) == 0
     assert "no run has evaluated it" not in caplog.text
     (places[0] / "sasrec__cross-entropy_.json").unlink()
     printed = capsys.readouterr().out  # popularity as a run: tested, and no row beside itself
     assert "| good | popularity | +" in printed
     assert printed.count("\n| popularity |") == printed.count("\n| SASRec (cross-entropy) |") == 4
+    assert printed.count("\n| neighbours |") == 4
     assert main(["compare", *runs]) == 0
     assert "SASRec (cross-entropy): no run has evaluated it" in caplog.text
 

@@ -216,7 +216,7 @@ def test_slices_cover_every_user_once(done):
             assert weighted / report["num_users"] == pytest.approx(
                 entry["metrics"]["masked"]["NDCG@10"]["value"]
             )
-    assert set(report["baselines"]) == {"popularity", SASRec.label}
+    assert set(report["baselines"]) == {"popularity", "neighbours", SASRec.label}
 
 
 def test_the_command_makes_only_what_is_asked_for(place, data, tmp_path, capsys):

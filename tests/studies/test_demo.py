@@ -107,7 +107,7 @@ def test_the_table_holds_what_was_shown(place, told):
     lines = told()
     start = next(n for n, line in enumerate(lines) if line.startswith("   ") and "NDCG@10, 95 %" in line)
     rows = [re.split(r"  +", line)[0] for line in lines[start + 1 :]]
-    order = ["popularity", "content neighbours", "SASRec (cross-entropy)", "Speeder after text"]
+    order = ["popularity", "content neighbours", "neighbours", "SASRec (cross-entropy)", "Speeder after text"]
     assert [row for row in rows if row in order][: len(order)] == order
     for head in (line for line in lines if line.startswith("Speeder after") and "test NDCG@10" in line):
         name, value = head.split(": test NDCG@10 ")

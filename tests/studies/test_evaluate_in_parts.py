@@ -48,10 +48,11 @@ def test_every_protocol_gives_the_same_files(place, tmp_path, protocol):
     )
     assert found == expected and set(found) == {
         "model.json",
+        "neighbours.json",
         "popularity.json",
         "sasrec__cross-entropy_.json",
     }
-    assert computed == 3 * [0, 1, 2]
+    assert computed == 4 * [0, 1, 2]
 
 
 def test_the_command(place, tmp_path, monkeypatch, capsys):
@@ -70,7 +71,7 @@ def test_the_command(place, tmp_path, monkeypatch, capsys):
     assert main(["evaluate", str(tmp_path / "parts"), "--ray", "--ray-workers", "2"]) == 0
     assert capsys.readouterr().out == table.replace(str(tmp_path / "one"), str(tmp_path / "parts"))
     assert "\nSpeeder" in table and "\npopularity" in table
-    assert asked_for == [(None, 2)] and computed == [0, 0, 0]  # 560 users are one part of 1,024
+    assert asked_for == [(None, 2)] and computed == [0, 0, 0, 0]  # 560 users are one part of 1,024
 
 
 @pytest.mark.exact

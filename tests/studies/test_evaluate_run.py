@@ -152,6 +152,7 @@ def test_a_model_without_a_record_is_named_in_the_results(run, capsys):
     results = json.loads((run / "results.json").read_text())
     assert {name: row["fitted_on"] for name, row in results.items()} == {
         "popularity": "the split's training part",
+        "neighbours": "the split's training part",
         SASRec.label: "not told",
     }
 

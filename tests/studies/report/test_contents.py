@@ -138,7 +138,7 @@ def test_rows_of_another_task_are_left_out_and_told(run):
     other = json.loads((folder / "popularity.json").read_text())
     write_json(folder / "older.json", other | {"num_items": 47})
     contents = read_run(run)
-    assert list(contents.evaluations["test"]) == ["popularity", "Speeder"]
+    assert list(contents.evaluations["test"]) == ["popularity", "neighbours", "Speeder"]
     assert contents.notes == ["test: older was measured on other users, items or candidates."]
 
 
@@ -150,7 +150,12 @@ def test_a_demos_folder_has_its_evaluations_beside_the_run(run, tmp_path):
     shutil.copy(evaluations / "model.json", evaluations / evaluation_file("Speeder after text"))
     (evaluations / "model.json").rename(evaluations / evaluation_file("Speeder after +image"))
     contents = read_run(demo)
-    assert list(contents.evaluations["test"]) == ["popularity", "Speeder after text", "Speeder after +image"]
+    assert list(contents.evaluations["test"]) == [
+        "popularity",
+        "neighbours",
+        "Speeder after text",
+        "Speeder after +image",
+    ]
     assert contents.run == demo / "speeder" and contents.model is not None and not contents.notes
 
 

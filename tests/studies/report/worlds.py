@@ -47,7 +47,7 @@ def make_run(folder: Path, num_users: int = 40) -> Path:
 
 
 def evaluate_run(run: Path, *protocols: str) -> None:
-    """Evaluate by each protocol, beside popularity."""
+    """Evaluate by each protocol, beside popularity and neighbours."""
     data = PreparedData.load(run.parent / "data")
     for protocol in protocols:
         assert main(["evaluate", str(run), "--no-baselines", "--protocol", protocol]) == 0
