@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from scipy.sparse import coo_array, csr_array, diags_array
 
 from speeder.baselines.neighbours import ITEM_PAIRS, Content, Neighbours
@@ -14,7 +13,7 @@ from speeder.baselines.whitening import Whitening
 from speeder.data.fingerprints import features_hash, training_hash
 from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
-from speeder.evaluation.metrics import metric_values, target_ranks
+from speeder.evaluation.metrics import metric_values
 from speeder.recipes.neighbours import NeighboursConfig
 
 if TYPE_CHECKING:
@@ -159,7 +158,7 @@ def _validation_ndcg(
     """The NDCG@10 of each choice of weights, over validation users."""
     if not weights:
         return []
-    histories, targets = split.histories("validation"), torch.from_numpy(split.targets("validation"))
+    histories, targets = split.histories("validation"), split.targets("validation")
     most = min(len(histories), _MOST_USERS, max(1000, _MOST_CELLS // model.num_items))
     users = np.linspace(0, len(histories) - 1, most).astype(np.int64)
     size = max(1, _CELLS // model.num_items)
@@ -167,9 +166,12 @@ def _validation_ndcg(
     used = [name for name in model.weights if any(each[name] for each in weights)]
     for start in range(0, most, size):
         chosen = users[start : start + size]
-        read = [histories[user] for user in chosen]
+        read, rows = [histories[user] for user in chosen], np.arange(len(chosen))
         parts = {name: model.part(name, read) for name in used}
+        seen = rows.repeat([len(history) for history in read]), np.concatenate(read)
         for found, each in zip(ranks, weights, strict=True):
-            scores = model.weighted(parts, each)
-            found[start : start + size] = target_ranks(scores, targets[chosen], read).numpy()
+            scores = model.weighted(parts, each).numpy()
+            scores[seen] = -np.inf  # and so a seen target comes last
+            own = scores[rows, targets[chosen]][:, None]
+            found[start : start + size] = (scores >= own).sum(axis=1)  # as `target_ranks`, in less time
     return [float(metric_values(found, "NDCG@10").mean()) for found in ranks]

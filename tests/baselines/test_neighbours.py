@@ -107,7 +107,10 @@ def test_scores_are_those_of_the_dense_formula(seed):
     present = rng.random(items) < 0.8
     present[:2] = True
     data = made(sequences, items, torch.from_numpy(features), torch.from_numpy(present))
-    model = fitted(data)
+    tried = []
+    model = fitted(data, log=tried.append)
+    value = evaluate(model, data.split, "validation", resamples=2).mean("NDCG@10")
+    assert value == pytest.approx(max(record["NDCG@10"] for record in tried)), "also where a target was seen"
     pairs = slow_pairs(data.split.training(), items, CONFIG)
     rows = slow_rows(data.catalogue.features["text"].numpy(), present)
     histories = data.split.histories("test")
