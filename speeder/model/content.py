@@ -32,11 +32,12 @@ _CHUNK = 1 << 20  # numbers of a tensor on an accelerator that are multiplied an
 # attributes of every module; those that matter are read on their own
 _OWN = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Hooks of transformers that change no value: of layers, when hidden states are first asked for, and of the text
-# embedding, for gradient checkpointing.
+# Hooks that change no value: transformers' of layers, when hidden states are first asked for, and of the text
+# embedding, for gradient checkpointing; torch's that count flops by module.
 _ONLOOKERS = (
     "transformers.utils.output_capturing.",
     "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.",
+    "torch.utils.module_tracker.ModuleTracker.",
 )
 _BY_IDENTITY = (type, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -74,17 +75,19 @@ def reading_once(model_of: Callable[[Any], nn.Module]) -> Callable[[Function], F
 
 
 def _global_hooks() -> bool:
-    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+    """Whether there are hooks for all modules that may do anything."""
+    hooks = (every_module._global_forward_hooks, every_module._global_forward_pre_hooks)
+    return any(not _only_looks_on(hook) for some in hooks for hook in some.values())
 
 
 def _hooks(module: nn.Module) -> bool:
     """Whether a module has hooks that may do anything."""
     attributes = vars(module)
-    return any(
-        not f"{hook.__module__}.{getattr(hook, '__qualname__', '')}".startswith(_ONLOOKERS)
-        for name in _HOOKS
-        for hook in attributes.get(name, {}).values()
-    )
+    return any(not _only_looks_on(hook) for name in _HOOKS for hook in attributes.get(name, {}).values())
+
+
+def _only_looks_on(hook: Callable) -> bool:
+    return f"{hook.__module__}.{getattr(hook, '__qualname__', '')}".startswith(_ONLOOKERS)
 
 
 @contextmanager

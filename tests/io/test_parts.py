@@ -170,7 +170,7 @@ def test_what_is_written_is_not_among_the_histories(histories, model, tmp_path):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("speeder.io.ray.find_spec", lambda name: None)
-    with pytest.raises(SpeederError, match=r"pip install \"speeder\[ray\]\""):
+    with pytest.raises(SpeederError, match=r"pip install .ray\[data\]"):
         OnRay()
 
 
