@@ -22,6 +22,7 @@ from torch import nn
 from torch._C import _functorch
 from torch.distributed.tensor import DTensor
 from torch.nn.modules import module as every_module
+from torch.nn.utils import parametrize
 
 from speeder.data.catalogue import ItemCatalogue
 
@@ -153,7 +154,7 @@ def content_of(*modules: nn.Module, without: nn.Module | None = None) -> tuple |
         return known[key]
     reader = _Reader(without)
     try:
-        if _global_hooks():
+        if _global_hooks() or parametrize._cache_enabled:  # which keeps weights that may have changed
             raise _Unknown
         content = (*[reader.plain(module) for module in modules], reader.digest())
     except _Unknown:
@@ -244,7 +245,8 @@ class _Reader:
         if inspect.isbuiltin(function) or inspect.ismodule(owner):
             owner = None
         code = getattr(function, "__func__", function)
-        return code, self.plain(owner), self.plain(bound), self.plain(getattr(function, "__defaults__", None))
+        defaults = [getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__")]
+        return code, self.plain(owner), self.plain(bound), self.plain(defaults)
 
     def _array(self, array: np.ndarray) -> tuple:
         if array.dtype.hasobject:

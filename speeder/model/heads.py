@@ -37,6 +37,10 @@ class ScoringMixin:
     def item_logits(self, queries: torch.Tensor, item_table: torch.Tensor | ItemStore) -> torch.Tensor:
         """`(N, H)` queries to `(N, I)` float32 logits of all items, computed for a part of the items at a time."""
         if isinstance(item_table, torch.Tensor):
+            if len(item_table) != self.config.num_items:
+                raise ValueError(
+                    f"item_table: expected {self.config.num_items} items, as the catalogue has, got {len(item_table)}"
+                )
             parts = self.item_vectors(item_table).split(PIECE)
         else:
             parts = (vectors.to(queries.device) for _, vectors in item_table.vectors())

@@ -10,6 +10,7 @@ from speeder.errors import SpeederError
 from speeder.model.content import Kept, autocast_dtype, content_of, for_later
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import SharedPrefix
+from speeder.model.mrc import MRC
 
 
 class ItemTokensMixin:
@@ -28,26 +29,37 @@ class ItemTokensMixin:
             SpeederError: it lacks a modality that this model reads; an item has no modality; or the model has a learned
                 embedding per item, and the catalogue does not begin with the items of its rows.
         """
-        self._check_warm_items(catalogue)
-        self.mrc.set_catalogue(catalogue)
+        warm = self._check_warm_items(catalogue)
+        for part in self._copies_of_mrc():
+            part.set_catalogue(catalogue)
+        self.config.warm_items_hash = warm
         self.catalogue = catalogue
         self.config.num_items = len(catalogue)
         self.item_store = self._checked_store = None
         self.clear_cache()
 
-    def _check_warm_items(self, catalogue: ItemCatalogue) -> None:
-        """Rows of the learned embedding belong to items by place: another order would give them to other items."""
+    def _copies_of_mrc(self) -> list[MRC]:
+        """MRC; and each adapter's own, where PEFT has made some."""
+        return [part for part in self.mrc.modules() if isinstance(part, MRC)]
+
+    def _check_warm_items(self, catalogue: ItemCatalogue) -> str | None:
+        """Rows of the learned embedding belong to items by place: another order would give them to other items.
+
+        Returns the hash of these items' ids.
+        """
         count = self.config.num_warm_items
         if count == 0:
-            return
+            return self.config.warm_items_hash
         here = ids_hash(catalogue.ids[:count])
-        if self.config.warm_items_hash is None:  # new, or of version 0.1.0, which noted none
-            self.config.warm_items_hash = here
-        elif self.config.warm_items_hash != here:
+        if self.config.warm_items_hash not in (
+            None,
+            here,
+        ):  # None: new, or of version 0.1.0, which noted none
             raise SpeederError(
                 f"catalogue: expected one that begins with the {count} items that this model has a learned embedding "
                 "of, in the same order; new items come after them (add_items)"
             )
+        return here
 
     def set_trained_items(self, trained: torch.Tensor) -> None:
         """Tell which items training reads or predicts. The learned embedding of the others is left out of their tokens.
@@ -68,8 +80,8 @@ class ItemTokensMixin:
         if self.catalogue is None:
             raise SpeederError("set_trained_items: expected a model with a catalogue")
         if self.config.item_embedding:
-            rows = self.mrc.item_trained
-            rows.copy_(trained[: len(rows)])
+            for part in self._copies_of_mrc():
+                part.item_trained.copy_(trained[: len(part.item_trained)])
 
     def use_item_store(self, store: ItemStore | None) -> None:
         """Read item tokens from a store, such as `TokenShards` or `ItemIndex`, instead of compressing the catalogue.

@@ -106,7 +106,10 @@ class MRC(nn.Module):
             )
         buffers["present"] = present.to(device)
         for name, buffer in buffers.items():  # change nothing before everything is checked
-            self.register_buffer(name, buffer, persistent=False)
+            with torch.inference_mode(False):  # what inference mode makes cannot be used in training
+                self.register_buffer(
+                    name, buffer.clone() if buffer.is_inference() else buffer, persistent=False
+                )
         self.num_items = len(catalogue)
         self.catalogue = catalogue if self.reads_rows else None
 

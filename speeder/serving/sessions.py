@@ -153,7 +153,8 @@ class UserSessions:
             ValueError, KeyError: as `recommend`.
         """
         histories = self._extended(events)
-        scores = self.model.item_logits(self._queries(histories), self.model.item_table()).cpu()
+        with self.model.evaluating():
+            scores = self.model.item_logits(self._queries(histories), self.model.item_table()).cpu()
         self._take_in(histories)
         return scores
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
+from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model.content import Kept, checksums, content_of, read_once
 from speeder.model.explain import explain
@@ -625,3 +626,59 @@ def test_counts_cannot_be_written():
     best = model.recommend([[]], k=2, fallback="popularity")[0]
     assert [(item.item, item.score) for item in best] == [(1, 3.0), (2, 2.0)]
     assert copy.deepcopy(model).item_counts.counts == model.item_counts.counts
+
+
+def test_every_adapters_copy_of_mrc_gets_the_catalogue():
+    """PEFT's wrapper hands a call to the active copy alone."""
+    model = tiny_model()
+    settings = {"target_modules": ADAPTED, "modules_to_save": ["mrc"]}
+    whole = get_peft_model(model, LoraConfig(**settings)).eval()
+    whole.add_adapter("other", LoraConfig(**settings))
+    whole.eval()
+    expected = tiny_model()
+    for each in (model, expected):
+        each.set_catalogue(tiny_catalogue(25, seed=9))
+    whole.set_adapter("other")
+    whole.eval()
+    torch.testing.assert_close(model.score([HISTORY]), expected.score([HISTORY]), atol=2e-5, rtol=1e-4)
+    with whole.disable_adapter():
+        torch.testing.assert_close(model.score([[20]]), expected.score([[20]]), atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="item_table: expected 25 items, as the catalogue has, got 20"):
+        model.item_logits(torch.zeros(1, 32), torch.zeros(20, 1, 32))
+
+
+def test_weights_that_a_region_keeps_do_not_outlive_it():
+    model = tiny_model()
+    layer = model.mrc.experts["text"].down
+    parametrizations.weight_norm(layer)
+    model.eval()
+    with parametrize.cached():
+        model.score([HISTORY])
+        layer.parametrizations.weight.original0.data.mul_(-3)
+        model.score([HISTORY])
+    torch.testing.assert_close(model.score([HISTORY]), anew(model)["scores"], atol=2e-5, rtol=1e-4)
+
+
+def test_sessions_of_a_model_in_training_score_as_in_evaluation():
+    model = tiny_model(modality_dropout=0.5)
+    sessions = sessions_of(model)
+    expected = model.score([HISTORY])
+    model.train()
+    torch.testing.assert_close(sessions.score({"user": []}), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_catalogue_set_in_inference_mode_serves_training():
+    model = tiny_model()
+    with torch.inference_mode():
+        model.set_catalogue(tiny_catalogue(25, seed=2))
+    model.train()
+    model(torch.tensor([[5, 64, 65]]), labels=torch.tensor([[-100, 64, 65]])).loss.backward()
+
+
+def test_a_catalogue_that_was_refused_leaves_no_trace():
+    model = tiny_model(item_embedding=True)
+    model.config.warm_items_hash = None  # as of version 0.1.0
+    good = model.catalogue
+    with pytest.raises(SpeederError, match="expected the modality"):
+        model.set_catalogue(ItemCatalogue(good.ids[::-1], features={"text": good.features["text"]}))
+    model.set_catalogue(good)
