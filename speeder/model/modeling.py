@@ -444,7 +444,8 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             if len(ids) < len(
                 tokens
             ):  # a few histories: scale only the items that they read, not the catalogue
-                tokens = F.embedding(rows.clamp(min=0), tokens)
+                # in float32 for training, so that gradients of an item that is read often are summed in it
+                tokens = F.embedding(rows.clamp(min=0), tokens.float() if tokens.requires_grad else tokens)
                 rows = torch.where(item_mask, torch.arange(len(ids), device=ids.device), -1)
             items = (tokens * self.config.embedding_rms).to(table.dtype)
         return pack_tokens(

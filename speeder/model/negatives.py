@@ -23,6 +23,8 @@ from speeder_kernels import item_cross_entropy
 _BELOW = 30.0  # how far below the least possible logit one is that counts nothing
 _LEAST = 1e-12  # of a loss whose logarithm is taken
 _CLOSE = 0.05  # a loss with a rounding of 1e-6 tells the others' sum to 2e-5 from here on
+_ROUNDING = 1e-5  # of a loss, by the size of its logits
+_MOST = 1e6  # a logit up to which losses are exact
 _LOGITS = 1 << 22  # numbers of a matrix of rows by candidates that is formed at once
 _LEFT_OUT = -1e30  # a logit that counts nothing, and has a gradient of 0 also where no other is left
 
@@ -140,6 +142,9 @@ def candidate_cross_entropy(
     The target has weight 1, since it is always there; if it is among the candidates ("accidental hit"), it is not
     counted again. No `(N, C)` matrix is held.
 
+    Losses are as exact as float32 is beside the largest possible score of the batch (the product of the longest query's
+    and the longest candidate's length).
+
     Args:
         queries: `(N, H)`, whose dot products with `vectors` are the scores s.
         vectors: `(U, H)` of all items that are needed, in the dtype of `queries`.
@@ -153,12 +158,15 @@ def candidate_cross_entropy(
     negatives = vectors[places]
     column = torch.searchsorted(places, targets).clamp(max=len(places) - 1)
     hit = places[column] == targets
-    positives = F.embedding(targets, vectors)
-    positive = (queries.float() * positives.float()).sum(dim=-1)
+    positives = F.embedding(
+        targets, vectors.float()
+    )  # whose gradients of one item are then summed in float32
+    positive = (queries.float() * positives).sum(dim=-1)
     # The op needs a target among the candidates. Where a row's own is none, a vector of zeros stands in, whose weight
     # is too small to count and whose logit is known: the loss then tells the candidates' sum.
     bound = queries.detach().float().norm(dim=1).max() * negatives.detach().float().norm(dim=1).max()
-    low = bound + _BELOW
+    # a state that is not finite gives its own row's loss, not this constant
+    low = bound.nan_to_num(nan=0.0, posinf=_MOST).clamp(max=_MOST) + _BELOW
     zeros = negatives.new_zeros(1, negatives.shape[1])
     column = torch.where(hit, column, len(places))
     loss = item_cross_entropy(
@@ -175,7 +183,7 @@ def candidate_cross_entropy(
     own = log_q[column.clamp(max=len(places) - 1)]
     losses = F.softplus(torch.where(hit, others - own, loss - low - positive))
     # A target that is most of that sum, where its weight is 1 / q, leaves too little of the others beside it.
-    close = hit & (loss < _CLOSE)
+    close = hit & (loss < _CLOSE + _ROUNDING * low)
     rows = close.nonzero().flatten()
     if not len(rows):
         return losses
@@ -207,7 +215,7 @@ def _row_losses(
     that is formed."""
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()
-        positive = (queries * positives.float()).sum(dim=-1)
+        positive = (queries * positives).sum(dim=-1)
         logits = queries @ negatives.float().T - log_q
         own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, column[:, None], True)
         others = logits.masked_fill(own, _LEFT_OUT).logsumexp(dim=-1)

@@ -105,6 +105,46 @@ def test_gradients_of_every_candidate_in_bfloat16(autocast):
     assert errors[right.norm(dim=1) > 0].max() < 0.02
 
 
+def test_a_target_of_many_rows_keeps_its_gradient_in_bfloat16():
+    """In bfloat16, a sum of equal terms would end at 256 of them."""
+    torch.manual_seed(0)
+    queries, vectors = (torch.randn(4096, 16) * 0.3 + 0.2).bfloat16(), (torch.randn(30, 16) * 0.3).bfloat16()
+    vectors.requires_grad_()
+    targets, places, log_q = torch.full((4096,), 7), torch.arange(10, 30), torch.full((20,), -1.5)
+    (ours,) = torch.autograd.grad(
+        candidate_cross_entropy(queries, vectors, targets, places, log_q).mean(), vectors
+    )
+    exact = vectors.detach().double().requires_grad_()
+    scores = queries.double() @ exact.T
+    loss = F.softplus((scores[:, 10:] + 1.5).logsumexp(1) - scores[:, 7]).mean()
+    (right,) = torch.autograd.grad(loss, exact)
+    assert (ours[7] - right[7]).norm() < 0.01 * right[7].norm()
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_state_that_is_not_finite_gives_its_own_loss(wrong):
+    """Which training then notices, and the others are as without it."""
+    torch.manual_seed(0)
+    queries, vectors = torch.randn(4, 6), torch.randn(9, 6)
+    rest = torch.tensor([1, 8, 3, 2]), torch.arange(5), -torch.rand(5)
+    right = candidate_cross_entropy(queries, vectors, *rest)
+    queries[2, 0] = wrong
+    loss = candidate_cross_entropy(queries, vectors, *rest)
+    assert not loss[2].isfinite()
+    torch.testing.assert_close(loss[[0, 1, 3]], right[[0, 1, 3]], atol=0.2, rtol=0)
+
+
+@pytest.mark.parametrize("score", [1e3, 1e5, 2e5])
+def test_large_scores(score):
+    for log_q in (-1.0, -20.0):
+        queries, vectors = torch.tensor([[score, score - 12]], requires_grad=True), torch.eye(2)
+        loss = candidate_cross_entropy(
+            queries, vectors, torch.tensor([0]), torch.arange(2), torch.full((2,), log_q)
+        )
+        expected = F.softplus(torch.tensor(-12.0 - log_q, dtype=torch.float64))
+        assert abs(float(loss) - float(expected)) < 0.05
+
+
 def test_many_rows_are_computed_a_part_at_a_time(monkeypatch):
     torch.manual_seed(0)
     queries, vectors = torch.randn(50, 8, requires_grad=True), torch.randn(30, 8)
