@@ -19,14 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_array
 from torch import Tensor
 
 from speeder.baselines.whitening import Whitening
 from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
-from speeder.io.files import atomic_path, read_json, sha256_file, write_json
+from speeder.io.files import read_json
+from speeder.io.tensors import load_tensors, save_tensors
 from speeder.recipes.neighbours import NeighboursConfig
 
 ITEM_PAIRS = "item pairs"  # a modality's name has no space
@@ -152,8 +152,6 @@ class Neighbours:
                 content.whitening.mean,
                 content.whitening.matrix,
             )
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file({name: each.contiguous() for name, each in tensors.items()}, temporary)
         config = {
             "baseline": "neighbours",
             "config": asdict(self.config),
@@ -163,7 +161,7 @@ class Neighbours:
             "features_hashes": self.features_hashes,
             "split_hash": self.split_hash,
         }
-        write_json(folder / "config.json", config | {"tensors": sha256_file(folder / "model.safetensors")})
+        save_tensors(folder, tensors, config, "tensors")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Neighbours:
@@ -177,9 +175,7 @@ class Neighbours:
         try:
             if saved.get("baseline") != "neighbours":
                 raise ValueError(f"baseline: expected 'neighbours', got {saved.get('baseline')!r}")
-            if sha256_file(folder / "model.safetensors") != saved["tensors"]:
-                raise ValueError("model.safetensors is not the file that config.json was saved with")
-            tensors = load_file(folder / "model.safetensors")
+            tensors = load_tensors(folder, saved["tensors"])
             arrays = tuple(tensors[f"pairs/{name}"].numpy() for name in _ARRAYS)
             pairs = csr_array(arrays, shape=(saved["num_items"], saved["num_items"]))
             pairs.check_format()

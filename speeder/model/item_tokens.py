@@ -51,10 +51,8 @@ class ItemTokensMixin:
         if count == 0:
             return self.config.warm_items_hash
         here = ids_hash(catalogue.ids[:count])
-        if self.config.warm_items_hash not in (
-            None,
-            here,
-        ):  # None: new, or of version 0.1.0, which noted none
+        known = self.config.warm_items_hash  # None: new, or of version 0.1.0, which noted none
+        if known not in (None, here):
             raise SpeederError(
                 f"catalogue: expected one that begins with the {count} items that this model has a learned embedding "
                 "of, in the same order; new items come after them (add_items)"

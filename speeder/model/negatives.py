@@ -158,9 +158,8 @@ def candidate_cross_entropy(
     negatives = vectors[places]
     column = torch.searchsorted(places, targets).clamp(max=len(places) - 1)
     hit = places[column] == targets
-    positives = F.embedding(
-        targets, vectors.float()
-    )  # whose gradients of one item are then summed in float32
+    # in float32, so that the gradients of one item are summed in it
+    positives = F.embedding(targets, vectors.float())
     positive = (queries.float() * positives).sum(dim=-1)
     # The op needs a target among the candidates. Where a row's own is none, a vector of zeros stands in, whose weight
     # is too small to count and whose logit is known: the loss then tells the candidates' sum.
@@ -177,9 +176,7 @@ def candidate_cross_entropy(
         log_q=torch.cat([log_q, low[None].to(log_q.dtype)]),
     )
     others = loss.clamp(min=_LEAST)
-    others = others + torch.log(
-        -torch.expm1(-others)
-    )  # log(e^loss - 1): the candidates' sum without the target
+    others = others + torch.log(-torch.expm1(-others))  # log(e^loss - 1): the sum without the target
     own = log_q[column.clamp(max=len(places) - 1)]
     losses = F.softplus(torch.where(hit, others - own, loss - low - positive))
     # A target that is most of that sum, where its weight is 1 / q, leaves too little of the others beside it.

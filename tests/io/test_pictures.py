@@ -11,18 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from speeder.io.pictures import endings, formats, read_rgb, small_jpeg
+from tests.pictures import encoded, noise
 
 RAMP = np.linspace(0, 1, 48 * 64).reshape(48, 64)
-
-
-def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(size: tuple[int, int] = (90, 128)) -> Image.Image:
-    return Image.effect_noise(size, 90).convert("RGB")
 
 
 def grey(values: np.ndarray, kind: str, **options: object) -> bytes:

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
-from speeder.io.files import atomic_path, read_json, sha256_file, write_json
+from speeder.io.files import read_json
+from speeder.io.tensors import load_tensors, save_tensors
 from speeder.recipes.sasrec import SASRecConfig
 
 
@@ -100,15 +100,13 @@ class SASRec(nn.Module):
         The configuration has the weights' SHA-256, so that an interrupted save is noticed on loading.
         """
         folder = Path(folder)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        with atomic_path(folder / "model.safetensors") as temporary:
-            save_file(weights, temporary)
+        weights = {name: value.detach().cpu() for name, value in self.state_dict().items()}
         config = {
             "num_items": self.num_items,
             "training_hash": self.training_hash,
             "config": asdict(self.config),
         }
-        write_json(folder / "config.json", config | {"weights": sha256_file(folder / "model.safetensors")})
+        save_tensors(folder, weights, config, "weights")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> SASRec:
@@ -120,10 +118,9 @@ class SASRec(nn.Module):
         folder = Path(folder)
         saved = read_json(folder / "config.json")
         try:
-            if sha256_file(folder / "model.safetensors") != saved["weights"]:
-                raise ValueError("model.safetensors is not the file that config.json was saved with")
+            weights = load_tensors(folder, saved["weights"])
             model = cls(saved["num_items"], SASRecConfig(**saved["config"]))
-            model.load_state_dict(load_file(folder / "model.safetensors"))
+            model.load_state_dict(weights)
             model.training_hash = saved["training_hash"]
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise SpeederError(f"{folder}: not a saved SASRec: {error}") from error

@@ -1,6 +1,5 @@
 """Image encoders: decoding, EfficientNet against its published code, broken files."""
 
-import io
 from pathlib import Path
 
 import pytest
@@ -10,21 +9,12 @@ from PIL import Image, ImageDraw
 from speeder.errors import SpeederError
 from speeder.prepare.encoders.efficientnet_lite import EfficientNetLite0
 from speeder.prepare.encoders.image import ImageEncoder, efficientnet_pixels
+from tests.pictures import encoded, noise
 
 
 @pytest.fixture(scope="module")
 def encoder(efficientnet_folder: Path) -> ImageEncoder:
     return ImageEncoder(str(efficientnet_folder))
-
-
-def encoded(picture: Image.Image, kind: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(size: tuple[int, int] = (90, 128)) -> Image.Image:
-    return Image.effect_noise(size, 90).convert("RGB")
 
 
 def test_the_network_gives_the_numbers_of_its_published_implementation(efficientnet_folder: Path) -> None:
