@@ -9,11 +9,11 @@ import numpy as np
 from scipy.sparse import coo_array, csr_array, diags_array
 
 from speeder.baselines.neighbours import ITEM_PAIRS, Content, Neighbours
-from speeder.baselines.whitening import Whitening
 from speeder.data.fingerprints import features_hash, training_hash
 from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.evaluation.metrics import metric_values
+from speeder.model.whitening import Whitening
 from speeder.recipes.neighbours import NeighboursConfig
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ An item's score is the weighted sum of parts. Each part has a row of likeness pe
 history's newest items, each newer one counting more:
 
 - item pairs: how often two items are near each other in a training history, divided by the roots of their own counts;
-- one for each modality of contents: the cosine of whitened features (`speeder.baselines.whitening`).
+- one for each modality of contents: the cosine of whitened features (`speeder.model.whitening`).
 
 A row's entries are at most about 1 in every part, so parts are added as they are. `fit_neighbours` makes one.
 """
@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from speeder.baselines.whitening import Whitening
 from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.io.files import read_json
 from speeder.io.tensors import load_tensors, save_tensors
+from speeder.model.whitening import Whitening
 from speeder.recipes.neighbours import NeighboursConfig
 
 ITEM_PAIRS = "item pairs"  # a modality's name has no space

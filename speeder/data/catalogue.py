@@ -82,6 +82,10 @@ class ItemCatalogue:
         """Modality -> number of features `F_m`, in the order of addition."""
         return {name: matrix.shape[1] for name, matrix in self.features.items()}
 
+    def readable_texts(self) -> list[str]:
+        """Each item's text; its title, if it has no text."""
+        return [text or title for text, title in zip(self.texts, self.titles, strict=True)]
+
     def index_of(self, external_id: str) -> int:
         """The row of an external id; `KeyError` if there is no such item."""
         try:

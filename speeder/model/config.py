@@ -14,9 +14,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 ATTENTION_NAME = "spae"  # the name under which SPAE registers with transformers' attention interface
 ITEM = "item"  # gate column of the learned per-item embedding
+WORDS = "words"  # gate column of the learned word vectors
 FITTED = ("collaborative", ITEM)  # modalities that are fitted on interactions, which a new item lacks
 
 NEGATIVES = ("full", "in-batch", "sampled")
+EXPERTS = ("mlp", "linear")
 
 
 class SpeederConfig(PretrainedConfig):
@@ -30,7 +32,14 @@ class SpeederConfig(PretrainedConfig):
         num_items: items in the catalogue, `I`.
         modalities: name -> feature width `F_m`; kept in alphabetical order, which is the order of the gate's columns.
         tokens_per_item: positions that one item takes in the sequence, `K`.
+        experts: what maps features to tokens: `"linear"`, a linear map of whitened features beside an MLP that begins
+            at zero, whose outputs are normalised before they are mixed; `"mlp"`, that of version 0.1.0.
         expert_hidden_size: width of an expert's hidden layer; None takes the backbone's hidden size.
+        words: whether learned vectors of the words of items' texts join the features as one more modality ("words").
+        num_words: words and word pairs with a vector.
+        word_size: width of a word's vector.
+        word_dropout: probability, in training, that a word is left out of all items of a batch.
+        history_lookup: whether items are also scored by their likeness to the history's items, see `HistoryLookup`.
         item_embedding: whether a learned embedding per item joins the features as one more modality ("item").
         num_warm_items: items with a row of that embedding; items added later have none.
         warm_items_hash: hash of their ids in order (`ids_hash`): a catalogue must begin with them.
@@ -76,7 +85,13 @@ class SpeederConfig(PretrainedConfig):
     num_items: int = 0
     modalities: dict[str, int] | None = None
     tokens_per_item: int = 1
+    experts: str = "mlp"
     expert_hidden_size: int | None = None
+    words: bool = False
+    num_words: int = 0
+    word_size: int = 128
+    word_dropout: float = 0.0
+    history_lookup: bool = False
     item_embedding: bool = False
     num_warm_items: int = 0
     warm_items_hash: str | None = None
@@ -128,9 +143,11 @@ class SpeederConfig(PretrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite number, got {value!r}")
-        for name in ("modality_dropout", "cold_dropout", "dropout"):
+        for name in ("modality_dropout", "cold_dropout", "dropout", "word_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {getattr(self, name)}")
+        if self.experts not in EXPERTS:
+            raise ValueError(f"experts: expected one of {', '.join(EXPERTS)}, got {self.experts!r}")
         if self.negatives not in NEGATIVES:
             raise ValueError(f"negatives: expected one of {', '.join(NEGATIVES)}, got {self.negatives!r}")
         if self.negatives_exponent < 0:
@@ -141,8 +158,10 @@ class SpeederConfig(PretrainedConfig):
                 f"got {self.position_proxy_weight} and {self.initial_logit_scale}"
             )
         for name, width in self.modalities.items():
-            if name == "item":
+            if name == ITEM:
                 raise ValueError('modalities: the name "item" is kept for the learned item embedding')
+            if name == WORDS and self.words:
+                raise ValueError('modalities: the name "words" is kept for the learned word vectors')
             if hasattr(nn.ModuleDict, name) or "." in name:
                 raise ValueError(f"modalities: {name!r} cannot be the name of a module")
             if width < 2:  # normalising a single feature leaves nothing of it
@@ -165,8 +184,9 @@ class SpeederConfig(PretrainedConfig):
 
     @property
     def gate_names(self) -> list[str]:
-        """Names of the gate's columns: the modalities, then "item" if there is a learned embedding."""
-        return [*self.modalities, *(["item"] if self.item_embedding else [])]
+        """Names of the gate's columns: the modalities, "words" if words have vectors, "item" if items have rows."""
+        own = [name for name, wanted in ((WORDS, self.words), (ITEM, self.item_embedding)) if wanted]
+        return [*self.modalities, *own]
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """The backbone's configuration with `decoder` (caches are built from it); else this one, since `generate` and
@@ -177,6 +197,8 @@ class SpeederConfig(PretrainedConfig):
 _LARGE = 2**20  # more of any of these is a slip, and would not fit into memory
 _WHOLE_NUMBERS = {
     "num_items": (0, 2**31 - 1),
+    "num_words": (0, 2**31 - 1),
+    "word_size": (1, _LARGE),
     "num_warm_items": (0, 2**31 - 1),
     "tokens_per_item": (1, 1024),
     "expert_hidden_size": (1, _LARGE),
@@ -191,6 +213,7 @@ _NUMBERS = (
     "modality_dropout",
     "cold_dropout",
     "dropout",
+    "word_dropout",
     "embedding_rms",
     "position_proxy_weight",
     "initial_logit_scale",

@@ -24,10 +24,17 @@ class ScoringMixin:
     """Logits and losses of [`SpeederForCausalLM`]."""
 
     def item_queries(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Queries of states, `(N, H)` float32: their dot products with `item_vectors` are the item logits."""
-        queries = self.item_head(self.dropout(hidden))
-        scale = self.logit_scale.exp() / self.config.hidden_size
-        return F.rms_norm(queries.float(), queries.shape[-1:], eps=1e-6) * scale
+        """Queries of states, `(N, H)` float32: their dot products with `item_vectors` are the item logits.
+
+        Args:
+            hidden: `(N, H)` final states; with the history look-up `(N, 2 H)`, see `_decode`.
+        """
+        width = self.config.hidden_size
+        queries = self.item_head(self.dropout(hidden[..., :width]))
+        scale = self.logit_scale.exp() / width
+        if self.config.history_lookup:
+            queries = queries + F.rms_norm(hidden[..., width:].float(), (width,), eps=1e-6)
+        return F.rms_norm(queries.float(), (width,), eps=1e-6) * scale
 
     def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:
         """`(I, K, H)` item tokens to `(I, H)` scoring vectors, in their dtype: the token itself, or the RMS-normalised
@@ -52,14 +59,14 @@ class ScoringMixin:
         return logits
 
     def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.backbone.get_output_embeddings()(hidden).float()
+        logits = self.backbone.get_output_embeddings()(hidden[..., : self.config.hidden_size]).float()
         softcap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _logits(
         self, hidden: torch.Tensor, item_table: torch.Tensor | ItemStore | None, vocabulary: str
     ) -> torch.Tensor:
-        """`(B, S, H)` to `(B, S, V + I)` float32."""
+        """`(B, S, H)` states, `(B, S, 2 H)` with the history look-up, to `(B, S, V + I)` float32."""
         shape = hidden.shape[:-1]
         if vocabulary == "items":
             text = hidden.new_full((*shape, self.config.text_vocab_size), -torch.inf, dtype=torch.float32)
@@ -85,7 +92,7 @@ class ScoringMixin:
         """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task.
 
         Args:
-            hidden: `(B, S, H)` states.
+            hidden: `(B, S, H)` states, `(B, S, 2 H)` with the history look-up.
             targets: `(B, S)` the target of each state, see `next_labels`.
             item_table: item tokens; with `candidates`, only those of the items that are needed.
             candidates: if given, item targets are compared with these instead of the whole catalogue.
@@ -139,7 +146,7 @@ class ScoringMixin:
         return candidate_cross_entropy(queries, vectors, item_table.places(targets), places, candidates.log_q)
 
     def _proxy_loss(self, hidden: torch.Tensor, layout: SequenceLayout) -> torch.Tensor:
-        flat = hidden.flatten(0, 1)
+        flat = hidden[..., : self.config.hidden_size].flatten(0, 1)
         if layout.query_index is not None and len(flat) != len(layout.rank_q):
             flat = flat[layout.query_index]
         lengths = layout.cu_seqlens_q.diff().long()

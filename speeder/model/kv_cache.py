@@ -85,7 +85,7 @@ def continued_states(
         kept: number of each sequence's first tokens whose keys and values are in `cache`; fewer than all.
 
     Returns:
-        `(B, H)`.
+        `(B, H)`, with the history look-up `(B, 2 H)`.
     """
 
     def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -106,14 +106,20 @@ def continued_states(
     )
     ids = tensor([tokens[0, past:] for tokens, past in pairs])
     model._check_arguments(ids[None], None, None, None)
-    hidden = model.backbone.get_decoder()(
+    hidden = model.backbone.get_decoder()(  # (1, T, H)
         inputs_embeds=model._embed(ids, layout, item_table)[None],
         position_ids=layout.position_ids[None],
         **{CACHE_NAME: cache},
         use_cache=True,
         spae=model.spae.context(layout),
     ).last_hidden_state
-    return hidden[0, borders[1:].long() - 1]
+    last = borders[1:].long() - 1
+    states = hidden[0, last]
+    if model.history is None:
+        return states
+    vectors = model._history_vectors(ids, item_table)[None].to(states.dtype)
+    looked_up = model.history(vectors, layout, cache)  # of all tokens, as it keeps the vectors of all
+    return torch.cat([states, looked_up[last]], dim=-1)
 
 
 def positions_move(config: PreTrainedConfig) -> bool:
@@ -133,7 +139,8 @@ def text_content(model: SpeederForCausalLM) -> tuple | None:
     Make it in evaluation mode; None if it is not known (see `content_of`).
     """
     words = model.backbone.get_input_embeddings()  # most of a small model, and few of its rows are read
-    content = content_of(model.backbone.get_decoder(), model.spae, without=words)
+    parts = [model.backbone.get_decoder(), model.spae, *([] if model.history is None else [model.history])]
+    content = content_of(*parts, without=words)
     if not is_known(content):
         return content
     prefix = model.shared_prefix

@@ -21,6 +21,7 @@ from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
 from speeder.io.files import read_json, recover_folder
 from speeder.model.config import ATTENTION_NAME, SpeederConfig
+from speeder.model.experts import WordExpert
 from speeder.model.packing import cu_seqlens
 from speeder.model.saved_files import check_weight_files
 
@@ -86,6 +87,10 @@ def from_backbone(
         **config,
     )
     lora, settings.lora = settings.lora, None
+    if settings.words:
+        settings.num_words = WordExpert.vocabulary_size(catalogue.readable_texts())
+        if settings.num_words == 0:
+            raise SpeederError("words: expected a word that two items have, but no two texts share one")
     model = cls(settings)
     fresh, model.backbone = model.backbone, backbone
     rows = backbone.get_input_embeddings().weight
@@ -99,6 +104,7 @@ def from_backbone(
     settings.embedding_rms = float(words.pow(2).mean(dim=1).sqrt().mean())
     model.generation_config = backbone.generation_config
     align_weights(model)
+    model.mrc.fit(catalogue)
     model.set_catalogue(catalogue)
     return model.eval()
 
@@ -108,6 +114,7 @@ DERIVED = {
     "text_config",
     "num_items",
     "num_warm_items",
+    "num_words",
     "warm_items_hash",
     "modalities",
     "embedding_rms",

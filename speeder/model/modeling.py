@@ -7,6 +7,7 @@ item token scores it. So `input_ids`, `labels`, `generate` and beam search work 
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,9 +21,11 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.model.content import Kept
 from speeder.model.embeddings import embedding_scale, read_directly
+from speeder.model.experts import LinearExpert
 from speeder.model.generation import ItemGenerationMixin
 from speeder.model.heads import ScoringMixin, next_labels
-from speeder.model.item_store import ItemRows, ItemStore
+from speeder.model.history import HistoryLookup
+from speeder.model.item_store import ItemRows, ItemStore, scoring_vectors
 from speeder.model.item_tokens import ItemTokensMixin
 from speeder.model.kv_cache import SharedPrefix
 from speeder.model.last_layer import last_layer_computes
@@ -65,6 +68,7 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = ("whitening",)
     _keys_to_ignore_on_load_missing = (
         r"mrc\.item_trained",
     )  # version 0.1.0 had none: all rows count as trained
@@ -78,6 +82,7 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             self.add_lora(config.lora)
         self.mrc = MRC(config)
         self.spae = SPAE(config)
+        self.history = HistoryLookup(config) if config.history_lookup else None
         self.item_head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale)))
         self.dropout = nn.Dropout(config.dropout)
@@ -117,12 +122,22 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
                 for linear in (expert.up, expert.down):
                     init.xavier_normal_(linear.weight)
                     init.zeros_(linear.bias)
+                if isinstance(expert, LinearExpert):
+                    init.orthogonal_(expert.direct.weight)
+                    init.zeros_(expert.down.weight)
+            if self.config.words:
+                init.normal_(module.words.vectors.weight, std=module.words.vectors.embedding_dim**-0.5)
+                init.orthogonal_(module.words.direct.weight)
+                init.zeros_(module.word_gate)
             if hasattr(module, "item_embedding"):
                 init.ones_(module.item_trained)
                 init.normal_(module.item_embedding.weight, std=0.02)
                 init.zeros_(module.item_gate)
+        elif isinstance(module, HistoryLookup):
+            init.copy_(module.log_weights, module.start())
         elif module is self:
-            init.eye_(self.item_head.weight)
+            # with the look-up, a new model scores by likeness alone, and the backbone joins as it learns
+            (init.zeros_ if self.config.history_lookup else init.eye_)(self.item_head.weight)
             init.constant_(self.logit_scale, math.log(self.config.initial_logit_scale))
 
     @property
@@ -237,7 +252,7 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            hidden_states=(hidden,) if output_hidden_states else None,
+            hidden_states=(hidden[..., : self.config.hidden_size],) if output_hidden_states else None,
             **{CACHE_NAME: cache},
         )
         return output.to_tuple() if return_dict is False else output
@@ -246,12 +261,12 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
     def last_states(
         self, input_ids: torch.Tensor, ranks: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        """The final states of packed sequences' last tokens, which predict the next item: `(B, H)`."""
+        """The final states of packed sequences' last tokens, which predict the next item: `(B, H)`, with the history
+        look-up `(B, 2 H)`."""
         self._check_arguments(input_ids, cu_seqlens, None, None)
         item_table = self.item_table() if self._needs_items(input_ids, None, "items") else None
         last = cu_seqlens[1:].long() - 1
-        with last_layer_computes(self.backbone.get_decoder(), last):
-            return self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens)[0][0]
+        return self._decode(input_ids, item_table, ranks=ranks, cu_seqlens=cu_seqlens, rows=last)[0][0]
 
     def _decode(
         self,
@@ -262,9 +277,16 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         ranks: torch.Tensor | None = None,
         cu_seqlens: torch.Tensor | None = None,
         use_cache: bool = False,
+        rows: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, SequenceLayout, Cache | None]:
-        """Embed and run the backbone's decoder: `(B, S, H)` states (zeros at padding), the layout, the cache."""
+        """Embed and run the backbone's decoder: `(B, S, H)` states (zeros at padding), the layout, the cache.
+
+        With `config.history_lookup` each state is followed by what its history says, `(B, S, 2 H)`.
+
+        Args:
+            rows: `(n,)` places of a packed row, of which alone states are returned, `(1, n, H)`; without a cache.
+        """
         past = cache.get_seq_length() if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, ranks, cu_seqlens, past)
         batch, new = input_ids.shape
@@ -280,17 +302,43 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             position_ids = self._unpack(layout.position_ids, layout, batch, new)
         else:  # no padding is ever computed: the batch runs as one packed row
             grid, position_ids = embeddings[None], layout.position_ids[None]
-        decoded = self.backbone.get_decoder()(
-            inputs_embeds=grid,
-            position_ids=position_ids,
-            **{CACHE_NAME: cache},
-            use_cache=use_cache,
-            spae=self.spae.context(layout if use_cache else self._as_row(layout)),
-            **kwargs,
-        ).last_hidden_state
-        if not use_cache:
+        decoder = self.backbone.get_decoder()
+        with nullcontext() if rows is None else last_layer_computes(decoder, rows):
+            decoded = decoder(
+                inputs_embeds=grid,
+                position_ids=position_ids,
+                **{CACHE_NAME: cache},
+                use_cache=use_cache,
+                spae=self.spae.context(layout if use_cache else self._as_row(layout)),
+                **kwargs,
+            ).last_hidden_state
+        if self.history is not None:
+            vectors = self._history_vectors(ids, item_table)
+            if use_cache:
+                looked_up = self.history(self._unpack(vectors, layout, batch, new), layout, cache)
+                looked_up = self._unpack(looked_up, layout, batch, new)
+            else:
+                looked_up = self.history(vectors[None], self._as_row(layout), rows=rows)[None]
+            decoded = torch.cat([decoded, looked_up.to(decoded.dtype)], dim=-1)
+        if not use_cache and rows is None:
             decoded = self._unpack(decoded[0], layout, batch, new)
         return decoded, layout, cache
+
+    def _history_vectors(
+        self, ids: torch.Tensor, item_table: torch.Tensor | ItemRows | ItemStore | None
+    ) -> torch.Tensor:
+        """The scoring vectors of `(T,)` tokens' items, `(T, H)`; zeros at text."""
+        is_item = ids >= self.config.text_vocab_size
+        if item_table is None:
+            return self.logit_scale.new_zeros(len(ids), self.config.hidden_size)
+        read = (ids - self.config.text_vocab_size)[is_item]
+        if not isinstance(item_table, torch.Tensor):
+            if not isinstance(item_table, ItemRows):
+                item_table = item_table.rows(read)
+            read, item_table = item_table.places(read), item_table.tokens
+        tokens = F.embedding(read, item_table.flatten(1)).unflatten(1, item_table.shape[1:])
+        vectors = scoring_vectors(tokens)
+        return vectors.new_zeros(len(ids), vectors.shape[1]).masked_scatter(is_item[:, None], vectors)
 
     def _check_arguments(self, input_ids, cu_seqlens, attention_mask, cache) -> None:
         check_own_parts(self)

@@ -1,8 +1,8 @@
 """MRC, Multimodal Representation Compression: an item's text, image and collaborative features become one token.
 
-The paper names a Mixture of Modality Experts; its form here is this project's own reading. One expert (a small MLP) per
-modality maps its frozen features to the backbone's hidden size. A gate weights the experts of the modalities that the
-item has. The weighted sum, RMS-normalised, is the item's token.
+The paper names a Mixture of Modality Experts; its form here is this project's own reading. One expert per modality
+(`experts.py`) maps its frozen features to the backbone's hidden size. A gate weights the experts of the modalities that
+the item has. The weighted sum, RMS-normalised, is the item's token.
 """
 
 from __future__ import annotations
@@ -15,26 +15,14 @@ from torch.nn import functional as F
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
-from speeder.model.config import FITTED, ITEM, SpeederConfig
+from speeder.model.config import FITTED, ITEM, WORDS, SpeederConfig
+from speeder.model.experts import LinearExpert, MLPExpert, WordExpert
 from speeder_kernels import compress_items
 
 # A closed modality's gate logit is lowered by this much: its weight is e^-30 of an open one. An item with only closed
 # modalities still gets a token, since the softmax ignores a common shift.
 CLOSED = -30.0
 PIECE = 1 << 16  # items that are compressed at once where the whole catalogue is, without gradients
-
-
-class Expert(nn.Module):
-    """One modality's expert: `(U, F) -> (U, K, H)`, Linear - GELU - Linear."""
-
-    def __init__(self, features: int, hidden: int, outputs: int, tokens: int):
-        super().__init__()
-        self.tokens = tokens
-        self.up = nn.Linear(features, hidden)
-        self.down = nn.Linear(hidden, tokens * outputs)
-
-    def forward(self, features_UF: torch.Tensor) -> torch.Tensor:
-        return self.down(F.gelu(self.up(features_UF))).unflatten(-1, (self.tokens, -1))
 
 
 class MRC(nn.Module):
@@ -54,12 +42,23 @@ class MRC(nn.Module):
         self.num_items = 0
         self.reads_rows = config.negatives != "full"
         self.catalogue: ItemCatalogue | None = None  # where rows are read from
+        kind = LinearExpert if config.experts == "linear" else MLPExpert
+        self.equal_sizes = config.experts == "linear"  # experts are normalised before they are mixed
         self.experts = nn.ModuleDict(
             {
-                name: Expert(width, hidden, config.hidden_size, config.tokens_per_item)
+                name: kind(width, hidden, config.hidden_size, config.tokens_per_item)
                 for name, width in config.modalities.items()
             }
         )
+        if config.words:
+            self.words = WordExpert(
+                config.num_words,
+                config.word_size,
+                config.hidden_size,
+                config.tokens_per_item,
+                config.word_dropout,
+            )
+            self.word_gate = nn.Parameter(torch.zeros(()))
         self.gates = nn.ModuleDict({name: nn.Linear(width, 1) for name, width in config.modalities.items()})
         if config.item_embedding:
             self.item_embedding = nn.Embedding(
@@ -72,8 +71,15 @@ class MRC(nn.Module):
         # what MPO moves from CLOSED to 0 as it opens a modality
         self.register_buffer("gate_offset", torch.zeros(len(self.names)))
 
+    def fit(self, catalogue: ItemCatalogue) -> None:
+        """Fit what experts keep of a new model's catalogue: the whitening of its features, and its words."""
+        for name, expert in self.experts.items():
+            expert.fit(catalogue.features[name], catalogue.present[name])
+        if WORDS in self.names:
+            self.words.fit(catalogue.readable_texts())
+
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
-        """Set a catalogue's features, normalised once, and its presence mask.
+        """Set a catalogue's features, normalised once, its items' words, and its presence mask.
 
         Raises:
             SpeederError: a modality is missing or has another width, or an item has no modality.
@@ -86,14 +92,18 @@ class MRC(nn.Module):
                     f"catalogue: expected the modality {name!r}, got {', '.join(catalogue.features) or 'none'}"
                 )
             features = catalogue.features[name]
-            if features.shape[1] != expert.up.in_features:
+            if features.shape[1] != expert.num_features:
                 raise SpeederError(
-                    f"catalogue: expected features of width {expert.up.in_features} for {name!r}, "
+                    f"catalogue: expected features of width {expert.num_features} for {name!r}, "
                     f"got {features.shape[1]}"
                 )
             if not self.reads_rows:
-                buffers[f"features_{name}"] = normalised(features).to(device, dtype)
+                here = expert.normalised(features, catalogue.present[name])
+                buffers[f"features_{name}"] = here.to(device, dtype)
             columns.append(catalogue.present[name])
+        read = self.words.read(catalogue.readable_texts()) if WORDS in self.names else {}
+        if read:
+            columns.append(read["starts"].diff() > 0)
         if ITEM in self.names:
             columns.append(torch.arange(len(catalogue)) < len(self.item_trained))
         present = torch.stack(columns, dim=1) if columns else torch.zeros(len(catalogue), 0, dtype=torch.bool)
@@ -110,14 +120,19 @@ class MRC(nn.Module):
                 self.register_buffer(
                     name, buffer.clone() if buffer.is_inference() else buffer, persistent=False
                 )
+        if read:
+            self.words.set_texts(read)
         self.num_items = len(catalogue)
         self.catalogue = catalogue if self.reads_rows else None
 
     def _features(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
         """A modality's normalised features of some items, `(U, F)`."""
         if self.reads_rows:
-            features = self.catalogue.features[name]
-            features = normalised(features if rows is None else features[rows.to(features.device)])
+            features, present = self.catalogue.features[name], self.catalogue.present[name]
+            if rows is not None:
+                rows = rows.to(features.device)
+                features, present = features[rows], present[rows]
+            features = self.experts[name].normalised(features, present)
             return features.to(self.norm_weight.device, self.norm_weight.dtype)
         features = getattr(self, f"features_{name}")
         return features if rows is None else features[rows]
@@ -157,7 +172,12 @@ class MRC(nn.Module):
             outputs.append(expert(features))
             logits.append(self.gates[name](features).squeeze(-1).float())
         present = self._presence(rows)
-        if ITEM in self.names:
+        if WORDS in self.names:
+            outputs.append(self.words(rows))
+            logits.append(self.word_gate.float().expand(len(present)))
+        if self.equal_sizes:  # so that the gate's weights are what experts contribute
+            outputs = [F.rms_norm(output, output.shape[-1:], eps=1e-6) for output in outputs]
+        if ITEM in self.names:  # begins near zero, and counts for more as it learns
             warm = torch.arange(self.num_items, device=present.device) if rows is None else rows
             warm = warm.clamp(max=self.item_embedding.num_embeddings - 1)
             vectors = self.item_embedding(warm).unflatten(-1, (self.tokens_per_item, -1))
@@ -201,11 +221,6 @@ class MRC(nn.Module):
                 whole[start : start + len(part)] = part
             start += len(piece[0])
         return found
-
-
-def normalised(features: torch.Tensor) -> torch.Tensor:
-    """`(U, F)` float32 features with mean 0 and variance 1 in each row."""
-    return F.layer_norm(features.float(), features.shape[1:])
 
 
 def _how(names: list[str]) -> str:

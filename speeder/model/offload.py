@@ -13,7 +13,7 @@ from torch import nn
 from speeder.errors import SpeederError
 
 WAITING = ("cpu", "disk")  # where offloaded weights are
-OWN_PARTS = ("mrc", "spae", "item_head", "logit_scale", "dropout", "negatives")
+OWN_PARTS = ("mrc", "spae", "history", "item_head", "logit_scale", "dropout", "negatives")
 
 
 def keep_own_parts(device_map: dict[str, Any]) -> dict[str, Any]:

@@ -163,6 +163,16 @@ def cu_seqlens(lengths: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).int()
 
 
+def packed_rows(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """`(B, H, S, D) -> (T, H, D)`: the tokens that are not padding, end to end.
+
+    Args:
+        index: `(T,)` int64, flat places of the tokens in the `(B, S)` grid; None: all.
+    """
+    flat = states.transpose(1, 2).flatten(0, 1)
+    return flat if index is None or len(index) == len(flat) else flat[index]
+
+
 def item_slots(item_mask: torch.Tensor, ranks: torch.Tensor, tokens_per_item: int) -> torch.Tensor:
     """The number of each position's token within its item, 0 .. K-1 in each run of one rank.
 

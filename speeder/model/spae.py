@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from speeder.model.config import ATTENTION_NAME, SpeederConfig
-from speeder.model.packing import SequenceLayout
+from speeder.model.packing import SequenceLayout, packed_rows
 from speeder_kernels import spae_attention
 
 
@@ -160,9 +160,9 @@ def spae_attention_forward(
     layer = module.layer_idx
     out = spae_attention(
         # under autocast the rotary embedding leaves q and k in float32 beside a bfloat16 v
-        _pack(query.to(value.dtype), layout.query_index),
-        _pack(key.to(value.dtype), layout.key_index),
-        _pack(value, layout.key_index),
+        packed_rows(query.to(value.dtype), layout.query_index),
+        packed_rows(key.to(value.dtype), layout.key_index),
+        packed_rows(value, layout.key_index),
         layout.cu_seqlens_q,
         layout.cu_seqlens_k,
         layout.max_seqlen_q,
@@ -177,12 +177,6 @@ def spae_attention_forward(
     if layout.query_index is not None and len(out) != batch * new:
         out = out.new_zeros(batch * new, heads, width).index_copy(0, layout.query_index, out)
     return out.view(batch, new, heads, width), None
-
-
-def _pack(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """`(B, H, S, D) -> (T, H, D)`: the tokens that are not padding, end to end."""
-    flat = states.transpose(1, 2).flatten(0, 1)
-    return flat if index is None or len(index) == len(flat) else flat[index]
 
 
 AttentionInterface.register(ATTENTION_NAME, spae_attention_forward)

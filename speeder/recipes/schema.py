@@ -36,6 +36,8 @@ TITLE_TEMPLATE = "{history}\nCandidates:\n{candidates}\nChosen next:\n"
 USUAL_TEMPLATE = "{history}"  # items alone; of a baseline, its own prompt
 
 # What a stage may train. "backbone:N" is the backbone's last N layers (and its final norm).
+LEARNED = ("words", "item")  # modalities that are no features: word vectors, and the learned item embedding
+_RATES = (("item_learning_rate", None), ("word_learning_rate", None))
 PARTS = ("experts", "gate", "item", "head", "spae", "lora", "backbone", "embeddings")
 
 
@@ -77,13 +79,14 @@ class Stage:
 
     Attributes:
         name: shown in logs, tables and plots.
-        open: modalities whose gates are open ("item" is the learned item embedding).
+        open: modalities whose gates are open ("item" is the learned item embedding, "words" the learned word vectors).
         train: parts that learn, of [`PARTS`]; everything else is frozen.
         epochs: passes over the training sequences (fractions are allowed); or
         steps: optimizer steps, which override epochs.
         learning_rate: peak rate of the new parts.
         item_learning_rate: peak rate of the learned item embedding; None: `learning_rate`. Each item's row is trained
             by few targets, so it needs a higher rate than weights that all items share.
+        word_learning_rate: peak rate of the word vectors, for the same reason; None: `learning_rate`.
         backbone_learning_rate: peak rate of the backbone's own weights and of LoRA.
         ramp_steps: steps in which a newly opened modality's gate goes from nearly closed to open.
         titles: share of the examples with a title as the target instead of items, see `TitleExamples`.
@@ -97,6 +100,7 @@ class Stage:
     steps: Count | None = None
     learning_rate: NotNegative = 1e-3
     item_learning_rate: NotNegative | None = None
+    word_learning_rate: NotNegative | None = None
     backbone_learning_rate: NotNegative = 3e-4
     ramp_steps: CountOrZero = 20
     titles: Share = 0.0
@@ -219,7 +223,7 @@ class Recipe:
         stages, notes, noted = [], [], set()
         opened: set[str] = set()
         wanted: set[str] = set()  # what would be open by now if the data had all modalities
-        known = {*available, *MODALITIES, "item"}
+        known = {*available, *MODALITIES, *LEARNED}
         for stage in self.stages:
             for name in stage.open:
                 if name not in known:
@@ -227,7 +231,7 @@ class Recipe:
                         f"stage {stage.name!r}: open: expected some of {', '.join(sorted(known))}, got {name!r}"
                     )
         for stage in self.stages:
-            there = [name for name in stage.open if name in available or name == "item"]
+            there = [name for name in stage.open if name in available or name in LEARNED]
             missing = [name for name in stage.open if name not in there]
             # the stage is only for missing modalities
             idle = set(there) <= opened and not set(stage.open) <= wanted and not stage.titles
@@ -259,7 +263,7 @@ class Recipe:
         if not self.skip_bad_batches:
             del plain["skip_bad_batches"]
         for stage in plain["stages"]:
-            for key, unused in (("titles", 0.0), ("batch_users", None), ("item_learning_rate", None)):
+            for key, unused in (("titles", 0.0), ("batch_users", None), *_RATES):
                 if stage[key] == unused:
                     del stage[key]
         return plain

@@ -21,8 +21,9 @@ from speeder.data.fingerprints import features_hash
 from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, check_files, describe_files, read_json, write_json
 from speeder.io.progress import showing
+from speeder.model.experts import KeptWhitening, LinearExpert, MLPExpert, WordExpert
 from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table
-from speeder.model.mrc import MRC, PIECE, Expert
+from speeder.model.mrc import MRC, PIECE
 from speeder_kernels import topk_items
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 FORMAT = "speeder-token-shards-1"
 SHARD_ITEMS = 1 << 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PLAIN = (MRC, Expert, nn.Linear, nn.Embedding, nn.ModuleDict)
+_PLAIN = (MRC, MLPExpert, LinearExpert, KeptWhitening, WordExpert, nn.Linear, nn.Embedding, nn.ModuleDict)
 _NAME = re.compile(r"tokens-\d{5,}-of-\d{5,}\.safetensors")
 
 
@@ -57,6 +58,9 @@ def token_identity(model: SpeederForCausalLM) -> dict[str, str]:
     catalogue = hashlib.sha256()
     for external in model.catalogue.ids:
         catalogue.update(external.encode() + b"\0")
+    if model.config.words:
+        for text in model.catalogue.readable_texts():
+            catalogue.update(text.encode() + b"\0")
     for name in model.config.modalities:
         content = features_hash(model.catalogue.features[name], model.catalogue.present[name])
         catalogue.update(f"{name} {content} ".encode())

@@ -69,7 +69,13 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     item_rate = stage.learning_rate if stage.item_learning_rate is None else stage.item_learning_rate
-    rates = {"backbone": stage.backbone_learning_rate, "item": item_rate, "new": stage.learning_rate}
+    word_rate = stage.learning_rate if stage.word_learning_rate is None else stage.word_learning_rate
+    rates = {
+        "backbone": stage.backbone_learning_rate,
+        "item": item_rate,
+        "word": word_rate,
+        "new": stage.learning_rate,
+    }
     layers = model.config.text_config.num_hidden_layers
     for part in stage.train:
         if part.startswith("backbone:") and int(part.partition(":")[2]) > layers:
@@ -82,13 +88,13 @@ def select_parameters(model: nn.Module, stage: Stage, weight_decay: float) -> li
         parameter.requires_grad_(part is not None)
         if part is not None:
             decays = parameter.ndim >= 2 and not name.startswith("spae.")
-            kind = (
-                "backbone"
-                if part in ("backbone", "lora", "embeddings")
-                else "item"
-                if part == "item"
-                else "new"
-            )
+            kind = "new"
+            if part in ("backbone", "lora", "embeddings"):
+                kind = "backbone"
+            elif part == "item":
+                kind = "item"
+            elif name == "mrc.words.vectors.weight":
+                kind = "word"
             groups.setdefault((kind, decays), []).append(parameter)
     if not groups:
         raise SpeederError(
@@ -115,8 +121,11 @@ def _part_of(name: str, stage: Stage, layers: int) -> str | None:
         if path[1] in ("item_embedding", "item_gate"):
             part = "item" if path[1] == "item_embedding" else "gate"
             return part if part in stage.train and "item" in stage.open else None
+        if path[1] in ("words", "word_gate"):
+            part = "experts" if path[1] == "words" else "gate"
+            return part if part in stage.train and "words" in stage.open else None
         return "experts" if "experts" in stage.train else None  # the norm after the experts
-    if path[0] == "spae":
+    if path[0] in ("spae", "history"):
         return "spae" if "spae" in stage.train else None
     if path[0] in ("item_head", "logit_scale"):
         return "head" if "head" in stage.train else None

@@ -146,12 +146,13 @@ def _check_modalities(recipe: Recipe, data: PreparedData) -> None:
         return
     for stage in recipe.stages:
         for name in stage.open:
-            if name == "item" and recipe.model.get("item_embedding"):
-                continue
-            if name == "item":
+            setting = {"item": "item_embedding", "words": "words"}.get(name)
+            if setting is not None and not recipe.model.get(setting):
                 raise SpeederError(
-                    f"stage {stage.name!r} opens 'item', which needs model: {{item_embedding: true}}"
+                    f"stage {stage.name!r} opens {name!r}, which needs model: {{{setting}: true}}"
                 )
+            if setting is not None:
+                continue
             if name not in data.catalogue.modalities:
                 known = ", ".join(data.catalogue.modalities) or "none"
                 raise SpeederError(f"stage {stage.name!r} opens {name!r}, but the prepared data has: {known}")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from speeder.baselines.auto import load_model
 from speeder.baselines.fit_neighbours import content_modalities, count_pairs, fit_neighbours, fits
 from speeder.baselines.neighbours import ITEM_PAIRS, Content, Neighbours
-from speeder.baselines.whitening import Whitening
 from speeder.cli.main import main
 from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.fingerprints import training_hash
@@ -21,6 +20,7 @@ from speeder.data.interactions import Interactions
 from speeder.errors import SpeederError
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.leaks import LeakError
+from speeder.model.whitening import Whitening
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import load_recipe, recipe_from_dict
 from speeder.recipes.neighbours import NeighboursConfig, NeighboursRecipe

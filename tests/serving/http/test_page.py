@@ -70,7 +70,9 @@ def test_a_person_picks_films_and_sees_what_is_recommended_and_why(opened, model
     for query, title in (("star w", "Star Wars (1977)"), ("brave", "Braveheart (1995)")):
         page.get_by_role("combobox", name="Search by title").fill(query)
         page.get_by_role("option", name=title).click()
-    expect(page.locator("#status")).to_contain_text("your 2 picks")  # cards of the first pick alone may be there
+    expect(page.locator("#status")).to_contain_text(
+        "your 2 picks"
+    )  # cards of the first pick alone may be there
     expect(page.locator(".card .shares")).to_have_count(12)
     assert picked(page) == ["Star Wars (1977)", "Braveheart (1995)"]
     assert page.url.endswith("#i1,i12")
