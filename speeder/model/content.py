@@ -8,11 +8,13 @@ the settings that modules hold as plain attributes (an adapter's scale, whether 
 from __future__ import annotations
 
 import inspect
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
 from functools import cache, partial, wraps
+from types import FunctionType, MappingProxyType, SimpleNamespace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -40,7 +42,16 @@ _ONLOOKERS = (
     "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.",
     "torch.utils.module_tracker.ModuleTracker.",
 )
-_BY_IDENTITY = (type, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_FIXED = (type, Enum, range, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_ATOMS = (int, float, complex, str, bytes)
+_MAPPINGS = (OrderedDict, defaultdict, dict, MappingProxyType)  # special ones first
+_SETS = (set, frozenset)
+# Python's types whose content can be read, with the size of an instance that has attributes too. What is larger, such
+# as `random.Random`, holds something in slots or in C.
+_SIZES = {
+    base: base.__basicsize__ if base is MappingProxyType else type("", (base,), {}).__basicsize__
+    for base in (*_ATOMS, *_MAPPINGS, *_SETS, tuple, list, deque, SimpleNamespace, object)
+}
 
 _read: ContextVar[dict[tuple[int, ...], tuple] | None] = ContextVar("contents", default=None)
 
@@ -117,18 +128,17 @@ class Kept(Generic[Value]):
 
     def get(self, content: tuple | None, compute: Callable[[], Value]) -> Value:
         """The kept value, if it was computed from this content; else a new one. Without a content none is kept."""
-        if content is None or content != self._content:
+        kept = self._kept  # read once: another thread may write it
+        if content is None or kept is None or kept[0] != content:
+            kept = None
             self.clear()  # before the new value needs memory of its own
-            value = compute()
-            if content is None:
-                return value
-            self._value, self._content = value, content
-        return self._value
+            kept = content, compute()
+            self._kept = None if content is None else kept
+        return kept[1]
 
     def clear(self) -> None:
         """Drop the value."""
-        self._content: tuple | None = None
-        self._value: Any = None
+        self._kept: tuple[tuple, Value] | None = None
 
     def __deepcopy__(self, memo: dict) -> Kept[Value]:
         return Kept()  # a copy of a model keeps nothing of the other one's memory
@@ -157,11 +167,29 @@ def content_of(*modules: nn.Module, without: nn.Module | None = None) -> tuple |
         if _global_hooks() or parametrize._cache_enabled:  # which keeps weights that may have changed
             raise _Unknown
         content = (*[reader.plain(module) for module in modules], reader.digest())
-    except _Unknown:
+    except (_Unknown, RecursionError):
         content = None if known is None else (object(),)
     if known is not None:
         known[key] = content
     return content
+
+
+@torch.compiler.disable
+def hash_of(*tensors: torch.Tensor) -> bytes | None:
+    """The hash of tensors' bytes, None where they cannot be read; in a context of `read_once` they are read once."""
+    known, key = _read.get(), tuple(map(id, tensors))
+    if known is not None and key in known:
+        return known[key][0]
+    reader = _Reader(None)
+    try:
+        for tensor in tensors:
+            reader.plain(tensor)
+        digest = reader.digest()
+    except _Unknown:
+        digest = None
+    if known is not None:
+        known[key] = (digest, tensors)  # held, so that no id is given to another tensor
+    return digest
 
 
 def is_known(content: tuple | None) -> bool:
@@ -179,6 +207,7 @@ class _Reader:
     def __init__(self, without: nn.Module | None) -> None:
         self._without = without
         self._hash = xxhash.xxh3_128()
+        self._codes: dict[type, tuple] = {}
         self._places: dict[int, int] = {}  # what was read, by its id -> in which order
         self._held: list[Any] = []  # so that no id is given to another object meanwhile
 
@@ -188,28 +217,25 @@ class _Reader:
 
     def plain(self, value: Any) -> Any:
         """What compares as the content of a value does."""
-        if (
-            isinstance(value, str | int | float | complex | bytes) or value is None
-        ):  # most are: try nothing else
+        kind = type(value)
+        if kind is str or value is None:  # most are: try nothing else
             return value
-        if isinstance(value, _BY_IDENTITY):
+        if kind in _ATOMS or kind is bool:
+            return kind, repr(value)  # 1, 1.0 and True are equal
+        if isinstance(value, _FIXED):
             return value
-        if isinstance(value, list | tuple | deque):
-            return tuple(map(self.plain, value))
-        if isinstance(value, Set):
-            return frozenset(map(self.plain, value))
+        if kind is tuple:
+            return tuple, tuple(map(self.plain, value))
         if id(value) in self._places:
             return self._places[id(value)]
         self._places[id(value)] = len(self._places)
         self._held.append(value)
-        if isinstance(value, Mapping):
-            return tuple((self.plain(key), self.plain(part)) for key, part in value.items())
         if isinstance(value, nn.Module):
             return self._module(value)
         if isinstance(value, torch.Tensor):
             return self._tensor(value)
-        if isinstance(value, np.ndarray):
-            return self._array(value)
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(np.asarray(value))
         if isinstance(value, partial):
             return self.plain(value.func), self.plain(value.args), self.plain(value.keywords)
         if inspect.isroutine(value):
@@ -218,9 +244,25 @@ class _Reader:
             return value, tuple(
                 None if each.is_inference() else each._version for each in value.features.values()
             )
-        if hasattr(value, "__dict__") and not hasattr(type(value), "__slots__"):
-            return type(value), self.plain(vars(value))
-        raise _Unknown
+        return self._object(value)
+
+    def _object(self, value: Any) -> tuple:
+        """An object of any other class: what its base of Python's holds, and its attributes."""
+        kind = type(value)
+        base = next(base for base in _SIZES if issubclass(kind, base))
+        slots = any(vars(each).get("__slots__") for each in kind.__mro__)
+        if slots or kind.__basicsize__ > _SIZES[base] or kind is object:
+            raise _Unknown
+        if base in _ATOMS:
+            held = base.__repr__(value)
+        elif base in _MAPPINGS:
+            held = tuple((self.plain(key), self.plain(part)) for key, part in base.items(value))
+        elif base in _SETS:
+            held = frozenset(map(self.plain, base.__iter__(value)))
+        else:
+            held = tuple(map(self.plain, base.__iter__(value))) if base in (tuple, list, deque) else ()
+        further = [self.plain(getattr(value, name, None)) for name in ("default_factory", "maxlen")]
+        return kind, held, *further, self.plain(vars(value)) if hasattr(value, "__dict__") else None
 
     def _module(self, module: nn.Module) -> tuple:
         attributes = vars(module)
@@ -232,7 +274,10 @@ class _Reader:
         )
         parts = [self.plain(attributes[name]) for name in names]
         others = tuple((name, self.plain(value)) for name, value in attributes.items() if name not in _OWN)
-        return type(module), *parts, others
+        kind = type(module)
+        if kind not in self._codes:
+            self._codes[kind] = _code(kind)
+        return self._codes[kind], *parts, others
 
     def _function(self, function: Any) -> tuple:
         """A function with what it has bound: the object of a method, and variables of the function around it."""
@@ -246,7 +291,7 @@ class _Reader:
             owner = None
         code = getattr(function, "__func__", function)
         defaults = [getattr(function, name, None) for name in ("__defaults__", "__kwdefaults__")]
-        return code, self.plain(owner), self.plain(bound), self.plain(defaults)
+        return code, getattr(function, "__code__", None), *map(self.plain, (owner, bound, defaults))
 
     def _array(self, array: np.ndarray) -> tuple:
         if array.dtype.hasobject:
@@ -271,6 +316,21 @@ class _Reader:
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         self._hash.update(raw.numpy() if raw.device.type == "cpu" else checksums(raw).cpu().numpy())
         return type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, beside
+
+
+def _code(kind: type) -> tuple:
+    """A module's class, with what a patch of the class changes, or an editor that reloads its file: the functions, and
+    their code, and plain values."""
+    found: list[Any] = [kind]
+    for each in kind.__mro__:
+        if each is nn.Module:
+            break
+        for name, value in vars(each).items():
+            if isinstance(value, FunctionType):
+                found += [name, value, value.__code__]
+            elif type(value) in (bool, int, float):
+                found += [name, repr(value)]
+    return tuple(found)
 
 
 def checksums(raw: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
-from speeder.model.content import Kept, autocast_dtype, content_of, for_later
+from speeder.model.content import Kept, autocast_dtype, content_of, for_later, hash_of
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import SharedPrefix
 from speeder.model.mrc import MRC
@@ -16,11 +16,20 @@ from speeder.model.mrc import MRC
 class ItemTokensMixin:
     """The catalogue and the item tokens of [`SpeederForCausalLM`]."""
 
-    catalogue: ItemCatalogue | None
     item_store: ItemStore | None
-    _checked_store: tuple[ItemStore, tuple | None] | None
-    _kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]
+    _checked_store: tuple[ItemStore, Kept[None]] | None
+    _catalogue: ItemCatalogue | None = None
+    _kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor, bytes | None]]
     _kept_prefix: Kept[SharedPrefix]
+
+    @property
+    def catalogue(self) -> ItemCatalogue | None:
+        """The items; to assign another catalogue is to call `set_catalogue`."""
+        return self._catalogue
+
+    @catalogue.setter
+    def catalogue(self, catalogue: ItemCatalogue) -> None:
+        self.set_catalogue(catalogue)
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """Set the catalogue of the items with ids from `V` on.
@@ -33,7 +42,7 @@ class ItemTokensMixin:
         for part in self._copies_of_mrc():
             part.set_catalogue(catalogue)
         self.config.warm_items_hash = warm
-        self.catalogue = catalogue
+        self._catalogue = catalogue
         self.config.num_items = len(catalogue)
         self.item_store = self._checked_store = None
         self.clear_cache()
@@ -89,11 +98,12 @@ class ItemTokensMixin:
         Raises:
             SpeederError: the store was made with other weights or another catalogue.
         """
-        if store is not None:
-            self._check_store(store)
+        checked = None if store is None else (store, Kept())
+        if checked is not None:
+            checked[1].get(content_of(self.mrc), lambda: self._check_store(store))
         self.clear_cache()
         self.item_store = None if self.training else store
-        self._checked_store = None if store is None else (store, content_of(self.mrc))
+        self._checked_store = checked
 
     def item_table(self) -> torch.Tensor | ItemStore:
         """The store of item tokens, if one is in use, else the whole catalogue's `(I, K, H)` tokens; to be read only.
@@ -103,12 +113,10 @@ class ItemTokensMixin:
         """
         if self.item_store is None:
             return self.item_tokens()[0]
-        if self._checked_store is not None and self._checked_store[0] is self.item_store:
-            content = content_of(self.mrc)
-            if content is None or content != self._checked_store[1]:
-                self._check_store(self.item_store)
-                self._checked_store = (self.item_store, content)
-        return self.item_store
+        store, checked = self.item_store, self._checked_store
+        if checked is not None and checked[0] is store:
+            checked[1].get(content_of(self.mrc), lambda: self._check_store(store))
+        return store
 
     @torch.no_grad()
     def _check_store(self, store: ItemStore) -> None:
@@ -132,7 +140,7 @@ class ItemTokensMixin:
 
         Returns:
             tokens `(I, K, H)` and gates `(I, M)` float32, columns in the order of `config.gate_names`. They may be the
-            kept ones, so do not write into them.
+            kept ones: if something is written into them, the next call computes them anew.
         """
         if self.training or torch.is_grad_enabled():
             return self.mrc.whole()
@@ -140,15 +148,18 @@ class ItemTokensMixin:
         if content is not None:
             content += (autocast_dtype(device),)
         with for_later(device):
-            tokens, gates, versions = self._kept_tokens.get(content, self._compressed)
-            if (tokens._version, gates._version) != versions:  # a caller has written into them
+            if content is None:
+                return self.mrc.whole()
+            tokens, gates, known = self._kept_tokens.get(content, self._compressed)
+            # a caller may have written into them, such as by numpy, of which torch's versions do not tell
+            if hash_of(tokens, gates) != known:
                 self._kept_tokens.clear()
                 tokens, gates, _ = self._kept_tokens.get(content, self._compressed)
         return tokens, gates
 
-    def _compressed(self) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    def _compressed(self) -> tuple[torch.Tensor, torch.Tensor, bytes | None]:
         tokens, gates = self.mrc.whole()
-        return tokens, gates, (tokens._version, gates._version)
+        return tokens, gates, hash_of(tokens, gates)
 
     def clear_cache(self) -> None:
         """Free what is kept between calls: the item tokens, and the states of the text before histories.

@@ -133,14 +133,17 @@ def positions_move(config: PreTrainedConfig) -> bool:
     return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
 
 
-def text_content(model: SpeederForCausalLM) -> tuple | None:
+def text_content(model: SpeederForCausalLM, all_words: bool = False) -> tuple | None:
     """What the keys and values of the shared text depend on: the layers, SPAE, autocast's dtype and the text itself.
 
     Make it in evaluation mode; None if it is not known (see `content_of`).
+
+    Args:
+        all_words: of the text embedding, all rows count, not the shared text's alone.
     """
     words = model.backbone.get_input_embeddings()  # most of a small model, and few of its rows are read
     parts = [model.backbone.get_decoder(), model.spae, *([] if model.history is None else [model.history])]
-    content = content_of(*parts, without=words)
+    content = content_of(*parts, without=None if all_words else words)
     if not is_known(content):
         return content
     prefix = model.shared_prefix
@@ -149,9 +152,13 @@ def text_content(model: SpeederForCausalLM) -> tuple | None:
     return (*content, autocast_dtype(model.device.type), tuple(prefix), rows.dtype, read)
 
 
-def session_content(model: SpeederForCausalLM) -> tuple | None:
-    """What the keys and values of histories depend on: `text_content`, and the item tokens."""
-    text, tokens = text_content(model), content_of(model.mrc)
+def session_content(model: SpeederForCausalLM, all_words: bool = False) -> tuple | None:
+    """What the keys and values of histories depend on: `text_content`, and the item tokens.
+
+    Args:
+        all_words: histories hold text too, such as titles.
+    """
+    text, tokens = text_content(model, all_words), content_of(model.mrc)
     if text is None or tokens is None:
         return None
     config = model.config

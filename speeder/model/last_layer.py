@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -59,9 +60,11 @@ def last_layer_computes(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None
     Raises:
         TypeError: the layers have no cache argument of a known name.
     """
-    name = _cache_name(type(decoder.layers[-1]))
+    name, thread = _cache_name(type(decoder.layers[-1])), get_ident()
 
-    def cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+    def cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        if get_ident() != thread:  # another thread's pass
+            return None
         taker = _Taker()
         try:
             layer.forward(*args, **kwargs | {name: taker})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import replace
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speeder.data.catalogue import ItemCatalogue
 from speeder.model.config import ATTENTION_NAME, CACHE_NAME, SpeederConfig
 from speeder.model.content import Kept
 from speeder.model.embeddings import embedding_scale, read_directly
@@ -86,11 +86,10 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         self.item_head = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(config.initial_logit_scale)))
         self.dropout = nn.Dropout(config.dropout)
-        self.catalogue: ItemCatalogue | None = None
         self.negatives = NegativeSampler(config)
         self.item_store: ItemStore | None = None
-        self._checked_store: tuple[ItemStore, tuple | None] | None = None
-        self._kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]] = Kept()
+        self._checked_store: tuple[ItemStore, Kept[None]] | None = None
+        self._kept_tokens: Kept[tuple[torch.Tensor, torch.Tensor, bytes | None]] = Kept()
         self._kept_prefix: Kept[SharedPrefix] = Kept()
         self.post_init()
         # tied weights are stored once; saying so keeps `Trainer` from warning of them as missing
@@ -451,7 +450,11 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             return packed if scale is None else packed * scale.to(packed.dtype)
         shape = shape or (1, len(ids))
 
+        thread = get_ident()
+
         def with_items(module: nn.Module, args: tuple, rows: torch.Tensor) -> torch.Tensor:
+            if get_ident() != thread:  # another thread's pass
+                return rows
             rows = self._repack(rows, layout)
             own_row = torch.arange(len(ids), device=ids.device)
             packed = self._pack_embeddings(rows, own_row, ids, layout, item_table)

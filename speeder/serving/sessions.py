@@ -106,6 +106,17 @@ class UserSessions:
         self._catalogue = model.catalogue  # whose indices the histories hold
         self._states: OrderedDict[Hashable, KeptState] = OrderedDict()  # the least recently used comes first
         self._root = self._content = self._table = None
+        self._all_words = False  # whether kept states are of text beyond the instruction
+
+    def __getstate__(self) -> dict:
+        """A copy has the events, and computes its states anew."""
+        return vars(self) | {
+            "_pool": KeyValuePool(self._pool.capacity),
+            "_histories": {user: array("q", items) for user, items in self._histories.items()},
+            "_states": OrderedDict(),
+            "_root": None,
+            "_content": None,
+        }
 
     @torch.no_grad()
     @reading_once(lambda self: self.model)
@@ -239,19 +250,22 @@ class UserSessions:
     def _run(self, histories: dict[Hashable, list[int]], answer: bool) -> torch.Tensor | None:
         """Update users' states; with `answer`, return the `(n, H)` final states that items are scored from."""
         with self.model.evaluating():
-            content = session_content(self.model)
+            suffix = len(self.model.config.prompt_suffix)
+            prefix, sequences = prefix_tokens(self.model), {}
+            for user, history in histories.items():
+                tokens = as_tokens(self.model.sequence(history))
+                self._check_length(tokens.shape[1])
+                kept = tokens[:, : tokens.shape[1] - suffix]
+                own_ids = kept[0, common_length(prefix, kept) :]
+                self._all_words |= bool((own_ids < self.model.config.text_vocab_size).any())
+                sequences[user] = tokens if answer else kept
+            content = session_content(self.model, self._all_words)
             if content is None or content != self._content:
                 self.clear()
                 self._content = content
             self._table = self.model.item_table()
             if self._root is None:
                 self._root = self._computed_root()
-            suffix = len(self.model.config.prompt_suffix)
-            sequences = {}
-            for user, history in histories.items():
-                tokens = as_tokens(self.model.sequence(history))
-                self._check_length(tokens.shape[1])
-                sequences[user] = tokens if answer else tokens[:, : tokens.shape[1] - suffix]
             try:
                 states = [self._run_batch(batch, suffix, answer) for batch in self._batches(sequences)]
             finally:
@@ -294,7 +308,9 @@ class UserSessions:
             self._states[user] = state  # now the newest
             common = common_length(state.tokens, tokens)
             if answer and common == tokens.shape[1] and (common < len(state.slots) or state.last is None):
-                common -= 1  # the requested state was not kept: its token runs again
+                # the requested state was not kept: its token runs again, an item's with all of the item
+                is_item = tokens[0, -1] >= self.model.config.text_vocab_size
+                common -= self.model.config.tokens_per_item if is_item else 1
             self._crop(state, common)
         states = [self._states[user] for user in batch]
         runs = [(s, t) for s, t in zip(states, batch.values(), strict=True) if len(s.slots) < t.shape[1]]

@@ -2,10 +2,14 @@
 
 import copy
 import math
+import random
 import weakref
-from collections import deque
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from enum import Enum
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,12 +23,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
+from speeder.model import kv_cache
 from speeder.model.content import Kept, checksums, content_of, read_once
 from speeder.model.explain import explain
 from speeder.model.modeling import SpeederForCausalLM
-from speeder.model.mrc import MRC
+from speeder.model.mrc import MRC, Expert
 from speeder.model.sequences import pack_batch
 from speeder.retrieval.shards import write_token_shards
+from speeder.serving import sessions as serving
 from speeder.serving.sessions import UserSessions
 from tests.model.worlds import FAMILIES, tiny_catalogue, tiny_model
 
@@ -402,16 +408,72 @@ class Part(nn.Module):
         vars(self).update(attributes)
 
 
+class Named(dict):
+    """A mapping with attributes."""
+
+
+class Texts(list):
+    """A list with attributes."""
+
+
+class Random(random.Random):
+    """Holds its state in C."""
+
+
+class Slotted(Named):
+    __slots__ = ("scale",)
+
+
+class Colour(Enum):
+    RED = 1
+
+
+Point = namedtuple("Point", "place")
+
+
+def with_scale(value):
+    value.scale = 1.0
+    return value
+
+
 @pytest.mark.parametrize(
     "attributes, change",
     [
+        ({"named": with_scale(Named(a=1))}, lambda part: setattr(part.named, "scale", 2.0)),
+        ({"named": with_scale(Named(a=1))}, lambda part: part.named.__setitem__("a", 2)),
+        ({"texts": with_scale(Texts("a"))}, lambda part: setattr(part.texts, "scale", 2.0)),
+        ({"ordered": OrderedDict(a=[1])}, lambda part: part.ordered["a"].append(2)),
+        ({"other": UserDict(a=[1])}, lambda part: part.other["a"].append(2)),
+        ({"counts": defaultdict(int)}, lambda part: setattr(part.counts, "default_factory", float)),
+        ({"point": Point([1])}, lambda part: part.point.place.append(2)),
+        ({"flag": 1}, lambda part: setattr(part, "flag", True)),
+        ({"number": np.float32(1)}, lambda part: setattr(part, "number", np.float32(2))),
+        ({"plain": SimpleNamespace(a=1)}, lambda part: setattr(part.plain, "a", 2)),
+        ({"colour": Colour.RED}, lambda part: setattr(part, "colour", None)),
         ({"settings": Settings()}, lambda part: setattr(part.settings, "scale", 2.0)),
         ({"queue": deque([1])}, lambda part: part.queue.append(2)),
         ({"nested": {"a": [Settings()]}}, lambda part: setattr(part.nested["a"][0], "scale", 2.0)),
         ({}, lambda part: setattr(part.weight, "scales", torch.ones(2))),
         ({"table": np.ones(3)}, lambda part: part.table.__setitem__(0, 5)),
     ],
-    ids=["dataclass", "deque", "nested", "beside a weight", "array"],
+    ids=[
+        "dict with attributes",
+        "dict",
+        "list with attributes",
+        "ordered",
+        "user's dict",
+        "default",
+        "named tuple",
+        "truth",
+        "scalar",
+        "namespace",
+        "enum",
+        "dataclass",
+        "deque",
+        "nested",
+        "beside a weight",
+        "array",
+    ],
 )
 def test_attributes_that_are_changed_in_place(attributes, change):
     part = Part(**attributes).eval()
@@ -419,6 +481,14 @@ def test_attributes_that_are_changed_in_place(attributes, change):
     assert before is not None and content_of(part) == before
     change(part)
     assert content_of(part) != before
+
+
+def round_and_round(depth: int = 10_000) -> list:
+    """Lists in lists, deeper than Python calls."""
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize(
@@ -429,9 +499,28 @@ def test_attributes_that_are_changed_in_place(attributes, change):
         torch.nested.nested_tensor([torch.ones(2)]),
         torch.ones(2, dtype=torch.complex64).conj(),
         np.array([object()]),
-        object.__new__(type("Slotted", (), {"__slots__": ()})),
+        object.__new__(type("Slotted", (), {"__slots__": ("place",)})),
+        Slotted(),
+        random.Random(0),
+        Random(0),
+        torch.Generator(),
+        object(),
+        round_and_round(),
     ],
-    ids=["sparse", "quantized", "nested", "conjugate", "objects", "slots"],
+    ids=[
+        "sparse",
+        "quantized",
+        "nested",
+        "conjugate",
+        "objects",
+        "slots",
+        "dict with slots",
+        "random",
+        "of random",
+        "generator",
+        "bare object",
+        "deep",
+    ],
 )
 def test_what_cannot_be_read_is_not_kept(tensor):
     assert content_of(Part(strange=tensor).eval()) is None
@@ -470,25 +559,26 @@ def test_what_changes_nothing_costs_nothing(step, monkeypatch, tmp_path):
     model, calls = tiny_model(prompt_prefix=[5]), []
     sessions = sessions_of(model)
     model.score([HISTORY])
-    table, prefix = model._kept_tokens._value[0], model._kept_prefix._value
+    table, prefix = model._kept_tokens._kept[1][0], model._kept_prefix._kept[1]
     step(model, tmp_path / "saved")
     model.score([HISTORY])
-    forward = type(model.backbone.get_decoder()).forward
-    monkeypatch.setattr(
-        type(model.backbone.get_decoder()),
-        "forward",
-        lambda self, **kwargs: calls.append(kwargs["inputs_embeds"].shape[1]) or forward(self, **kwargs),
-    )
+    run = kv_cache.continued_states
+
+    def counted(model, table, sequences, kept, cache):
+        calls.extend(sequence.shape[1] - past for sequence, past in zip(sequences, kept, strict=True))
+        return run(model, table, sequences, kept, cache)
+
+    monkeypatch.setattr(serving, "continued_states", counted)
     sessions.score({"user": []})
     assert calls in ([], [1]), "a user's history was kept"
-    assert model._kept_tokens._value[0] is table and model._kept_prefix._value is prefix
+    assert model._kept_tokens._kept[1][0] is table and model._kept_prefix._kept[1] is prefix
 
 
 def test_no_old_table_stays_alive():
     model = tiny_model(prompt_prefix=[5])
     sessions = sessions_of(model)
     model.score([HISTORY])
-    old = weakref.ref(model._kept_tokens._value[0])
+    old = weakref.ref(model._kept_tokens._kept[1][0])
     model.clear_cache()
     assert old() is None and sessions.memory().users == 1
 
@@ -682,3 +772,105 @@ def test_a_catalogue_that_was_refused_leaves_no_trace():
     with pytest.raises(SpeederError, match="expected the modality"):
         model.set_catalogue(ItemCatalogue(good.ids[::-1], features={"text": good.features["text"]}))
     model.set_catalogue(good)
+
+
+# --- what a fourth reader found ------------------------------------------------------------------------------------
+
+
+def test_a_list_that_holds_itself():
+    queue: list = []
+    queue.append(queue)
+    part = Part(queue=queue).eval()
+    before = content_of(part)
+    assert before is not None and content_of(part) == before
+    queue.append(1)
+    assert content_of(part) != before
+
+
+@pytest.mark.parametrize("way", ["another function", "its code", "a number"])
+def test_a_class_that_is_patched(way, monkeypatch):
+    """As in a notebook: a method is replaced, or an editor's reloading writes new code into the old function."""
+    model = tiny_model(prompt_prefix=[5])
+    layer = type(model.backbone.get_decoder().layers[0].mlp)
+
+    def other(self, x):
+        return -self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def change() -> None:
+        if way == "another function":
+            forward = Expert.forward
+            monkeypatch.setattr(Expert, "forward", lambda self, features: -2 * forward(self, features))
+        elif way == "its code":
+            monkeypatch.setattr(layer.forward, "__code__", other.__code__)
+        else:
+            monkeypatch.setattr(Scaled, "scale", -2.0)
+
+    if way == "a number":
+        model.mrc.experts["text"].up = Scaled(model.mrc.experts["text"].up).eval()
+    check_after(change, model)
+
+
+class Scaled(nn.Module):
+    """A layer whose output is multiplied by a number of the class."""
+
+    scale = 1.0
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.layer, self.in_features = layer, layer.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * self.layer(x)
+
+
+@pytest.mark.parametrize("step", ["normalised", "data"])
+@pytest.mark.parametrize("table", ["item_tokens", "scoring_table"])
+def test_vectors_that_are_normalised_in_place(table, step):
+    """As for an index of another library, which takes numpy's view of them: torch's versions do not tell."""
+    model = tiny_model(prompt_prefix=[5])
+    expected = kept(model, sessions_of(model))
+    with torch.no_grad():
+        vectors = model.item_tokens()[0][:, 0] if table == "item_tokens" else model.scoring_table()
+        if step == "data":
+            vectors.data.mul_(3)
+        else:
+            view = vectors.numpy()
+            view /= np.linalg.norm(view, axis=1, keepdims=True)
+    for name, value in kept(model, sessions_of(model)).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_a_catalogue_that_is_assigned():
+    model, expected = tiny_model(), tiny_model()
+    model.score([HISTORY])
+    model.catalogue = tiny_catalogue(25, seed=9)
+    expected.set_catalogue(model.catalogue)
+    assert model.config.num_items == 25
+    torch.testing.assert_close(model.score([HISTORY]), expected.score([HISTORY]))
+
+
+@pytest.mark.parametrize("words", ["plain", "called"])
+def test_several_threads_at_once(words):
+    """Each pass has hooks for itself, in the last layer and in a text embedding that has to be called."""
+    model = tiny_model()
+    if words == "called":
+        embedding = model.backbone.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, args, output: output * 2)
+    histories = [[item % 20, item * 7 % 20, item * 3 % 20][: 1 + item % 3] for item in range(40)]
+    expected = [model.score([history]) for history in histories]
+    with ThreadPoolExecutor(6) as threads:
+        found = list(threads.map(lambda history: model.score([history]), histories))
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=2e-5, rtol=1e-4)
+
+
+def test_a_kept_value_that_another_thread_replaces():
+    values: Kept[str] = Kept()
+    values.get((1,), lambda: "one")
+
+    class Content(tuple):
+        def __ne__(self, other: object) -> bool:
+            values.clear()  # as another thread does, between the comparison and the use
+            return tuple.__ne__(self, other)
+
+    values._kept = (Content((1,)), "one")
+    assert values.get((1,), lambda: "new") == "one"

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
+from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.mrc import CLOSED, MRC, drop_modalities
-from tests.model.worlds import tiny_catalogue, tiny_model
+from speeder.model.packing import packed_layout
+from tests.model.worlds import TEXT, tiny_backbone, tiny_catalogue, tiny_model
 
 
 @settings(max_examples=20, deadline=None)
@@ -173,3 +175,16 @@ def test_a_model_without_a_catalogue_says_so():
     model = SpeederForCausalLM(tiny_model().config)
     with pytest.raises(SpeederError, match="no catalogue"):
         model(torch.tensor([[64]]))
+
+
+@pytest.mark.parametrize("items", [20, 1200], ids=["whole catalogue scaled", "rows that are read"])
+def test_gradients_of_an_item_that_is_read_often_are_summed_in_float32(items):
+    """In bfloat16, a sum of equal parts ends growing at 256 of them."""
+    model = SpeederForCausalLM.from_backbone(tiny_backbone(), tiny_catalogue(items)).to(torch.bfloat16)
+    ids = torch.full((1000,), TEXT + 3)
+    layout = packed_layout(torch.tensor([0, 1000], dtype=torch.int32), None, ids >= TEXT)
+    table = torch.zeros(items, 1, 32, dtype=torch.bfloat16, requires_grad=True)
+    model._embed(ids, layout, table).float().sum().backward()
+    expected = torch.zeros(items, 1, 32)
+    expected[3] = 1000 * model.config.embedding_rms
+    torch.testing.assert_close(table.grad.float(), expected, rtol=0.01, atol=0)

@@ -1,5 +1,7 @@
 """Kept states and the shared instruction give what a pass over everything gives, and only what is new runs."""
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -58,15 +60,16 @@ def whole(model, histories) -> torch.Tensor:
 def tokens_run(model) -> Iterator[list[int]]:
     """Collects how many tokens enter the backbone in each pass."""
     counts: list[int] = []
-    decoder = type(model.backbone.get_decoder())
-    forward = decoder.forward
+    embed = model._embed
 
-    def counted(self, *args, **kwargs):
-        counts.append(kwargs["inputs_embeds"].shape[1])
-        return forward(self, *args, **kwargs)
+    def counted(ids, *args):
+        counts.append(len(ids))
+        return embed(ids, *args)
 
-    with pytest.MonkeyPatch.context() as patch:  # of the class: of a module with a hook nothing is kept
-        patch.setattr(decoder, "forward", counted)
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # not of the decoder: of a module that is changed nothing is kept
+        patch.setattr(model, "_embed", counted)
         yield counts
 
 
@@ -371,6 +374,43 @@ def test_text_baselines_continue_too(tmp_path):
         torch.testing.assert_close(model.score([[1, 2, 3], [4]]), expected, **NEAR)
         kept = sum(len(state.slots) - state.shared for state in sessions._states.values())
         assert sessions.memory().tokens == kept + len(model.shared_prefix)
+
+
+def test_titles_follow_the_words(tmp_path):
+    """A text baseline's histories are text: any row of the text embedding is in what is kept."""
+    catalogue = cycle_world(1).catalogue
+    save_text_backbone(tmp_path, catalogue.titles)
+    model = TextPrompt.from_backbone(tmp_path, catalogue, template="Chosen so far:\n{history}").eval()
+    sessions = UserSessions(model, 2000)
+    before = sessions.score({"a": [1, 2]})
+    with torch.no_grad():
+        model.backbone.get_input_embeddings().weight[model.title(1)] *= -3
+    after = sessions.score({"a": []})
+    torch.testing.assert_close(after, whole(model, [[1, 2]]), **NEAR)
+    assert (after - before).abs().max() > 1e-3
+
+
+def test_the_last_token_of_several_runs_again_with_its_item():
+    model = tiny_model(tokens_per_item=2, max_history=3)
+    sessions = UserSessions(model, 40)
+    sessions.score({"user": [1, 1, 1]})
+    model.config.max_history = 2
+    torch.testing.assert_close(sessions.score({"user": []}), whole(model, [[1, 1]]), **NEAR)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda sessions: pickle.loads(pickle.dumps(sessions))]
+)
+def test_a_copy_has_the_events_and_no_states(copied):
+    model = tiny_model(prompt_prefix=[5])
+    sessions = UserSessions(model, 80)
+    expected = sessions.score({"user": [1, 2]})
+    other = copied(sessions)
+    assert other.memory().users == 0
+    torch.testing.assert_close(other.score({"user": []}), expected, **NEAR)
+    other.extend({"user": [3], "second": [4]})
+    assert sessions.history("user") == [1, 2] and sessions.memory().histories == 1
+    torch.testing.assert_close(sessions.score({"user": []}), expected, **NEAR)
 
 
 def test_wrong_arguments_are_named():

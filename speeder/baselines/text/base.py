@@ -132,7 +132,7 @@ class TextBaseline(SpeederForCausalLM):
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """Attach the catalogue whose titles are read."""
-        self.catalogue = catalogue
+        self._catalogue = catalogue
         self.config.num_items = 0  # no item is a token: the vocabulary is the backbone's
 
     def gates(self, sample: int | None = None) -> dict[str, torch.Tensor]:
