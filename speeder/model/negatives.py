@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch._C import _functorch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -109,9 +110,10 @@ class NegativeSampler(nn.Module):
         if self._is_uniform():
             share = torch.full(items.shape, 1.0 / self.config.num_items, dtype=torch.float64)
         else:
-            cumulative, rows = self._known(), items.cpu().numpy()
-            before = np.where(rows > 0, cumulative[rows - 1], 0.0)
-            share = torch.from_numpy((cumulative[rows] - before) / cumulative[-1])
+            # not in NumPy, which cannot read what torch.func's transforms wrap
+            cumulative, rows = torch.from_numpy(self._known()), items.cpu()
+            before = torch.where(rows > 0, cumulative[rows - 1], 0.0)
+            share = (cumulative[rows] - before) / cumulative[-1]
         return share.clamp(max=1.0 - 1e-9).to(items.device)
 
     def _is_uniform(self) -> bool:
@@ -181,6 +183,10 @@ def candidate_cross_entropy(
     losses = F.softplus(torch.where(hit, others - own, loss - low - positive))
     # A target that is most of that sum, where its weight is 1 / q, leaves too little of the others beside it.
     close = hit & (loss < _CLOSE + _ROUNDING * low)
+    column = column.clamp(max=len(places) - 1)
+    # vmap takes no number of rows that depends on values, and nothing that is formed again once it has ended
+    if not torch.compiler.is_compiling() and _functorch.is_batchedtensor(close):
+        return torch.where(close, _row_losses(queries, positives, column, negatives, log_q), losses)
     rows = close.nonzero().flatten()
     if not len(rows):
         return losses

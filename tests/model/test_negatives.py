@@ -166,6 +166,52 @@ def test_many_rows_are_computed_a_part_at_a_time(monkeypatch):
     assert len(calls) > 2 and max(calls) == 4
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_gives_each_batchs_losses_and_gradients():
+    """Also of rows whose target is nearly all of the candidates' sum, of which each batch has another number."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, size, 8).requires_grad_() for size in (50, 30)]
+    targets, places = torch.randint(0, 30, (50,)), torch.arange(0, 30, 2)
+    log_q = -torch.rand(15)
+    targets[:20], log_q[0] = 0, -60.0
+
+    def run(queries, vectors):
+        return candidate_cross_entropy(queries, vectors, targets, places, log_q)
+
+    got, expected = torch.func.vmap(run)(*tensors), torch.stack(list(map(run, *tensors)))
+    torch.testing.assert_close(got, expected)
+    for mine, right in zip(*(torch.autograd.grad(x.sum(), tensors) for x in (got, expected)), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", ["sampled", "in-batch"])
+@pytest.mark.parametrize("weight", ["mrc.norm_weight", "logit_scale"])
+def test_transforms_of_the_models_loss(kind, weight):
+    """vmap is served; derivatives are refused, by the name of the op that has none."""
+    model = tiny_model(negatives=kind, num_negatives=3, negatives_exponent=0.5).train()
+    model.negatives.set_counts(np.arange(20))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    x = weights[weight]
+
+    def loss(value):
+        model.negatives.seek(0)
+        return torch.func.functional_call(
+            model, weights | {weight: value}, (HISTORY,), {"labels": HISTORY}
+        ).loss
+
+    each = torch.stack([x, 2 * x])
+    torch.testing.assert_close(torch.func.vmap(loss)(each), torch.stack([loss(value) for value in each]))
+    refused = r"^(compress_items|item_cross_entropy): .* derivatives are not supported"
+    for transform in (torch.func.grad(loss), torch.func.hessian(loss)):
+        with pytest.raises(NotImplementedError, match=refused):
+            transform(x)
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.vmap(torch.func.grad(loss))(each)
+    with pytest.raises(NotImplementedError, match=refused):
+        torch.func.jvp(loss, (x,), (x,))
+
+
 def test_a_target_that_alone_was_drawn_costs_nothing_and_gives_finite_gradients():
     queries, vectors = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     ones = torch.ones(3, dtype=torch.long)
