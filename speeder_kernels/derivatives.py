@@ -38,6 +38,12 @@ def _transforms() -> list:
     return [level.key() for level in _functorch.get_interpreter_stack() or ()]
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `torch.func.vmap` wraps this tensor, so that neither its values nor whether it requires a gradient can be
+    read."""
+    return not torch.compiler.is_compiling() and _functorch.is_batchedtensor(tensor)
+
+
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     """NotImplementedError where one of them is a dual tensor.
 

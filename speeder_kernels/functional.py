@@ -27,6 +27,7 @@ from speeder_kernels.validate import (
     HALVES,
     INTEGERS,
     check_bool,
+    check_constant,
     check_count,
     check_not_empty,
     check_number,
@@ -310,8 +311,7 @@ def item_cross_entropy(
     if log_q is not None:
         any_float = tuple(dict.fromkeys((hidden.dtype, *FLOATS)))
         check_tensor("log_q", log_q, (item_table.shape[0],), any_float, device)
-        if log_q.requires_grad:
-            raise ValueError("log_q: expected a constant, got a tensor that requires a gradient")
+        check_constant("log_q", log_q)
     targets = targets.to(torch.int64)
     loss, _ = _OPS.item_cross_entropy(hidden, item_table, targets, scale, log_q, backend)
     return loss

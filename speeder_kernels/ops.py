@@ -411,6 +411,8 @@ _LIBRARY.define(
     decides=0,
 )
 def _item_cross_entropy(hidden, item_table, targets, scale, log_q, backend):
+    if log_q is not None:
+        validate.check_constant("log_q", log_q)  # again, since vmap's wrapper does not tell
     if validate.reads_values(targets, backend):
         validate.check_range("targets", targets, 0, item_table.shape[0])
         if log_q is not None:

@@ -16,7 +16,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from speeder_kernels.derivatives import has_tangent
+from speeder_kernels.derivatives import has_tangent, is_batched
 
 HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES)
@@ -87,6 +87,12 @@ def check_bool(name: str, value: bool) -> None:
         raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
 
 
+def check_constant(name: str, tensor: Tensor) -> None:
+    """A tensor that the kernels give no gradient."""
+    if tensor.requires_grad:
+        raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient")
+
+
 def check_number(name: str, value: float, instead: str) -> float:
     """A number that float32 holds, as a float. `instead` says what to do with one that is to be learned: the kernels
     give it no gradient."""
@@ -94,6 +100,10 @@ def check_number(name: str, value: float, instead: str) -> float:
         if value.requires_grad or has_tangent(value):
             raise ValueError(
                 f"{name}: expected a number, got a tensor that requires a gradient, which {name} has none of: {instead}"
+            )
+        if is_batched(value):
+            raise ValueError(
+                f"{name}: expected one number for all of vmap's batch, got a tensor that it maps over"
             )
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one number, got shape {tuple(value.shape)}")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch._C import _functorch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from speeder.model.config import SpeederConfig
 from speeder.model.content import Kept
 from speeder_kernels import item_cross_entropy
+from speeder_kernels.derivatives import is_batched
 
 _BELOW = 30.0  # how far below the least possible logit one is that counts nothing
 _LEAST = 1e-12  # of a loss whose logarithm is taken
@@ -185,7 +185,7 @@ def candidate_cross_entropy(
     close = hit & (loss < _CLOSE + _ROUNDING * low)
     column = column.clamp(max=len(places) - 1)
     # vmap takes no number of rows that depends on values, and nothing that is formed again once it has ended
-    if not torch.compiler.is_compiling() and _functorch.is_batchedtensor(close):
+    if is_batched(close):
         return torch.where(close, _row_losses(queries, positives, column, negatives, log_q), losses)
     rows = close.nonzero().flatten()
     if not len(rows):

@@ -203,6 +203,26 @@ def test_numbers(op, name, _):
             function(**{**args, name: value})
 
 
+@pytest.mark.parametrize(("op", "name", "_"), NUMBERS)
+def test_a_number_that_vmap_maps_over(op, name, _):
+    args, _ = floats(op, "cpu")
+    with pytest.raises(ValueError, match=f"^{name}: expected one number for all of vmap's batch"):
+        torch.func.vmap(lambda x: getattr(sk, op)(**{**args, name: x}))(torch.tensor([0.5, 1.0]))
+
+
+@everywhere(["item_cross_entropy"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_log_q_that_vmap_maps_over(op, backend, device):
+    """A constant too, though what vmap wraps does not say that it requires a gradient."""
+    args, _ = floats(op, backend)
+    args["hidden"].requires_grad_()
+    run, rows = at(sk.item_cross_entropy, backend, device), -torch.rand(2, len(args["item_table"]))
+    got = torch.func.vmap(lambda log_q: run(**args, log_q=log_q))(rows)
+    torch.testing.assert_close(got, torch.stack([run(**args, log_q=row) for row in rows]))
+    with pytest.raises(ValueError, match=r"^log_q: expected a constant, got a tensor that requires a grad"):
+        torch.func.vmap(lambda log_q: run(**args, log_q=log_q))(rows.requires_grad_())
+
+
 def test_the_way_to_learn_a_temperature():
     """What the errors advise gives the right gradient."""
     args, _ = floats("item_cross_entropy", "cpu")
