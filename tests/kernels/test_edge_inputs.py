@@ -11,7 +11,7 @@ import torch
 
 import speeder_kernels as sk
 from speeder_kernels import dispatch
-from tests.kernels.places import all_places, at
+from tests.kernels.places import all_places, at, places
 
 FLOATS = {"q", "k", "v", "text_embedding", "item_tokens", "position_prompts", "expert_outputs", "gate_logits"}
 FLOATS |= {"norm_weight", "hidden", "item_table", "relative_bias"}
@@ -310,3 +310,13 @@ def test_what_is_not_finite_does_not_leak_into_absent_modalities(backend, device
     tokens.backward(upstream.to(tokens.device))
     assert (experts.grad[0, 1] == 0).all() and logits.grad[0, 1] == 0
     assert not experts.grad[0, 0].isfinite().all() and experts.grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("op", "backend", "device"), [(op, *place) for op in SHAPES for place in places(op)])
+def test_results_are_dense_whatever_the_strides(op, backend, device):
+    """Gradients too: a compiled graph takes them to be, and would not run."""
+    args = served(op, backend, arguments(op, SIZES))
+    for name in FLOATS & set(SHAPES[op]):
+        args[name] = args[name].transpose(0, -1).contiguous().transpose(0, -1)
+    parts = answers(op, backend, device, args)
+    assert all(part.is_contiguous() for part in parts), [part.stride() for part in parts]

@@ -128,6 +128,30 @@ def test_gradients_are_the_same_whether_the_embedding_is_called_or_read():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_options_of_the_text_embedding_count():
+    """Those that torch's own embedding has: they would be left out where the kernel reads the weight."""
+    ids = torch.tensor([[5, 5, 9, 64 + 3, 64 + 4]])
+    results = {}
+    for option, value in (
+        ("padding_idx", 0),
+        ("max_norm", 0.5),
+        ("sparse", True),
+        ("scale_grad_by_freq", True),
+    ):
+        model = tiny_model().train()
+        setattr(words(model), option, value)
+        if option == "scale_grad_by_freq":
+            with pytest.raises(SpeederError, match=r"^scale_grad_by_freq: expected False"):
+                model(ids)
+            continue
+        torch.manual_seed(0)
+        model(ids, labels=ids.masked_fill(ids < 64, -100)).loss.backward()
+        results[option] = words(model).weight.detach()[[5, 9]].norm(dim=1), words(model).weight.grad
+    assert (results["max_norm"][0] < 0.501).all() and (results["padding_idx"][0] > 1).all()
+    assert results["sparse"][1].is_sparse
+    torch.testing.assert_close(results["sparse"][1].to_dense(), results["padding_idx"][1])
+
+
 @pytest.mark.parametrize("prompt", [{}, PROMPT], ids=["items only", "with text"])
 def test_neftune_moves_embeddings_in_training_and_not_in_evaluation(prompt, tmp_path):
     """As transformers means it: uniform noise of at most alpha / sqrt(S H), on items' tokens too."""
