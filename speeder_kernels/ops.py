@@ -159,7 +159,7 @@ def _spae_attention_backward(grad, q, k, v, out, lse, *rest):
         return tuple(x.zero_() for x in _spae_gradients(q, k, v, *tables, needs))
     if backend == "reference":
         return reference_attention.spae_attention_backward(
-            grad, q, k, v, lse, *small, *tables, scale, causal, needs
+            grad, q, k, v, *small, *tables, scale, causal, needs
         )
     dense = (_dense_rows(x) for x in (grad, q, k, v))
     small = (_int32(x) for x in small)

@@ -169,6 +169,13 @@ def _scores(
     return scores_BHST.masked_fill_(~block.visible_BST[:, None], float("-inf"))
 
 
+def _weights(scores_BHST: Tensor) -> Tensor:
+    """The softmax of each row, 0 where all of it is masked. Not by the log-sum-exp, which beside large scores has no
+    digits left for the number of keys."""
+    masked = (scores_BHST == float("-inf")).all(dim=-1, keepdim=True)
+    return scores_BHST.softmax(dim=-1).masked_fill_(masked, 0.0)
+
+
 def spae_attention(
     q: Tensor,
     k: Tensor,
@@ -195,8 +202,8 @@ def spae_attention(
         scores_BHST = _scores(block, q_BKGD, k_BKTD, heads, scale, [b for b in biases if b is not None])
         lse_BHS = scores_BHST.logsumexp(dim=-1)
         lse_BHS = torch.where(lse_BHS == float("inf"), torch.nan, lse_BHS)  # as a softmax of infinity is
-        lse_BHS = torch.where(lse_BHS == float("-inf"), float("inf"), lse_BHS)  # then exp(score - lse) is 0
-        weights = scores_BHST.sub_(lse_BHS[..., None]).exp_()
+        lse_BHS = torch.where(lse_BHS == float("-inf"), float("inf"), lse_BHS)
+        weights = _weights(scores_BHST)
         out_BSHD = _ungroup(weights.view(*q_BKGD.shape[:3], -1) @ v_BKTD, heads)
         out[block.queries] = out_BSHD[block.q_at].to(out.dtype)
         lse[block.queries] = lse_BHS.transpose(1, 2)[block.q_at]
@@ -220,7 +227,6 @@ def spae_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     rank_q: Tensor,
@@ -242,9 +248,8 @@ def spae_attention_backward(
         q_BKGD = _group(block.pad_q(q, dtype), kv_heads)
         k_BKTD = block.pad_k(k, dtype).transpose(1, 2)
         grad_BKGD = _group(block.pad_q(grad, dtype), kv_heads)
-        lse_BHS = block.pad_q(lse, dtype, float("inf")).transpose(1, 2)
         scores_BHST = _scores(block, q_BKGD, k_BKTD, heads, scale, [b for b in biases if b is not None])
-        weights_BHST = scores_BHST.sub_(lse_BHS[..., None]).exp_()
+        weights_BHST = _weights(scores_BHST)
         grouped = (*q_BKGD.shape[:3], -1)
         if needs[2]:
             grad_v = weights_BHST.view(grouped).transpose(-1, -2) @ grad_BKGD

@@ -328,3 +328,23 @@ def test_bad_arguments(case):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=message):
         spae_attention(**{**make([2, 3], [2, 3]), **changes})
+
+
+@pytest.mark.parametrize("score", [1e4, 1e6, 1e30])
+def test_the_reference_is_exact_beside_large_scores(score):
+    """All keys score the same, so each has the same weight, whatever the score; gradients too."""
+    torch.manual_seed(0)
+    q, k = torch.full((6, 1, 4), score**0.5 / 2), torch.full((6, 1, 4), score**0.5 / 2)
+    v, starts, ranks = torch.randn(6, 1, 4).requires_grad_(), torch.tensor([0, 6]), torch.arange(6)
+    k.requires_grad_()
+    out = spae_attention(
+        q, k, v, starts, starts, 6, 6, ranks, ranks, softmax_scale=1.0, causal=False, backend="reference"
+    )
+    torch.testing.assert_close(out, v.mean(dim=0, keepdim=True).expand_as(out))
+    up = torch.randn(6, 1, 4)
+    grad_k, grad_v = torch.autograd.grad(out, (k, v), up)
+    torch.testing.assert_close(grad_v, up.mean(dim=0, keepdim=True).expand_as(v))
+    scores = (up[:, 0] @ (v - v.mean(dim=0))[:, 0].T / 6).sum(dim=0)  # the gradient of each key's score
+    torch.testing.assert_close(
+        grad_k, (scores[:, None, None] * q[0]).detach(), rtol=1e-4, atol=1e-5 * score**0.5
+    )
