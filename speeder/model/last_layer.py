@@ -62,8 +62,9 @@ def last_layer_computes(decoder: nn.Module, rows: torch.Tensor) -> Iterator[None
     """
     name, thread = _cache_name(type(decoder.layers[-1])), get_ident()
 
-    def cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if get_ident() != thread:  # another thread's pass
+    def cut(layer: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> tuple[tuple, dict] | None:
+        # another thread's pass; it may meet the hook half registered, and hand no kwargs
+        if get_ident() != thread:
             return None
         taker = _Taker()
         try:

@@ -25,9 +25,10 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model import kv_cache
 from speeder.model.content import Kept, checksums, content_of, read_once
+from speeder.model.experts import MLPExpert
 from speeder.model.explain import explain
 from speeder.model.modeling import SpeederForCausalLM
-from speeder.model.mrc import MRC, Expert
+from speeder.model.mrc import MRC
 from speeder.model.sequences import pack_batch
 from speeder.retrieval.shards import write_token_shards
 from speeder.serving import sessions as serving
@@ -81,6 +82,8 @@ PARTS = {
     "backbone.model.embed_tokens.weight": "the instruction's words",
     "spae.relative_bias": "SPAE's table",
     "item_head.weight": "the item head",
+    "mrc.words.vectors.weight": "a word's vector",
+    "history.log_weights": "the history look-up",
 }
 
 
@@ -90,7 +93,7 @@ PARTS = {
 )
 def test_any_write_to_any_weight(name, way):
     """Of an average swapped in by `.data`, torch tells nothing: no version, and for a copy no other address."""
-    model = tiny_model(prompt_prefix=[5, 6], item_embedding=True)
+    model = tiny_model(prompt_prefix=[5, 6], item_embedding=True, words=True, history_lookup=True)
     parameter = model.get_parameter(name)
 
     @torch.no_grad()
@@ -798,8 +801,8 @@ def test_a_class_that_is_patched(way, monkeypatch):
 
     def change() -> None:
         if way == "another function":
-            forward = Expert.forward
-            monkeypatch.setattr(Expert, "forward", lambda self, features: -2 * forward(self, features))
+            forward = MLPExpert.forward
+            monkeypatch.setattr(MLPExpert, "forward", lambda self, features: -2 * forward(self, features))
         elif way == "its code":
             monkeypatch.setattr(layer.forward, "__code__", other.__code__)
         else:
