@@ -11,6 +11,7 @@ from speeder.errors import SpeederError
 from speeder.io.files import read_json
 
 if TYPE_CHECKING:  # each is imported where a folder holds one, so that Speeder loads without the others
+    from speeder.baselines.bsarec import BSARec
     from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.sasrec.model import SASRec
     from speeder.baselines.text.base import TextBaseline
@@ -35,8 +36,8 @@ def baseline_class(name: str) -> type[TextBaseline]:
     return classes[name]
 
 
-def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec | Neighbours:
-    """Load a saved recommender: Speeder, a text baseline, SASRec or neighbours.
+def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec | BSARec | Neighbours:
+    """Load a saved recommender: Speeder, a text baseline, SASRec, BSARec or neighbours.
 
     Raises:
         SpeederError: the folder has none of these, or it is damaged.
@@ -48,6 +49,10 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec | Neighb
         from speeder.baselines.neighbours import Neighbours
 
         return Neighbours.load(folder)
+    if config.get("baseline") == "bsarec":
+        from speeder.baselines.bsarec import BSARec
+
+        return BSARec.load(folder)
     if "model_type" not in config:  # theirs is no Hugging Face model
         from speeder.baselines.sasrec.model import SASRec
 
@@ -57,7 +62,7 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec | Neighb
     return SpeederForCausalLM.from_pretrained(folder)
 
 
-def load_model(folder: Path) -> SpeederForCausalLM | SASRec | Neighbours:
+def load_model(folder: Path) -> SpeederForCausalLM | SASRec | BSARec | Neighbours:
     """The recommender in a folder; `SpeederError` if a file is missing or damaged."""
     try:
         return load_recommender(folder)

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
-    from speeder.baselines import Neighbours, Popularity, SASRec
+    from speeder.baselines import BSARec, Neighbours, Popularity, SASRec
     from speeder.evaluation.compare import compare, comparison_report, load_baselines, load_runs
     from speeder.studies.evaluate_run import check_protocol, measure_folder
 
@@ -50,5 +50,6 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise SpeederError(f"compare: {error}") from error
     names = (Popularity.label, Neighbours.label, SASRec.label)
-    others = load_baselines(options.runs, folder, next(iter(evaluations.values())).task, names)
+    task = next(iter(evaluations.values())).task
+    others = load_baselines(options.runs, folder, task, names, optional=(BSARec.label,))
     print(comparison_report(evaluations, tests, metric, options.seen, options.out, others))

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-baselines", action="store_true", help="leave out popularity, neighbours and SASRec"
     )
+    parser.add_argument(
+        "--bsarec", action="store_true", help="also fit BSARec, which takes several times as long as SASRec"
+    )
     ray_arguments(parser)
 
 
@@ -37,9 +40,11 @@ def run(options: argparse.Namespace) -> None:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
+    from speeder.baselines.bsarec import BSARec
     from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.sasrec.model import SASRec
     from speeder.data.find_run import data_folder_of, find_model, run_data
+    from speeder.evaluation.result import COLD_ITEMS
     from speeder.prepare.new_items import without_added
     from speeder.studies.cold_start import evaluate_cold_run
     from speeder.studies.evaluate_run import (
@@ -52,6 +57,11 @@ def run(options: argparse.Namespace) -> None:
         write_results,
     )
 
+    if options.bsarec and (options.no_baselines or options.protocol == COLD_ITEMS):
+        other = (
+            "--no-baselines" if options.no_baselines else "--protocol cold-items, whose items it cannot rank"
+        )
+        raise SpeederError(f"bsarec: expected without {other}")
     model_folder = find_model(options.run)
     run, runner = model_folder.parent, runner_for(options)
     check_protocol(options.protocol, options.negatives, options.candidates_seed, options.answers)
@@ -59,7 +69,7 @@ def run(options: argparse.Namespace) -> None:
     model = load_model(model_folder)
     if added := without_added(model, data.catalogue):
         print(f"Note: {added} items were added after training and are left out")
-    cold, folder, ask_for = options.protocol == "cold-items", data_folder_of(run, options.data), ask_here
+    cold, folder, ask_for = options.protocol == COLD_ITEMS, data_folder_of(run, options.data), ask_here
     if runner is not None:
         from speeder.studies.evaluate_in_parts import RunAsked
 
@@ -75,6 +85,7 @@ def run(options: argparse.Namespace) -> None:
     beside = {
         "with_neighbours": not isinstance(model, Neighbours),
         "with_sasrec": not isinstance(model, SASRec),
+        "with_bsarec": options.bsarec and not isinstance(model, BSARec),
     }
     try:
         rows = evaluate_answers(run, model, measure, options.answers)

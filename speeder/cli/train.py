@@ -30,13 +30,14 @@ def run(options: argparse.Namespace) -> None:
     from speeder.data.prepared import PreparedData
     from speeder.io.files import read_json
     from speeder.io.memory import keep_freed_memory
+    from speeder.recipes.bsarec import BSARecRecipe
     from speeder.recipes.load import load_recipe, recipe_from_dict
     from speeder.recipes.neighbours import NeighboursRecipe
     from speeder.recipes.sasrec import SASRecRecipe
     from speeder.studies.evaluate_run import write_training_plots
     from speeder.training.distributed import processes
     from speeder.training.neighbours import train_neighbours
-    from speeder.training.sasrec import train_sasrec
+    from speeder.training.sequential import train_sequential
     from speeder.training.train import train
 
     keep_freed_memory()
@@ -53,7 +54,11 @@ def run(options: argparse.Namespace) -> None:
     else:
         recipe, notes = load_recipe(options.recipe).for_modalities(list(data.catalogue.modalities))
     together = processes()
-    alone = {SASRecRecipe: ("SASRec", train_sasrec), NeighboursRecipe: ("neighbours", train_neighbours)}
+    alone = {
+        SASRecRecipe: ("SASRec", train_sequential),
+        BSARecRecipe: ("BSARec", train_sequential),
+        NeighboursRecipe: ("neighbours", train_neighbours),
+    }
     name, train_by = alone.get(type(recipe), ("", train))
     if together.use_distributed and name:
         raise SpeederError(f"train: {name} trains on one process; start it without torchrun")

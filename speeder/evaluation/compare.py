@@ -140,7 +140,9 @@ def load_runs(runs: list[Path], folder: str) -> dict[str, Evaluation]:
     return evaluations
 
 
-def load_baselines(runs: list[Path], folder: str, task: dict, names: Sequence[str]) -> dict[str, Evaluation]:
+def load_baselines(
+    runs: list[Path], folder: str, task: dict, names: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, Evaluation]:
     """Baselines for the tables, each from the first run that evaluated it.
 
     Left out: a baseline that is itself one of `runs`, and files that are damaged or of another task.
@@ -148,13 +150,14 @@ def load_baselines(runs: list[Path], folder: str, task: dict, names: Sequence[st
     Args:
         runs, folder: as in `load_runs`.
         task: the `Evaluation.task` that a row must have.
-        names: names of the baselines, such as "popularity".
+        names: names of the baselines, such as "popularity"; a missing one is a warning.
+        optional: names of further ones, which may be missing.
     """
     given = {run.resolve() for run in runs}
     folders = [part / "evaluations" / folder for run in runs for part in (run, run / "speeder")]
     folders += [run.parent for run in runs if run.is_file()]
     rows = {}
-    for name in names:
+    for name in (*names, *optional):
         files = [place / evaluation_file(name) for place in folders]
         if given & {path.resolve() for path in files}:
             continue
@@ -168,7 +171,7 @@ def load_baselines(runs: list[Path], folder: str, task: dict, names: Sequence[st
                 rows[name] = row
                 break
             log.warning("%s: of another task than the runs; left out", path)
-        if name not in rows:
+        if name not in rows and name not in optional:
             log.warning("%s: no run has evaluated it, so it is not in the tables; run speeder evaluate", name)
     return rows
 

@@ -11,13 +11,18 @@ import numpy as np
 import yaml
 
 from speeder.errors import SpeederError
+from speeder.recipes.bsarec import BSARecConfig, BSARecRecipe
 from speeder.recipes.checked import build
 from speeder.recipes.neighbours import NeighboursRecipe
 from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
 from speeder.recipes.schema import Recipe, Stage
 
-AnyRecipe = Recipe | SASRecRecipe | NeighboursRecipe
-_BASELINES = {"sasrec": SASRecRecipe, "neighbours": NeighboursRecipe}  # without stages
+AnyRecipe = Recipe | SASRecRecipe | BSARecRecipe | NeighboursRecipe
+_BASELINES = {
+    "sasrec": SASRecRecipe,
+    "bsarec": BSARecRecipe,
+    "neighbours": NeighboursRecipe,
+}  # without stages
 _SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 
 
@@ -42,7 +47,7 @@ def recipe_file(name: str | Path) -> Path:
 
 
 def load_recipe(path: str | Path) -> AnyRecipe:
-    """Read and check a recipe; one with `baseline: sasrec` is SASRec's, one with `baseline: neighbours` neighbours'.
+    """Read and check a recipe; `baseline: sasrec`, `bsarec` or `neighbours` makes it that baseline's.
 
     Args:
         path: a YAML file, or the name of a bundled recipe, such as `"ml-100k"`.
@@ -85,5 +90,15 @@ def _place(stage: Any, number: int) -> str:
 
 def settings_for(training_sequences: Sequence[Sequence[int]]) -> SASRecConfig:
     """The bundled SASRec settings for the data, by the median history length: for short or for long histories."""
-    short = np.median([len(items) for items in training_sequences]) < _SHORT_HISTORY
-    return load_recipe(bundled_recipe("sasrec-beauty" if short else "sasrec-ml-100k")).config
+    return load_recipe(
+        bundled_recipe("sasrec-beauty" if _short(training_sequences) else "sasrec-ml-100k")
+    ).config
+
+
+def bsarec_settings_for(training_sequences: Sequence[Sequence[int]]) -> BSARecConfig:
+    """The bundled BSARec settings for the data, chosen as by `settings_for`."""
+    return load_recipe(bundled_recipe("bsarec" if _short(training_sequences) else "bsarec-ml-100k")).config
+
+
+def _short(training_sequences: Sequence[Sequence[int]]) -> bool:
+    return np.median([len(items) for items in training_sequences]) < _SHORT_HISTORY

@@ -15,7 +15,7 @@ import pyarrow as pa
 from speeder.baselines.auto import load_recommender
 from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.popularity import Popularity
-from speeder.baselines.sasrec.model import SASRec
+from speeder.baselines.sequential.base import SequentialModel
 from speeder.data.prepared import PreparedData
 from speeder.evaluation.cold_ranking import with_cold_items
 from speeder.evaluation.cold_split import ColdItems
@@ -99,7 +99,7 @@ class RunAsked:
         elif isinstance(model, Popularity):
             load = partial(load_popularity, data)
         elif (
-            isinstance(model, SASRec | Neighbours) and file.stem != "model"
+            isinstance(model, SequentialModel | Neighbours) and file.stem != "model"
         ):  # a baseline, not the run's own model
             folder = (self.run / "baselines" / type(model).__name__.lower()).resolve()
             load = partial(load_recommender, folder)

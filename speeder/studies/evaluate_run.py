@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from speeder.baselines.bsarec import BSARec
 from speeder.baselines.fit_neighbours import content_modalities, fit_neighbours, fits
 from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec.model import SASRec
+from speeder.baselines.sequential.base import SequentialModel
 from speeder.data.fingerprints import training_hash
 from speeder.data.prepared import PreparedData
 from speeder.errors import SpeederError
@@ -26,11 +28,12 @@ from speeder.evaluation.users import UserMap, in_this_process
 from speeder.io.files import write_json, write_text
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.title_writer import TitleWriter
-from speeder.recipes.load import settings_for
+from speeder.recipes.load import bsarec_settings_for, settings_for
+from speeder.recipes.sasrec import SASRecConfig
 from speeder.studies.charts import plot_comparison, plot_gate_distribution, plot_gates, plot_training
 from speeder.studies.curves import training_curves
 from speeder.training.run_folder import stage_logs
-from speeder.training.sasrec import fit_on_split
+from speeder.training.sequential import fit_on_split
 
 log = logging.getLogger(__name__)
 
@@ -264,22 +267,34 @@ def evaluate_answers(
 
 
 def baselines(
-    run: Path, measure: Measure, *, with_neighbours: bool = True, with_sasrec: bool = True
+    run: Path,
+    measure: Measure,
+    *,
+    with_neighbours: bool = True,
+    with_sasrec: bool = True,
+    with_bsarec: bool = False,
 ) -> dict[str, Evaluation]:
-    """Popularity, neighbours and a cross-entropy SASRec, fitted on the training part.
+    """Popularity, neighbours, a cross-entropy SASRec and, if asked for, BSARec, fitted on the training part.
 
-    Neighbours and SASRec are saved in `run/baselines` and not fitted again for the same data.
+    All but popularity are saved in `run/baselines` and not fitted again for the same data. Neighbours have their
+    default settings, SASRec and BSARec the bundled ones that suit the data.
 
     Args:
-        with_neighbours, with_sasrec: not for a run of that very kind.
+        with_neighbours, with_sasrec, with_bsarec: not for a run of that very kind. BSARec takes long.
     """
     training = measure.data.split.training()
     models: list[Scorer] = [Popularity(training, len(measure.data.catalogue))]
     if with_neighbours:
         models.append(_neighbours(run, measure.data))
     rows = {model.label: evaluate_once(run, model.label, model, measure, mend=True) for model in models}
-    if with_sasrec:  # slow, so it comes last
-        rows[SASRec.label] = evaluate_once(run, SASRec.label, _sasrec(run, measure.data), measure, mend=True)
+    training = measure.data.split.training()
+    for kind, settings, wanted in (  # slow, so they come last
+        (SASRec, settings_for, with_sasrec),
+        (BSARec, bsarec_settings_for, with_bsarec),
+    ):
+        if wanted:
+            model = _sequential(kind, settings(training), run, measure.data)
+            rows[kind.label] = evaluate_once(run, kind.label, model, measure, mend=True)
     return rows
 
 
@@ -297,23 +312,25 @@ def _neighbours(run: Path, data: PreparedData) -> Neighbours:
     return model
 
 
-def _sasrec(run: Path, data: PreparedData) -> SASRec:
-    """SASRec with the bundled settings that suit the data, stopped by the validation ranking, kept in the run folder.
+def _sequential(
+    kind: type[SequentialModel], config: SASRecConfig, run: Path, data: PreparedData
+) -> SequentialModel:
+    """SASRec or BSARec, stopped by the validation ranking, kept in the run folder.
 
     After a stop it resumes from its last epoch.
     """
-    training, folder = data.split.training(), run / "baselines" / "sasrec"
-    sasrec = SASRec.load(folder) if (folder / "config.json").exists() else None
-    fits = sasrec is not None and (sasrec.training_hash, sasrec.num_items) == (
-        training_hash(training),
+    folder = run / "baselines" / kind.name
+    model = kind.load(folder) if (folder / "config.json").exists() else None
+    fits = model is not None and (model.training_hash, model.num_items) == (
+        training_hash(data.split.training()),
         len(data.catalogue),
     )
     if not fits:
         checkpoint = folder / "checkpoint.safetensors"
-        sasrec = fit_on_split(data, settings_for(training), checkpoint)
-        sasrec.save(folder)
+        model = fit_on_split(kind, data, config, checkpoint)
+        model.save(folder)
         checkpoint.unlink(missing_ok=True)
-    return sasrec
+    return model
 
 
 def model_label(model: Scorer) -> str:

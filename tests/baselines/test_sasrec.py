@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speeder.baselines.popularity import Popularity
-from speeder.baselines.sasrec.fit import cut_windows, fit_sasrec, length_batches
+from speeder.baselines.sasrec.fit import fit_sasrec
 from speeder.baselines.sasrec.model import SASRec
+from speeder.baselines.sequential.fit import cut_windows, length_batches
 from speeder.data.fingerprints import training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
 from speeder.errors import SpeederError

@@ -80,8 +80,8 @@ def test_a_catalogue_that_grew_is_measured_anew(run, monkeypatch, capsys):
     larger = grown(data)
     assert larger.split.hash() == data.split.hash()
     monkeypatch.setattr(
-        "speeder.training.sasrec.fit_sasrec",
-        lambda training, num_items, *_, **__: fits.append(num_items) or kinds[num_items],
+        "speeder.training.sequential.fit_sequential",
+        lambda kind, training, num_items, *_, **__: fits.append(num_items) or kinds[num_items],
     )
     kinds = {len(each.catalogue): tiny_sasrec(each) for each in (data, larger)}
     fits = []

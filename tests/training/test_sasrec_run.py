@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from speeder.baselines.sasrec.checkpoint import FitState, save_checkpoint
 from speeder.baselines.sasrec.fit import fit_sasrec
 from speeder.baselines.sasrec.model import SASRec
+from speeder.baselines.sequential.checkpoint import FitState, save_checkpoint
 from speeder.cli.main import main
 from speeder.data import PreparedData
 from speeder.errors import SpeederError

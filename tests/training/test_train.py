@@ -26,7 +26,7 @@ from speeder.recipes.load import recipe_from_dict
 from speeder.recipes.sasrec import SASRecRecipe
 from speeder.training.dataset import TrainingSequences
 from speeder.training.run_folder import stage_logs
-from speeder.training.sasrec import train_sasrec
+from speeder.training.sequential import train_sequential
 from speeder.training.train import train
 from tests.model.worlds import save_tiny_backbone, tiny_model
 
@@ -286,7 +286,7 @@ def test_data_that_nobody_can_be_validated_or_trained_on_are_refused_first(
     for resume in (False, True) if kind == "speeder" else (False,):
         with pytest.raises(SpeederError, match=message):
             if kind == "sasrec":
-                train_sasrec(SASRecRecipe(), data, tmp_path / "run")
+                train_sequential(SASRecRecipe(), data, tmp_path / "run")
             else:
                 recipe = recipe_from_dict(yaml.safe_load((place / "recipe.yaml").read_text()))
                 train(recipe, data, tmp_path / "run", resume=resume)

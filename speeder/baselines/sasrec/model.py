@@ -7,42 +7,25 @@ sampled binary loss makes it a strong baseline (Klenitskiy and Vasilev 2023, arX
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from speeder.data.item_indices import item_array
-from speeder.errors import SpeederError
-from speeder.io.files import read_json
-from speeder.io.tensors import load_tensors, save_tensors
+from speeder.baselines.sequential.base import SequentialModel, pad
 from speeder.recipes.sasrec import SASRecConfig
 
 
-class SASRec(nn.Module):
-    """The model. ``fit_sasrec`` makes a trained one.
+class SASRec(SequentialModel):
+    """The model. ``fit_sasrec`` makes a trained one; see `SequentialModel`."""
 
-    Attributes:
-        label: the name of its row in tables.
-        training_hash: hash of what it was fitted on, for the leak check; None if ``fit_sasrec`` did not fit it.
-    """
-
-    label = "SASRec (cross-entropy)"
+    name, label, config_class = "sasrec", "SASRec (cross-entropy)", SASRecConfig
 
     def __init__(self, num_items: int, config: SASRecConfig | None = None) -> None:
-        super().__init__()
-        if num_items < 1:
-            raise ValueError(f"num_items: expected at least 1, got {num_items}")
-        config = config or SASRecConfig()
-        self.num_items, self.config = num_items, config
-        self.training_hash: str | None = None
-        self.items = nn.Embedding(num_items, config.hidden_size)
+        super().__init__(num_items, config)
+        config = self.config
         self.positions = nn.Embedding(config.max_length, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.layers))
@@ -65,66 +48,24 @@ class SASRec(nn.Module):
             hidden = block(hidden)
         return self.norm(hidden)
 
-    @torch.inference_mode()
-    def score(self, histories: Sequence[Sequence[int]]) -> Tensor:
-        """Histories of item indices, oldest first -> (n, I) float32 scores on the CPU.
+    def last_states(self, items_BL: Tensor, lengths_B: Tensor) -> Tensor:
+        """See `SequentialModel`."""
+        rows_B = torch.arange(len(items_BL), device=items_BL.device)
+        return self(items_BL, lengths_B)[rows_B, lengths_B - 1]
 
-        Raises:
-            ValueError: an empty history.
-            TypeError: an item is not an integer.
-            IndexError: an item outside the catalogue.
-        """
-        if not len(histories):
-            return torch.empty(0, self.num_items)
+    def examples(self, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The windows: no position sees a later one, so one pass predicts every item but the first."""
+        return list(windows)
+
+    def states(self, examples: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """A batch of windows -> the state (n, hidden_size) before every item but the first, and these items (n,)."""
         device = self.items.weight.device
-        tails = [item_array("histories", history)[-self.config.max_length :] for history in histories]
-        check_sequences("histories", tails, self.num_items)
-        lengths = torch.tensor([len(tail) for tail in tails], device=device)
-        if not lengths.all():
-            raise ValueError(
-                f"histories: expected at least one item each, number {int(lengths.argmin())} is empty"
-            )
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            hidden = self(pad(tails).to(device), lengths)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        last = hidden[torch.arange(len(tails), device=device), lengths - 1]
-        return (last @ self.items.weight.T).float().cpu()
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Write ``model.safetensors`` and ``config.json`` into a folder, each atomically.
-
-        The configuration has the weights' SHA-256, so that an interrupted save is noticed on loading.
-        """
-        folder = Path(folder)
-        weights = {name: value.detach().cpu() for name, value in self.state_dict().items()}
-        config = {
-            "num_items": self.num_items,
-            "training_hash": self.training_hash,
-            "config": asdict(self.config),
-        }
-        save_tensors(folder, weights, config, "weights")
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike) -> SASRec:
-        """Read what ``save`` wrote, in evaluation mode on the CPU.
-
-        Raises:
-            SpeederError: a file is missing or damaged, or the two do not belong together.
-        """
-        folder = Path(folder)
-        saved = read_json(folder / "config.json")
-        try:
-            weights = load_tensors(folder, saved["weights"])
-            model = cls(saved["num_items"], SASRecConfig(**saved["config"]))
-            model.load_state_dict(weights)
-            model.training_hash = saved["training_hash"]
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise SpeederError(f"{folder}: not a saved SASRec: {error}") from error
-        return model.eval()
+        lengths = torch.tensor([len(window) - 1 for window in examples])
+        items_BL = pad(examples)
+        real = torch.arange(items_BL.shape[1] - 1) < lengths[:, None]
+        targets = items_BL[:, 1:][real].to(device)
+        # padding never meets the wide product with the items
+        return self(items_BL[:, :-1].to(device), lengths.to(device))[real.to(device)], targets
 
 
 class _Block(nn.Module):
@@ -149,18 +90,3 @@ class _Block(nn.Module):
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
-
-
-def pad(sequences: Sequence[np.ndarray]) -> Tensor:
-    """Sequences of items -> (n, longest) int64, padded on the right with item 0, which nothing reads."""
-    return nn.utils.rnn.pad_sequence([torch.from_numpy(sequence) for sequence in sequences], batch_first=True)
-
-
-def check_sequences(name: str, sequences: Sequence[np.ndarray], num_items: int) -> None:
-    """Raise IndexError unless every item of every sequence lies in ``0..num_items-1``."""
-    for number, sequence in enumerate(sequences):
-        if len(sequence) and not 0 <= sequence.min() <= sequence.max() < num_items:
-            raise IndexError(
-                f"{name}: expected items in 0..{num_items - 1}, "
-                f"number {number} has {sequence.min()}..{sequence.max()}"
-            )

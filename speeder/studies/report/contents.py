@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder.baselines.auto import baseline_class
+from speeder.baselines.bsarec import BSARec
 from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.sasrec.model import SASRec
 from speeder.data.find_run import recorded_data, run_data
@@ -20,7 +21,8 @@ from speeder.studies.evaluate_run import EVALUATIONS
 from speeder.training.run_folder import stage_records
 
 _DEMO_RUN = "speeder"  # a demo's folder holds its run under this name, and its evaluations itself
-_FIRST = ("popularity", "content neighbours", Neighbours.label, SASRec.label)  # the first rows of a table
+# the first rows of a table
+_FIRST = ("popularity", "content neighbours", Neighbours.label, SASRec.label, BSARec.label)
 
 
 @dataclass
@@ -90,7 +92,7 @@ def label_of(recipe: dict[str, Any]) -> str:
     name = recipe.get("baseline")
     if name is None:
         return "Speeder"
-    labels = {"sasrec": SASRec.label, "neighbours": Neighbours.label}
+    labels = {kind.name: kind.label for kind in (SASRec, BSARec)} | {"neighbours": Neighbours.label}
     return labels[name] if name in labels else baseline_class(name).label
 
 
@@ -158,6 +160,7 @@ def _names(contents: RunContents, roots: list[Path]) -> dict[str, str]:
         _FIRST[0],
         Neighbours.label,
         SASRec.label,
+        BSARec.label,
         *(f"Speeder after {stage}" for stage in contents.planned),
     ]
     for root in roots:

@@ -80,7 +80,7 @@ def recipe_facts(contents: RunContents) -> Facts:
     """The recipe's main settings."""
     recipe = contents.recipe
     facts = [(name, _words(recipe[name])) for name in _RECIPE if recipe.get(name) not in (None, "", 0.0)]
-    settings = recipe.get("sasrec") or recipe.get("neighbours") or recipe.get("model") or {}
+    settings = recipe.get(recipe.get("baseline"), recipe.get("model")) or {}
     return [("model", contents.model_label), *facts, *((name, _words(settings[name])) for name in settings)]
 
 

@@ -1,4 +1,4 @@
-"""SASRec's training checkpoint: one file to resume from, with the same result."""
+"""A sequential baseline's training checkpoint: one file to resume from, with the same result."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -94,7 +94,7 @@ def load_checkpoint(
         best = {name: value.to(device) for name, value in _group(tensors, "best").items()}
         return FitState(**state["progress"]), best or None
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SpeederError(f"{path}: not a checkpoint of this SASRec: {error}") from error
+        raise SpeederError(f"{path}: not a checkpoint of this {type(model).__name__}: {error}") from error
 
 
 def _group(tensors: dict[str, Tensor], group: str) -> dict[str, Tensor]:
