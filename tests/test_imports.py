@@ -14,7 +14,9 @@ TRAINING = {"transformers.trainer", "peft", "tensorboard", "tensorboardX"}
 PICTURES = {"matplotlib", "PIL.ImageDraw"}
 TABLES = {"pyarrow", "pandas", "ray", "faiss"}
 OTHERS = {
+    "speeder.baselines.bsarec.fit",
     "speeder.baselines.sasrec.fit",
+    "speeder.baselines.sequential.fit",
     "speeder.baselines.text.base",
     "speeder.training.train",
     "speeder.studies",

@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from speeder.baselines.bsarec import BSARec, fit_bsarec
+    from speeder.baselines.bsarec.fit import fit_bsarec
+    from speeder.baselines.bsarec.model import BSARec
     from speeder.baselines.fit_neighbours import fit_neighbours
     from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.popularity import Popularity
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     from speeder.recipes.sasrec import SASRecConfig
 
 _WHERE = {
-    "BSARec": "speeder.baselines.bsarec",
+    "BSARec": "speeder.baselines.bsarec.model",
     "BSARecConfig": "speeder.recipes.bsarec",
     "Neighbours": "speeder.baselines.neighbours",
     "NeighboursConfig": "speeder.recipes.neighbours",
     "Popularity": "speeder.baselines.popularity",
     "SASRec": "speeder.baselines.sasrec.model",
     "SASRecConfig": "speeder.recipes.sasrec",
-    "fit_bsarec": "speeder.baselines.bsarec",
+    "fit_bsarec": "speeder.baselines.bsarec.fit",
     "fit_neighbours": "speeder.baselines.fit_neighbours",
     "fit_sasrec": "speeder.baselines.sasrec.fit",
 }

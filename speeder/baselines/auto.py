@@ -11,7 +11,7 @@ from speeder.errors import SpeederError
 from speeder.io.files import read_json
 
 if TYPE_CHECKING:  # each is imported where a folder holds one, so that Speeder loads without the others
-    from speeder.baselines.bsarec import BSARec
+    from speeder.baselines.bsarec.model import BSARec
     from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.sasrec.model import SASRec
     from speeder.baselines.text.base import TextBaseline
@@ -50,7 +50,7 @@ def load_recommender(folder: str | Path) -> SpeederForCausalLM | SASRec | BSARec
 
         return Neighbours.load(folder)
     if config.get("baseline") == "bsarec":
-        from speeder.baselines.bsarec import BSARec
+        from speeder.baselines.bsarec.model import BSARec
 
         return BSARec.load(folder)
     if "model_type" not in config:  # theirs is no Hugging Face model

@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
     from speeder.baselines.auto import load_model
-    from speeder.baselines.bsarec import BSARec
+    from speeder.baselines.bsarec.model import BSARec
     from speeder.baselines.neighbours import Neighbours
     from speeder.baselines.sasrec.model import SASRec
     from speeder.data.find_run import data_folder_of, find_model, run_data

@@ -111,8 +111,9 @@ def _line(refused: ValidationError) -> str:
         return f"{key}: expected a value, got none"
     if entry["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}"
-    if entry["type"] == "value_error":  # one of our own
-        return f"{key}: {entry['msg'].removeprefix('Value error, ')}"
+    if entry["type"] == "value_error":  # one of our own; without a key if it is about several
+        message = entry["msg"].removeprefix("Value error, ")
+        return f"{key}: {message}" if key else message
     expected = _expected(entry["type"], entry.get("ctx", {}), entry["msg"])
     got = repr(entry["input"])
     return f"{key}: expected {expected}, got {got if len(got) <= 80 else got[:79] + '…'}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from speeder.baselines.bsarec import BSARec
+from speeder.baselines.bsarec.model import BSARec
 from speeder.baselines.fit_neighbours import content_modalities, fit_neighbours, fits
 from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.popularity import Popularity

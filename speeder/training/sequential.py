@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from speeder.baselines.bsarec import BSARec
+from speeder.baselines.bsarec.model import BSARec
 from speeder.baselines.sasrec.model import SASRec
 from speeder.baselines.sequential.base import SequentialModel
 from speeder.baselines.sequential.fit import fit_sequential

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from speeder.baselines.bsarec.model import BSARec
 from speeder.baselines.sasrec.model import SASRec
 from speeder.data.fingerprints import training_hash
 from speeder.data.prepared import PreparedData
 from speeder.io.files import write_json
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.prepare.synthetic import synthetic_world
+from speeder.recipes.bsarec import BSARecConfig
 from speeder.recipes.sasrec import SASRecConfig
 from speeder.studies.evaluate_in_parts import RunAsked
 from speeder.studies.evaluate_run import baselines, evaluate_run, measure_for
@@ -28,7 +30,7 @@ def save_world(folder: Path) -> PreparedData:
 
 
 def save_run(folder: Path, data: PreparedData, data_folder: Path) -> SpeederForCausalLM:
-    """A run with a recommender and a SASRec of random weights."""
+    """A run with a recommender, a SASRec and a BSARec of random weights."""
     hashed = training_hash(data.split.training())
     model = SpeederForCausalLM.from_backbone(tiny_backbone(), data.catalogue).eval()
     with torch.no_grad():
@@ -36,9 +38,10 @@ def save_run(folder: Path, data: PreparedData, data_folder: Path) -> SpeederForC
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     model.config.training_hash = hashed
     model.save_pretrained(folder / "model")
-    sasrec = SASRec(len(data.catalogue), SASRecConfig(hidden_size=8, heads=1, layers=1))
-    sasrec.training_hash = hashed
-    sasrec.save(folder / "baselines" / "sasrec")
+    for kind, config in ((SASRec, SASRecConfig), (BSARec, BSARecConfig)):
+        baseline = kind(len(data.catalogue), config(hidden_size=8, heads=1, layers=1))
+        baseline.training_hash = hashed
+        baseline.save(folder / "baselines" / kind.name)
     write_json(folder / "recipe.json", {"data": str(data_folder), "split": data.split.hash()})
     return model
 
@@ -55,7 +58,7 @@ def evaluated(
     measure = measure_for(run, data, "test", protocol, **who)
     evaluate_run(run, model, measure)
     if with_baselines:
-        baselines(run, measure)
+        baselines(run, measure, with_bsarec=True)
     return {file.name: file.read_text() for file in sorted((run / "evaluations" / measure.folder).iterdir())}
 
 

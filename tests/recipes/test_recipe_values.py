@@ -20,6 +20,7 @@ from speeder.errors import SpeederError
 from speeder.model.config import SpeederConfig
 from speeder.model.loading import DERIVED
 from speeder.model.processor import template_ids
+from speeder.recipes.bsarec import BSARecConfig, BSARecRecipe
 from speeder.recipes.load import load_recipe, recipe_from_dict
 from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
 from speeder.recipes.schema import Recipe, Stage
@@ -38,6 +39,7 @@ BASE = {
 RECIPE_KEYS = [field.name for field in dataclasses.fields(Recipe)]
 STAGE_KEYS = [field.name for field in dataclasses.fields(Stage)]
 SASREC_KEYS = [field.name for field in dataclasses.fields(SASRecConfig)]
+BSAREC_KEYS = [field.name for field in dataclasses.fields(BSARecConfig)]
 LORA_KEYS = ["r", "lora_alpha", "lora_dropout", "target_modules", "bias"]
 MODEL_KEYS = sorted(
     {field.name for field in dataclasses.fields(SpeederConfig)}
@@ -70,6 +72,7 @@ places = st.one_of(
     st.tuples(st.just("stage"), st.sampled_from(STAGE_KEYS)),
     st.tuples(st.just("lora"), st.sampled_from(LORA_KEYS)),
     st.tuples(st.just("sasrec"), st.sampled_from(SASREC_KEYS)),
+    st.tuples(st.just("bsarec"), st.sampled_from(BSAREC_KEYS)),
 )
 
 
@@ -83,7 +86,7 @@ def _numbers(value: Any) -> list[float]:
     return [value] if isinstance(value, int | float) else []
 
 
-def assert_sane(recipe: Recipe | SASRecRecipe) -> None:
+def assert_sane(recipe: Recipe | SASRecRecipe | BSARecRecipe) -> None:
     """What training works out of a recipe before its first step."""
     data = recipe.to_dict()
     assert all(math.isfinite(number) for number in _numbers(data) if abs(number) < 10**300)
@@ -92,7 +95,7 @@ def assert_sane(recipe: Recipe | SASRecRecipe) -> None:
     )
     np.random.default_rng(recipe.seed)
     torch.manual_seed(recipe.seed)
-    if isinstance(recipe, SASRecRecipe):
+    if isinstance(recipe, SASRecRecipe | BSARecRecipe):
         assert recipe.config.hidden_size % recipe.config.heads == 0
         return
     np.random.seed(recipe.seed + len(recipe.stages))
@@ -108,8 +111,8 @@ def assert_sane(recipe: Recipe | SASRecRecipe) -> None:
 
 
 def changed(place: str, key: str, value: Any) -> dict:
-    if place == "sasrec":
-        return {"baseline": "sasrec", "sasrec": {key: value}}
+    if place in ("sasrec", "bsarec"):
+        return {"baseline": place, place: {key: value}}
     if place == "stage":
         return BASE | {"stages": [BASE["stages"][0] | {key: value}, BASE["stages"][1]]}
     return BASE | {key: value} if place == "recipe" else BASE | {place: BASE[place] | {key: value}}
@@ -168,6 +171,8 @@ WRONG = {
     ("sasrec", "dropout"): [1, math.nan, -1],
     ("sasrec", "hidden_size"): [0, 7, 10**9, math.nan],
     ("sasrec", "learning_rate"): [math.nan, -1],
+    ("bsarec", "alpha"): [math.nan, -0.1, 1.1],
+    ("bsarec", "c"): [0, 51, 2.5, math.nan],
 }
 
 

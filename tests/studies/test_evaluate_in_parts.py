@@ -47,12 +47,13 @@ def test_every_protocol_gives_the_same_files(place, tmp_path, protocol):
         parted, model, data, protocol, ask_for=asked(parted, folder / "data", counted(computed))
     )
     assert found == expected and set(found) == {
+        "bsarec.json",
         "model.json",
         "neighbours.json",
         "popularity.json",
         "sasrec__cross-entropy_.json",
     }
-    assert computed == 4 * [0, 1, 2]
+    assert computed == 5 * [0, 1, 2]
 
 
 def test_the_command(place, tmp_path, monkeypatch, capsys):

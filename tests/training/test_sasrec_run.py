@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from speeder.baselines.sasrec.fit import fit_sasrec
+from speeder.baselines.bsarec.model import BSARec
 from speeder.baselines.sasrec.model import SASRec
 from speeder.baselines.sequential.checkpoint import FitState, save_checkpoint
+from speeder.baselines.sequential.fit import fit_sequential
 from speeder.cli.main import main
 from speeder.data import PreparedData
 from speeder.errors import SpeederError
 from speeder.prepare.synthetic import synthetic_world
-from speeder.recipes.load import bundled_recipe, load_recipe, recipe_from_dict, settings_for
+from speeder.recipes.bsarec import BSARecConfig, BSARecRecipe
+from speeder.recipes.load import (
+    bsarec_settings_for,
+    bundled_recipe,
+    load_recipe,
+    recipe_from_dict,
+    settings_for,
+)
 from speeder.recipes.sasrec import SASRecConfig, SASRecRecipe
 from speeder.training.run_folder import stage_logs
 from tests.io.killing import killed_at
@@ -115,17 +123,17 @@ def test_what_a_kill_leaves_of_a_checkpoint_goes_with_the_next_one(tmp_path):
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("stop_after", [1, 3, 5])
-def test_stopped_after_any_epoch_it_ends_the_same(data, tmp_path, stop_after):
+@pytest.mark.parametrize(("kind", "stop_after"), [(SASRec, 1), (SASRec, 3), (SASRec, 5), (BSARec, 2)])
+def test_stopped_after_any_epoch_it_ends_the_same(data, tmp_path, kind, stop_after):
     class Stop(Exception):
         pass
 
-    def fit(log=None, checkpoint=None, **changes) -> SASRec:
-        config = SASRecConfig(**SETTINGS | changes)
+    def fit(log=None, checkpoint=None, **changes):
+        config = kind.config_class(**SETTINGS | changes)
         validation = (data.split.histories("validation"), data.split.targets("validation"))
         sequences, items = data.split.training(), len(data.catalogue)
-        return fit_sasrec(
-            sequences, items, config, validation=validation, log=log, checkpoint=checkpoint, seed=5
+        return fit_sequential(
+            kind, sequences, items, config, validation=validation, log=log, checkpoint=checkpoint, seed=5
         )
 
     records, count, path = [], itertools.count(1), tmp_path / "checkpoint"
@@ -154,11 +162,20 @@ def test_bundled_recipes_are_whole_and_suit_their_data():
         assert isinstance(recipe, SASRecRecipe) and recipe_from_dict(recipe.to_dict()) == recipe
     assert load_recipe(bundled_recipe("sasrec-ml-100k")).config == SASRecConfig()
     assert settings_for([[1, 2, 3]] * 9) == load_recipe(bundled_recipe("sasrec-beauty")).config
+    for name in ("bsarec-ml-100k", "bsarec"):
+        recipe = load_recipe(bundled_recipe(name))
+        assert isinstance(recipe, BSARecRecipe) and recipe_from_dict(recipe.to_dict()) == recipe
+    assert load_recipe(bundled_recipe("bsarec")).config == BSARecConfig()
+    assert bsarec_settings_for([[1, 2, 3]] * 9) == BSARecConfig()
+    assert bsarec_settings_for([range(50)] * 9) == load_recipe(bundled_recipe("bsarec-ml-100k")).config
 
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
+        ({"baseline": "bsarec", "bsarec": {"beta": 2}}, "bsarec: unknown key 'beta'; known: hidden_size"),
+        ({"baseline": "bsarec", "bsarec": {"c": 51}}, "bsarec: c: expected at most max_length=50, got 51"),
+        ({"baseline": "bsarec", "sasrec": {}}, "recipe: unknown key 'sasrec'"),
         ({"sasrec": {"floors": 2}}, "sasrec: unknown key 'floors'"),
         ({"sasrec": {"heads": 3}}, "hidden_size: expected a multiple of heads=3, got 64"),
         ({"sasrec": {"dropout": "much"}}, "dropout: expected a number, got 'much'"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from speeder.baselines.auto import baseline_class
-from speeder.baselines.bsarec import BSARec
+from speeder.baselines.bsarec.model import BSARec
 from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.sasrec.model import SASRec
 from speeder.data.find_run import recorded_data, run_data

@@ -11,7 +11,6 @@ item's vector. And all items of the training part are predicted, where theirs ar
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from speeder.baselines.sequential.base import SequentialModel, pad
-from speeder.baselines.sequential.fit import fit_sequential
 from speeder.recipes.bsarec import BSARecConfig
 
 _EPSILON = 1e-12  # of layer norms, as in the authors' code
@@ -78,16 +76,6 @@ class BSARec(SequentialModel):
             :, None
         ]  # only the last position is read, so the last block makes no other
         return self.blocks[-1](last_B1C, x_BLC, low_BLL[rows_B, last_B][:, None], real_B1L)[:, 0]
-
-
-def fit_bsarec(
-    training_sequences: Sequence[Sequence[int]],
-    num_items: int,
-    config: BSARecConfig | None = None,
-    **options: Any,
-) -> BSARec:
-    """A trained BSARec; arguments and errors are those of `fit_sequential`."""
-    return fit_sequential(BSARec, training_sequences, num_items, config, **options)
 
 
 class _Block(nn.Module):

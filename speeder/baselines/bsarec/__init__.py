@@ -1,0 +1,1 @@
+"""BSARec with cross-entropy over the whole catalogue: self-attention beside a low-pass filter."""
