@@ -287,7 +287,6 @@ def baselines(
     if with_neighbours:
         models.append(_neighbours(run, measure.data))
     rows = {model.label: evaluate_once(run, model.label, model, measure, mend=True) for model in models}
-    training = measure.data.split.training()
     for kind, settings, wanted in (  # slow, so they come last
         (SASRec, settings_for, with_sasrec),
         (BSARec, bsarec_settings_for, with_bsarec),

@@ -72,9 +72,8 @@ class BSARec(SequentialModel):
         for block in self.blocks[:-1]:
             x_BLC = block(x_BLC, x_BLC, low_BLL, earlier_LL)
         rows_B = torch.arange(len(items_BL), device=items_BL.device)
-        last_B1C = x_BLC[rows_B, last_B][
-            :, None
-        ]  # only the last position is read, so the last block makes no other
+        # only the last position is read, so the last block makes no other
+        last_B1C = x_BLC[rows_B, last_B][:, None]
         return self.blocks[-1](last_B1C, x_BLC, low_BLL[rows_B, last_B][:, None], real_B1L)[:, 0]
 
 
