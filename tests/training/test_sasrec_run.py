@@ -157,7 +157,7 @@ def test_stopped_after_any_epoch_it_ends_the_same(data, tmp_path, kind, stop_aft
 
 
 def test_bundled_recipes_are_whole_and_suit_their_data():
-    for name in ("sasrec-ml-100k", "sasrec-beauty"):
+    for name in ("sasrec-ml-100k", "sasrec-ml-100k-long", "sasrec-beauty"):
         recipe = load_recipe(bundled_recipe(name))
         assert isinstance(recipe, SASRecRecipe) and recipe_from_dict(recipe.to_dict()) == recipe
     assert load_recipe(bundled_recipe("sasrec-ml-100k")).config == SASRecConfig()
