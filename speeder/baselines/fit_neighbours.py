@@ -18,7 +18,7 @@ from speeder.recipes.neighbours import NeighboursConfig
 
 if TYPE_CHECKING:
     from speeder.data.catalogue import ItemCatalogue
-    from speeder.data.interactions import LeaveOneOut
+    from speeder.data.interactions import Split
     from speeder.data.prepared import PreparedData
 
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)  # of a modality, beside 1 for item pairs
@@ -39,7 +39,7 @@ def content_modalities(data: PreparedData) -> list[str]:
 
 
 def fit_neighbours(
-    split: LeaveOneOut,
+    split: Split,
     catalogue: ItemCatalogue,
     modalities: Sequence[str],
     config: NeighboursConfig | None = None,
@@ -64,9 +64,7 @@ def fit_neighbours(
             f"modalities: expected some of {', '.join(catalogue.features) or 'none'}, got {unknown[0]!r}"
         )
     if not len(split.users("validation")):
-        raise SpeederError(
-            "neighbours: no user has a validation item; leave one out needs users with 3 interactions"
-        )
+        raise SpeederError(f"neighbours: no user has a validation item; {split.requirement}")
     config, training = config or NeighboursConfig(), split.training()
     contents, hashes = {}, {}
     for name in modalities:
@@ -132,7 +130,7 @@ def count_pairs(
     return pairs
 
 
-def _chosen_weights(model: Neighbours, split: LeaveOneOut, log: Callable[[dict], None]) -> dict[str, float]:
+def _chosen_weights(model: Neighbours, split: Split, log: Callable[[dict], None]) -> dict[str, float]:
     """One modality after another gets the best of `WEIGHTS`; at last, item pairs are left out if that is better.
 
     Among equals the smaller weight of a modality stays, and item pairs.
@@ -152,9 +150,7 @@ def _chosen_weights(model: Neighbours, split: LeaveOneOut, log: Callable[[dict],
     return best
 
 
-def _validation_ndcg(
-    model: Neighbours, split: LeaveOneOut, weights: Sequence[Mapping[str, float]]
-) -> list[float]:
+def _validation_ndcg(model: Neighbours, split: Split, weights: Sequence[Mapping[str, float]]) -> list[float]:
     """The NDCG@10 of each choice of weights, over validation users."""
     if not weights:
         return []

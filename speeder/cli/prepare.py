@@ -79,6 +79,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep repeated interactions of a user with an item (default: only the earliest)",
     )
     parser.add_argument(
+        "--ties",
+        choices=["file", "shuffle"],
+        default="file",
+        help="order of a user's events with one time: the file's, or random (default: file)",
+    )
+    parser.add_argument("--ties-seed", type=int, metavar="N", help="seed of --ties shuffle (default: 0)")
+    parser.add_argument(
+        "--split",
+        choices=["leave-one-out", "temporal"],
+        default="leave-one-out",
+        help="each user's last two items are the targets, or what comes after a date that is the same for all users"
+        " (default: leave-one-out)",
+    )
+    parser.add_argument(
+        "--split-time",
+        nargs=2,
+        metavar=("VALIDATION", "TEST"),
+        help="of --split temporal: training ends at the first date, test targets begin at the second; dates such as"
+        " 2014-01-31, or shares of the events (default: 0.8 0.9)",
+    )
+    parser.add_argument(
         "--time-unit",
         choices=["s", "ms", "us", "ns"],
         default="s",
@@ -128,6 +149,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         SpeederError: a mistake in the arguments or the files, in one line.
     """
+    from speeder.data.describe import split_facts
     from speeder.prepare.pipeline import prepare, prepare_ml100k
     from speeder.prepare.raw_table import REPEATED
     from speeder.recipes.schema import MODALITIES
@@ -135,6 +157,8 @@ def run(options: argparse.Namespace) -> None:
     modalities = [name for name in MODALITIES if name not in options.without]
     runner = runner_for(options)
     settings: dict = {"modalities": modalities, "runner": runner, "require": options.require}
+    settings |= {"ties": options.ties, "ties_seed": options.ties_seed}
+    settings |= {"split": options.split, "split_time": options.split_time}
     if options.text_encoder and "text" in modalities:
         from speeder.prepare.encoders.text import TextEncoder
 
@@ -188,12 +212,16 @@ def run(options: argparse.Namespace) -> None:
             f"{lines} {told.get(reason, reason)}" for reason, lines in sorted(dropped.items())
         )
         print(f"dropped: {reasons}; more: speeder describe {options.out}")
+    for name, value in split_facts(data) if options.split == "temporal" else ():
+        print(f"{name}: {value}")
     for note in _notes(data):
         print(note)
 
 
 def _notes(data: PreparedData) -> Iterator[str]:
     """What of the raw files is not used, not there, or not certain, a line each."""
+    from speeder.data.interactions import FILE_ORDER
+
     manifest, catalogue = data.manifest, data.catalogue
     for part, names in manifest.get("unused_columns", {}).items():
         hint = (
@@ -213,8 +241,8 @@ def _notes(data: PreparedData) -> Iterator[str]:
     if "read" in manifest["items"] and (missing := manifest["items"].get("without_line")):
         yield f"items without a line in the file of items: {missing}"
     shared = manifest.get("same_time", 0) / len(data.interactions)
-    if shared > _SHARED_TIMES:
+    if shared > _SHARED_TIMES and manifest["ties"] == FILE_ORDER:
         yield (
             f"{shared:.0%} of events share their user's time with another: their order is the file's, oldest first is"
-            " expected"
+            " expected; if it means nothing, take --ties shuffle"
         )

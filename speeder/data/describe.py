@@ -7,7 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from speeder.data.catalogue import ItemCatalogue
+from speeder.data.interactions import FILE_ORDER
 from speeder.data.prepared import PreparedData
+from speeder.data.temporal_split import TemporalSplit, as_date
 from speeder.errors import SpeederError
 
 _EDGES = (1, 3, 6, 11, 21, 51, 101, 201, 501)  # where the bins of the history lengths start
@@ -38,7 +40,7 @@ def describe(data: PreparedData, tokenizer: str | None = "smollm2-135m", tokens_
                 ("items", f"{len(catalogue):,}"),
                 ("interactions", f"{len(interactions):,}"),
                 ("sparsity", f"{100 * (1 - len(interactions) / cells):.4f} %"),
-                ("test users", f"{len(data.split.users('test')):,} (at least 3 interactions)"),
+                *split_facts(data),
                 ("history length", _spread(lengths)),
                 ("interactions per item", _spread(popularity)),
             ]
@@ -54,6 +56,46 @@ def describe(data: PreparedData, tokenizer: str | None = "smollm2-135m", tokens_
             f"Tokens ({tokenizer})\n" + _table(_token_costs(data, lengths, tokenizer, tokens_per_item))
         )
     return "\n\n".join(sections)
+
+
+def split_facts(data: PreparedData) -> list[tuple[str, str]]:
+    """How the interactions are split, and what each part has; of a temporal split also what it leaves out."""
+    split, facts = data.split, []
+    if split.ties != FILE_ORDER:
+        facts.append(("equal times", ", ".join(f"{name} {value}" for name, value in split.ties.items())))
+    tested = len(split.users("test"))
+    if not isinstance(split, TemporalSplit):
+        return [*facts, ("test users", f"{tested:,} (at least 3 interactions)")]
+    training = split.training()
+    lengths = np.array([len(items) for items in training])
+    seen = np.bincount(np.concatenate(training), minlength=len(data.catalogue)) > 0
+    dates = [as_date(split.validation_from), as_date(split.test_from)]
+    facts += [
+        ("split", split.title),
+        (
+            "training",
+            f"{lengths.sum():,} interactions ({lengths.sum() / len(data.interactions):.1%}) of"
+            f" {np.count_nonzero(lengths):,} users",
+        ),
+    ]
+    user, time = data.interactions.user, data.interactions.time
+    periods = {
+        "validation": (time >= split.validation_from) & (time < split.test_from),
+        "test": time >= split.test_from,
+    }
+    for date, (name, period) in zip(dates, periods.items(), strict=True):
+        targets = split.targets(name)
+        facts.append(
+            (
+                f"{name} users",
+                f"{len(targets):,} of {len(np.unique(user[period])):,} with interactions from {date} on (the others"
+                f" have none before); the targets of {np.count_nonzero(~seen[targets]):,} are unseen in training",
+            )
+        )
+    facts.append(
+        ("items unseen in training", f"{np.count_nonzero(~seen):,}; they stay candidates and targets")
+    )
+    return facts
 
 
 def _spread(values: np.ndarray) -> str:

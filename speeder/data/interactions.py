@@ -2,8 +2,10 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -15,6 +17,7 @@ SPLIT_RULE = (
     "leave one out: a user's last item is the test target, the second last the validation target;"
     " users with fewer than 3 interactions only train"
 )
+FILE_ORDER = {"order": "file"}  # the record of equal times that keep the order of the raw file
 _MINIMUM = 3
 
 
@@ -63,6 +66,14 @@ class Interactions:
         """Item indices of each user, oldest first; entry `u` is user `u`'s, empty without interactions."""
         return np.split(self.item, self._bounds()[1:-1]) if self.user_ids else []
 
+    def times(self) -> list[np.ndarray]:
+        """Times in seconds of each user's interactions, in the order of `sequences`."""
+        return np.split(self.time, self._bounds()[1:-1]) if self.user_ids else []
+
+    def lengths(self) -> np.ndarray:
+        """`(U,)` int64: the number of interactions of each user."""
+        return np.diff(self._bounds())
+
     def _bounds(self) -> np.ndarray:
         return np.searchsorted(self.user, np.arange(len(self.user_ids) + 1))
 
@@ -107,43 +118,70 @@ def _is_sorted(user: np.ndarray, time: np.ndarray) -> bool:
     return not earlier.any()
 
 
-class LeaveOneOut:
-    """Splits each user with at least 3 interactions: last = test target, second last = validation target."""
+class Split:
+    """At most one target per user for `"validation"` and for `"test"`: its history is all that the user had before it.
 
-    def __init__(self, interactions: Interactions):
-        self._sequences = interactions.sequences()
-        self._users = np.array(
-            [u for u, items in enumerate(self._sequences) if len(items) >= _MINIMUM], dtype=np.int64
-        )
+    Attributes:
+        rule: how users' interactions are split, as a sentence.
+        title: the same in a few words, for tables.
+        requirement: what a user needs to have a target.
+        ties: how interactions of a user with one time are ordered: `FILE_ORDER`, or `{"order": "shuffle", "seed": 0}`.
+    """
+
+    name: str
+    rule: str
+    title: str
+    requirement: str
+
+    def __init__(
+        self,
+        interactions: Interactions,
+        training: np.ndarray,
+        places: Mapping[str, np.ndarray],
+        ties: Mapping[str, object] | None = None,
+    ):
+        """Args:
+        training: `(U,)` int64, the length of each user's training part.
+        places: of each of `SPLITS`, `(U,)` int64, the target's place in the user's sequence; -1: none.
+        """
+        self._sequences, self._training, self._places = interactions.sequences(), training, dict(places)
+        self._users = {name: np.flatnonzero(place >= 0) for name, place in self._places.items()}
+        self.ties = dict(FILE_ORDER if ties is None else ties)
 
     def training(self) -> list[np.ndarray]:
-        """Training part of every user, by index; all interactions of users with fewer than 3."""
-        return [items[:-2] if len(items) >= _MINIMUM else items for items in self._sequences]
+        """Training part of every user, by index."""
+        return [
+            items[:length] for items, length in zip(self._sequences, self._training.tolist(), strict=True)
+        ]
 
     def users(self, split: str) -> np.ndarray:
         """`(n,)` int64 user indices, in the order of `histories` and `targets`."""
-        _held_out(split)
-        return self._users.copy()
+        return self._users[_known(split)].copy()
 
     def histories(self, split: str) -> list[np.ndarray]:
-        """Items before each target: the training part, and for `"test"` the validation item too."""
-        held_out = _held_out(split)
-        return [self._sequences[user][:-held_out] for user in self._users]
+        """The items before each target; for `"test"` those after the training part too."""
+        users, places = self._users[_known(split)], self._places[split]
+        return [self._sequences[user][: places[user]] for user in users]
 
     def targets(self, split: str) -> np.ndarray:
         """`(n,)` int64 item indices, one per user of `users(split)`."""
-        held_out = _held_out(split)
-        return np.array([self._sequences[user][-held_out] for user in self._users], dtype=np.int64)
+        users, places = self._users[_known(split)], self._places[split]
+        return np.array([self._sequences[user][places[user]] for user in users], dtype=np.int64)
 
-    def part(self, index: int, count: int) -> "LeaveOneOut":
+    def may_be_targets(self, times: np.ndarray) -> np.ndarray:
+        """`(n,)` bool: whether an interaction at each of `(n,)` int64 times may be predicted, if nothing else forbids
+        it."""
+        return np.ones(len(times), dtype=bool)
+
+    def part(self, index: int, count: int) -> Self:
         """The same training part, and every `count`-th user to evaluate, from `index` on."""
         part = copy.copy(self)
-        part._users = self._users[index::count]
+        part._users = {name: users[index::count] for name, users in self._users.items()}
         return part
 
     def hash(self) -> str:
-        """SHA-256 over users, histories and targets of both splits: equal hashes mean the same task."""
-        digest = hashlib.sha256()
+        """SHA-256 over users, histories and targets of both splits, and the rule: equal hashes mean the same task."""
+        digest = hashlib.sha256(self._identity())
         for split in SPLITS:
             histories = self.histories(split)
             lengths = np.array([len(history) for history in histories], dtype=np.int64)
@@ -151,9 +189,34 @@ class LeaveOneOut:
                 digest.update(part.astype("<i8").tobytes())
         return digest.hexdigest()
 
+    def _identity(self) -> bytes:
+        """What the hash covers beside users, histories and targets."""
+        return json.dumps({"split": self.name, "ties": self.ties}, sort_keys=True).encode()
 
-def _held_out(split: str) -> int:
-    """Number of items at the end that are not in the split's histories."""
+
+class LeaveOneOut(Split):
+    """Splits each user with at least 3 interactions: last = test target, second last = validation target.
+
+    Users with fewer only train.
+    """
+
+    name = "leave-one-out"
+    rule = SPLIT_RULE
+    title = "Leave one out"
+    requirement = "leave one out needs users with 3 interactions"
+
+    def __init__(self, interactions: Interactions, ties: Mapping[str, object] | None = None):
+        lengths = interactions.lengths()
+        long = lengths >= _MINIMUM
+        places = {"validation": np.where(long, lengths - 2, -1), "test": np.where(long, lengths - 1, -1)}
+        super().__init__(interactions, np.where(long, lengths - 2, lengths), places, ties)
+
+    def _identity(self) -> bytes:
+        # the oldest rule adds nothing, so that hashes of earlier versions stay
+        return b"" if self.ties == FILE_ORDER else super()._identity()
+
+
+def _known(split: str) -> str:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, but got {split!r}")
-    return 2 if split == "validation" else 1
+    return split

@@ -8,7 +8,8 @@ import torch
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash
-from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.data.interactions import Interactions, Split
+from speeder.data.temporal_split import recorded_split
 from speeder.errors import SpeederError
 from speeder.io.files import (
     atomic_folder,
@@ -29,8 +30,8 @@ _ENTRIES = {"interactions.parquet", "catalogue", "manifest.json"}
 class PreparedData:
     """What `speeder prepare` writes and `speeder train` reads.
 
-    `manifest` is any JSON object: source hashes, counts of kept and dropped lines with reasons, the split rule. Raises
-    `ValueError` if an interaction has an item that the catalogue lacks.
+    `manifest` is any JSON object: source hashes, counts of kept and dropped lines with reasons, the rules of split and
+    ties, which `split` follows. Raises `ValueError` if an interaction has an item that the catalogue lacks.
     """
 
     catalogue: ItemCatalogue
@@ -45,9 +46,9 @@ class PreparedData:
             )
 
     @cached_property
-    def split(self) -> LeaveOneOut:
-        """The leave-one-out split of the interactions."""
-        return LeaveOneOut(self.interactions)
+    def split(self) -> Split:
+        """The split of the interactions that the manifest records; leave one out by default."""
+        return recorded_split(self.interactions, self.manifest)
 
     def with_features(
         self,
@@ -107,7 +108,10 @@ def saved_split(folder: str | Path) -> str | None:
     """The hash of the split of the data in a folder; None if it has no readable ones."""
     folder = recover_folder(folder)
     try:
-        return LeaveOneOut(Interactions.load(folder / _FILES[0])).hash() if _is_prepared(folder) else None
+        if not _is_prepared(folder):
+            return None
+        manifest = read_json(folder / "manifest.json").get("content", {})
+        return recorded_split(Interactions.load(folder / _FILES[0]), manifest).hash()
     except SpeederError:  # damaged: no run can be evaluated with them anyway
         return None
 

@@ -19,7 +19,7 @@ from speeder.errors import SpeederError
 from speeder.io.files import read_json, write_text
 
 if TYPE_CHECKING:
-    from speeder.data.interactions import LeaveOneOut
+    from speeder.data.interactions import Split
 
 FORMAT = "speeder-candidates-1"
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -49,7 +49,7 @@ class Candidates:
     @classmethod
     def draw(
         cls,
-        split: "LeaveOneOut",
+        split: "Split",
         name: str,
         num_items: int,
         negatives: int,
@@ -59,7 +59,7 @@ class Candidates:
         """Draw negatives.
 
         Args:
-            split: a leave-one-out split.
+            split: leave one out, or temporal.
             name: "test" or "validation".
             num_items: items in the catalogue.
             negatives: number per user, `N`.
@@ -93,7 +93,7 @@ class Candidates:
         That order follows from a second stream over users and items, so the target's position does not reveal it.
         """
         items = np.concatenate([self.negatives, item_array("targets", targets)[:, None]], axis=1)
-        keys = _chain(self.seed, f"order {self.split}", self.users.astype(np.uint64)[:, None], items)
+        keys = random_bits(self.seed, f"order {self.split}", self.users.astype(np.uint64)[:, None], items)
         return np.take_along_axis(items, keys.argsort(axis=1), axis=1)
 
     def hash(self) -> str:
@@ -153,7 +153,7 @@ def draw_items(
         )
     start = 0
     while True:
-        words = _chain(seed, stream, np.uint64(key), np.arange(start, start + _BLOCK))
+        words = random_bits(seed, stream, np.uint64(key), np.arange(start, start + _BLOCK))
         for item in (words % np.uint64(num_items)).tolist():
             if item not in seen:
                 seen.add(item)
@@ -163,7 +163,7 @@ def draw_items(
         start += _BLOCK
 
 
-def _chain(seed: int, stream: str, key: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+def random_bits(seed: int, stream: str, key: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """64 random bits for every (seed, stream, key, number), by the SplitMix64 finaliser.
 
     It is written out here, since numpy's generators may change their streams between versions.

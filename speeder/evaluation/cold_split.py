@@ -135,7 +135,8 @@ def hold_out(data: PreparedData, share: float = 0.1, seed: int = 0) -> tuple[Pre
     """Holds out a share of the items, drawn uniformly among those that have interactions and content features.
 
     A user's target is the newest cold item after the user's whole (warm) training part, and the history is all warm
-    items before it. So no model is trained on anything later. Earlier cold items are in no history, as if new items
+    items before it. So no model is trained on anything of the user's that is later; in a temporal split, on nothing
+    later of anybody. Earlier cold items are in no history, as if new items
     had just been added.
 
     Args:
@@ -212,10 +213,12 @@ def _targets(
     """Users, lengths of their warm histories, and their targets as indices among the cold items."""
     place = np.cumsum(is_cold) - 1
     rows = []
-    pairs = zip(data.interactions.sequences(), warm.split.training(), strict=True)
-    for user, (sequence, training) in enumerate(pairs):
-        cold = is_cold[sequence]
-        before = np.cumsum(~cold)  # warm items up to each place
+    columns = zip(
+        data.interactions.sequences(), data.interactions.times(), warm.split.training(), strict=True
+    )
+    for user, (sequence, times, training) in enumerate(columns):
+        cold = is_cold[sequence] & warm.split.may_be_targets(times)
+        before = np.cumsum(~is_cold[sequence])  # warm items up to each place
         late = np.flatnonzero(cold & (before >= max(len(training), 1)))
         if len(late):
             rows.append((user, before[late[-1]], place[sequence[late[-1]]]))

@@ -1,4 +1,4 @@
-"""Leave-one-out evaluation: ranking the whole catalogue or 1 + N candidates, with leak checks.
+"""Evaluation over a split: ranking the whole catalogue or 1 + N candidates, with leak checks.
 
 A model is anything with ``score(histories) -> (n, I)`` scores. Both variants are always measured: items of the user's
 history left in the ranking ("allowed"), and left out of it ("masked").
@@ -25,12 +25,12 @@ from speeder.evaluation.users import (
 )
 
 if TYPE_CHECKING:
-    from speeder.data.interactions import LeaveOneOut
+    from speeder.data.interactions import Split
 
 
 def evaluate(
     model: Scorer,
-    split: "LeaveOneOut",
+    split: "Split",
     name: str = "test",
     batch_size: int = 256,
     *,
@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         model: anything with ``score``.
-        split: a leave-one-out split.
+        split: leave one out, or temporal.
         name: "test" or "validation".
         batch_size: users per batch.
         resamples, seed: of the bootstrap.
@@ -70,7 +70,7 @@ def evaluate(
 
 def evaluate_candidates(
     model: Scorer,
-    split: "LeaveOneOut",
+    split: "Split",
     candidates: Candidates,
     protocol: str = "vhr",
     batch_size: int = 256,
@@ -107,7 +107,7 @@ def evaluate_candidates(
 
 def evaluate_titles(
     model: TitleGenerator,
-    split: "LeaveOneOut",
+    split: "Split",
     candidates: Candidates,
     titles: Sequence[str],
     batch_size: int = 256,
@@ -141,7 +141,7 @@ def evaluate_titles(
 
 
 def _checked(
-    model: object, split: "LeaveOneOut", name: str, batch_size: int
+    model: object, split: "Split", name: str, batch_size: int
 ) -> tuple[list[np.ndarray], np.ndarray, str]:
     """Check arguments and leaks; return the split's histories and targets, and what the model was fitted on."""
     if name not in ("test", "validation"):
@@ -154,7 +154,7 @@ def _checked(
         check_training_hash(recorded, split, type(model).__name__)
     histories, targets = split.histories(name), np.asarray(split.targets(name), dtype=np.int64)
     if not len(targets):
-        raise ValueError(f"split: no user has a {name} target; leave one out needs users with 3 interactions")
+        raise ValueError(f"split: no user has a {name} target; {split.requirement}")
     return histories, targets, NOT_TOLD if recorded is None else TRAINING_PART
 
 
@@ -163,7 +163,7 @@ def _description(name: str) -> str:
 
 
 def _among_candidates(
-    split: "LeaveOneOut",
+    split: "Split",
     candidates: Candidates,
     protocol: str,
     histories: list[np.ndarray],
@@ -187,7 +187,7 @@ def _among_candidates(
 
 
 def _evaluation(
-    split: "LeaveOneOut",
+    split: "Split",
     name: str,
     histories: list[np.ndarray],
     targets: np.ndarray,
@@ -198,6 +198,7 @@ def _evaluation(
     return Evaluation(
         split=name,
         split_hash=split.hash(),
+        split_title=split.title,
         num_items=num_items,
         users=np.asarray(split.users(name), dtype=np.int64),
         targets=targets,

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speeder.data.fingerprints import FITTED_ON_NOTHING, features_hash, training_hash
+from speeder.data.temporal_split import TemporalSplit, as_date
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
     from speeder.data import PreparedData
-    from speeder.data.interactions import Interactions, LeaveOneOut
+    from speeder.data.interactions import Interactions, Split
     from speeder.evaluation.candidates import Candidates
 
 
@@ -17,50 +18,62 @@ class LeakError(SpeederError):
     """Training had access to something that is to be predicted."""
 
 
-def check_split(split: "LeaveOneOut", interactions: "Interactions | None" = None) -> None:
-    """Check that a leave-one-out split's training parts end before its targets.
+def check_split(split: "Split", interactions: "Interactions | None" = None) -> None:
+    """Check that a split's training parts end before its targets.
 
-    For every evaluated user, the validation history must be the training part, and the test history the training part
-    and the validation target. If a target were in the training part, they would differ. An item with which a user
-    interacted twice may be both in training and a target.
+    For every evaluated user, the validation history must be the training part, and the test history the training part,
+    then the validation target. If a target were in the training part, they would differ. An item with which a user
+    interacted twice may be both in training and a target. In a temporal split a user may have one target alone, and
+    more interactions between the validation target and the test target.
 
     Args:
         split: the split to check.
-        interactions: the interactions of the split. With them, training part and both targets must also be the user's
-            whole sequence in order of time, so a split that is wrong throughout is found too.
+        interactions: the interactions of the split. With them, training part and targets must also be the user's
+            sequence in order of time, so a split that is wrong throughout is found too. Of a temporal split, all
+            training must be before the first date, and each target the user's first item from its date on.
 
     Raises:
         LeakError: naming the first user for whom it does not hold.
     """
-    training, users = split.training(), split.users("validation")
-    if not np.array_equal(users, split.users("test")):
-        raise LeakError("split: validation and test are over different users")
-    if len(np.unique(users)) != len(users):
+    training = split.training()
+    users = {name: split.users(name) for name in ("validation", "test")}
+    histories = {
+        name: dict(zip(users[name].tolist(), split.histories(name), strict=True))
+        for name in ("validation", "test")
+    }
+    if any(len(histories[name]) != len(users[name]) for name in users):
         raise LeakError("split: a user is evaluated more than once")
-    columns = [split.histories(name) for name in ("validation", "test")]
-    columns.append(split.targets("validation"))
-    for user, validation_history, test_history, validation_target in zip(users, *columns, strict=True):
-        rows = training[user]
-        if not np.array_equal(validation_history, rows):
+    temporal = isinstance(split, TemporalSplit)
+    if not temporal and not np.array_equal(users["validation"], users["test"]):
+        raise LeakError("split: validation and test are over different users")
+    for user, history in histories["validation"].items():
+        if not np.array_equal(history, training[user]):
             raise LeakError(
                 f"user {user}: the training part is not the validation history, so one holds a target"
             )
-        if not np.array_equal(test_history, [*rows, validation_target]):
+    targets = dict(zip(users["validation"].tolist(), split.targets("validation").tolist(), strict=True))
+    for user, history in histories["test"].items():
+        expected = [*training[user], *([targets[user]] if user in targets else [])]
+        if temporal:  # what else the user had before the second date follows
+            history = history[: len(expected)]
+        if not np.array_equal(history, expected):
             raise LeakError(
                 f"user {user}: the test history is not the training part and the validation target"
             )
-    if interactions is not None:
-        _check_whole(split, interactions, training, users)
-
-
-def _check_whole(
-    split: "LeaveOneOut", interactions: "Interactions", training: list, users: np.ndarray
-) -> None:
+    if interactions is None:
+        return
     same_user = np.diff(interactions.user) == 0
     if np.any(np.diff(interactions.time)[same_user] < 0):
         raise LeakError(
             "interactions: not in order of time, so training may have interactions after a target"
         )
+    if temporal:
+        _check_dates(split, interactions, training)
+    else:
+        _check_whole(split, interactions, training, users["test"])
+
+
+def _check_whole(split: "Split", interactions: "Interactions", training: list, users: np.ndarray) -> None:
     held_out = dict(
         zip(users, zip(split.targets("validation"), split.targets("test"), strict=True), strict=True)
     )
@@ -71,7 +84,30 @@ def _check_whole(
             )
 
 
-def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model") -> None:
+def _check_dates(split: "TemporalSplit", interactions: "Interactions", training: list) -> None:
+    """The times themselves are looked at, so that nothing rests on how the split was computed."""
+    times, sequences = interactions.times(), interactions.sequences()
+    for user, (sequence, time) in enumerate(zip(sequences, times, strict=True)):
+        if not np.array_equal(training[user], sequence[time < split.validation_from]):
+            raise LeakError(
+                f"user {user}: the training part is not what the user had before {as_date(split.validation_from)}"
+            )
+    ends = {"validation": split.test_from, "test": np.inf}
+    for name, start in (("validation", split.validation_from), ("test", split.test_from)):
+        columns = zip(split.users(name).tolist(), split.histories(name), split.targets(name), strict=True)
+        for user, history, target in columns:
+            later = sequences[user][(times[user] >= start) & (times[user] < ends[name])]
+            if not np.array_equal(history, sequences[user][times[user] < start]):
+                raise LeakError(
+                    f"user {user}: the {name} history is not what the user had before {as_date(start)}"
+                )
+            if not len(later) or target != later[0]:
+                raise LeakError(
+                    f"user {user}: the {name} target is not the first item from {as_date(start)} on"
+                )
+
+
+def check_training_hash(recorded: str, split: "Split", what: str = "model") -> None:
     """Check that ``what`` (a model or collaborative features) was fitted only on this split's training part.
 
     Raises:
@@ -84,7 +120,7 @@ def check_training_hash(recorded: str, split: "LeaveOneOut", what: str = "model"
         )
 
 
-def check_candidates(candidates: "Candidates", split: "LeaveOneOut", num_items: int) -> None:
+def check_candidates(candidates: "Candidates", split: "Split", num_items: int) -> None:
     """Check that a split's candidates are those of their seed, and depend on nothing else, such as the target.
 
     They are drawn again over the whole catalogue and compared, whatever the file says about itself.
@@ -171,7 +207,7 @@ def check_model_features(model: object, data: "PreparedData") -> None:
             )
 
 
-def _check_origin(name: str, record: dict, split: "LeaveOneOut") -> None:
+def _check_origin(name: str, record: dict, split: "Split") -> None:
     if record.get("training_hash") is not None:
         check_training_hash(str(record["training_hash"]), split, f"{name} features")
     elif record.get("fitted_on") != FITTED_ON_NOTHING:

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
+from speeder.data.interactions import LeaveOneOut
 from speeder.errors import SpeederError
 from speeder.evaluation.bootstrap import Interval, bootstrap_intervals
 from speeder.evaluation.metrics import METRICS, metric_values
@@ -57,6 +58,7 @@ class Evaluation:
     ties: dict[str, np.ndarray] = field(default_factory=dict)  # other candidates with the target's score
     valid: np.ndarray | None = None  # 1 if a generated title named one candidate; None for rankings
     fitted_on: str = NOT_TOLD
+    split_title: str = LeaveOneOut.title  # evaluations of earlier versions tell none
 
     def __len__(self) -> int:
         return len(self.users)
@@ -153,6 +155,7 @@ class Evaluation:
             **self.task,
             "candidates_seed": self.candidates_seed,
             "fitted_on": self.fitted_on,
+            "split_title": self.split_title,
             "num_users": len(self),
             "resamples": self.resamples,
             "seed": self.seed,

@@ -192,7 +192,7 @@ def _how_measured(first: "Evaluation") -> str:
     drawn = ""
     if first.protocol not in ("full", COLD_ITEMS, COLD_ONLY):
         drawn = f" Candidates `{first.candidates_hash}`, seed {first.candidates_seed}."
-    how = "Leave one out"
+    how = first.split_title
     if first.protocol in (COLD_ITEMS, COLD_ONLY):
         how = "Cold items, never seen in training"
     return (

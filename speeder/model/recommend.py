@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.interactions import LeaveOneOut
+from speeder.data.interactions import Split
 from speeder.data.item_indices import check_ordered, is_single
 from speeder.errors import SpeederError
 from speeder.evaluation.evaluate import evaluate
@@ -78,7 +78,7 @@ class RecommenderMixin:
         """Arguments of `TrainingSequences` for this model's examples; by default none."""
         return {}
 
-    def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
+    def validation_metrics(self, split: Split) -> dict[str, float]:
         """NDCG@10 and HR@10 of the validation items among all items, by which checkpoints are chosen."""
         if self.config.negatives != "full":  # the tokens of all items may be too many
             from speeder.model.streamed_ranking import streamed_ranks

@@ -15,6 +15,8 @@ from speeder.prepare.readers import READERS
 from speeder.prepare.readers.ml100k import read_ml100k
 from speeder.prepare.readers.plain import IMAGE, ITEM, TEXT, TITLE, plain, sequences
 from speeder.prepare.readers.times import TIME_UNITS
+from speeder.prepare.splits import check_rules, with_split
+from speeder.prepare.ties import Ties
 from speeder.recipes.schema import MODALITIES
 
 if TYPE_CHECKING:
@@ -40,6 +42,10 @@ def prepare(
     runner: "Runner | None" = None,
     require: Collection[str] = (),
     columns: Sequence[str] = (),
+    ties: str = "file",
+    ties_seed: int | None = None,
+    split: str = "leave-one-out",
+    split_time: Sequence[float | str] | None = None,
 ) -> PreparedData:
     """Reads raw files, filters, encodes texts and pictures, and saves the result, whole or not at all.
 
@@ -63,6 +69,9 @@ def prepare(
             the last filter, so users and items may then have fewer than `core` interactions.
         columns: further columns of `"plain"` and `"sequences"` items, such as a category, by which recommendations
             can be filtered.
+        ties, ties_seed: how interactions of a user with one time are ordered; see `Ties`.
+        split: `"leave-one-out"` or `"temporal"`.
+        split_time: dates or shares of a temporal split; see `with_split`.
 
     Returns:
         The saved data. The manifest has neither time nor machine: the same input gives the same manifest.
@@ -84,6 +93,7 @@ def prepare(
     taken = {*ITEM, "id", *TITLE, *TEXT, *IMAGE} & {column.lower() for column in columns}
     if taken or len(set(columns)) < len(columns):
         raise SpeederError(f"columns: expected further columns of items, each once, got {', '.join(columns)}")
+    rule = Ties(ties, ties_seed)
     check_replaceable(out)
     path, items = Path(path), Path(items) if items else None
     if not path.exists():
@@ -95,6 +105,7 @@ def prepare(
         raw = sequences(path, items, columns)
     else:
         raw = READERS[name].open(path, items)
+    check_rules(rule, split, split_time, raw.has_times)
     with writing(out), scratch_folder(Path(out)) as scratch:
         data = read_raw(
             raw,
@@ -102,7 +113,9 @@ def prepare(
             core=READERS[name].core if core is None else core,
             min_rating=min_rating,
             repeats=repeats,
+            ties=rule,
         )
+    data = with_split(data, split, split_time)
     data = add_images(data, images or raw.images, by_name=raw.images_by_name, must_match=images is not None)
     return _encode_and_save(data, out, modalities, text_encoder, image_encoder, runner, require, earlier)
 
@@ -119,6 +132,10 @@ def prepare_ml100k(
     runner: "Runner | None" = None,
     require: Collection[str] = (),
     on_text: Callable[[PreparedData], None] | None = None,
+    ties: str = "file",
+    ties_seed: int | None = None,
+    split: str = "leave-one-out",
+    split_time: Sequence[float | str] | None = None,
 ) -> PreparedData:
     """Prepares MovieLens-100K from the package index, whole: every rating counts, every film is in the catalogue.
 
@@ -127,15 +144,18 @@ def prepare_ml100k(
         source: folder with the raw files (RecBole's atomic ones); None fetches the `ml-100k` asset.
         posters: as in `match_posters`; None: no pictures.
         include_plot: whether the plots of `posters` are added to the films' texts.
-        text_encoder, image_encoder, modalities, runner, require: as in `prepare`.
+        text_encoder, image_encoder, modalities, runner, require, ties, ties_seed, split, split_time: as in `prepare`.
         on_text: called with the data once their texts are encoded, before the slower steps.
 
     Returns:
         The saved data, as from `prepare`.
     """
+    rule = Ties(ties, ties_seed)
+    check_rules(rule, split, split_time, has_times=True)
     check_replaceable(out)
     earlier = saved_split(out)
-    data = add_images(read_ml100k(source), posters, include_plot=include_plot)
+    data = with_split(read_ml100k(source, rule), split, split_time)
+    data = add_images(data, posters, include_plot=include_plot)
     if on_text is not None:
         data = add_features(data, ["text"], text_encoder, runner=runner)
         on_text(data)

@@ -20,6 +20,7 @@ from speeder.prepare.readers.text import MAX_TEXT, MAX_TITLE, ItemText
 from speeder.prepare.readers.times import PER_SECOND, hold_dates, nanoseconds
 from speeder.prepare.readers.values import identifier, rating
 from speeder.prepare.spool import Spool
+from speeder.prepare.ties import Ties
 
 REPEATED = "same user and item as another line"
 
@@ -31,6 +32,7 @@ def read_raw(
     core: int = 1,
     min_rating: float | None = None,
     repeats: bool = False,
+    ties: Ties | None = None,
 ) -> PreparedData:
     """Reads raw data as a stream; the catalogue has the items with interactions, without features.
 
@@ -41,6 +43,7 @@ def read_raw(
         core: users and items with fewer interactions are dropped, repeatedly until none is left.
         min_rating: interactions with a lower rating are dropped.
         repeats: keep repeated interactions of a user with an item; else only the earliest.
+        ties: how interactions of a user with one time are ordered; None: as in the file.
 
     Returns:
         Data whose manifest counts every line as kept, or as dropped with its reason. An item's `image` is the name in
@@ -48,6 +51,7 @@ def read_raw(
 
     Raises `SpeederError` if a file cannot be read, or nothing is left.
     """
+    ties = ties or Ties()
     sources = [raw.interaction_file, *([raw.item_file] if raw.item_file else [])]
     for path in sources:  # the second is read last: check early that it exists
         if not path.is_file():
@@ -62,7 +66,8 @@ def read_raw(
             f"{raw.interaction_file}: no interaction is left of {count.read} lines"
             f" ({count.reasons() or 'it is empty'})"
         )
-    order = np.lexsort((time, user))  # by nanoseconds: whole seconds would make ties of them
+    # by nanoseconds: whole seconds would make ties of them
+    order = ties.sort(user, item, time, user_ids, item_ids)
     user = user[order]  # one by one: each old column makes room for the next new one
     item = item[order]
     time = time[order]
@@ -76,6 +81,7 @@ def read_raw(
         "dataset": raw.name,
         "sources": {path.name: sha256_file(path) for path in sources},
         "split": SPLIT_RULE,
+        "ties": ties.record,
         "filters": {"k_core": core, "min_rating": min_rating, "repeats": repeats},
         "items": items,
         "interactions": count.summary(),

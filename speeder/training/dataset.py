@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from torch.utils.data import Dataset
 
-from speeder.data.interactions import LeaveOneOut
+from speeder.data.interactions import Split
 from speeder.errors import SpeederError
 from speeder.model.config import SpeederConfig
 from speeder.model.sequences import TokenSequence, build_sequence
@@ -72,17 +72,17 @@ def occurs(sequences: list[np.ndarray], num_items: int) -> np.ndarray:
     return np.bincount(np.concatenate([np.zeros(0, dtype=np.int64), *read]), minlength=num_items) > 0
 
 
-def check_users(split: LeaveOneOut) -> None:
+def check_users(split: Split) -> None:
     """Raise `SpeederError` unless there are users to train on and users to validate on."""
     if not any(len(sequence) > 1 for sequence in split.training()):
         raise SpeederError(
-            "training data: expected a user with at least two training interactions, got none (the last two"
-            " interactions of a user with three or more are held out)"
+            "training data: expected a user with at least two training interactions, got none; the split is"
+            f" {split.rule}"
         )
     if not len(split.users("validation")):
         raise SpeederError(
-            "training data: expected a user with at least three interactions, whose second last is ranked at each"
-            " checkpoint; got none"
+            "training data: expected a user with a validation item, which is ranked at each checkpoint, got none;"
+            f" {split.requirement}"
         )
 
 

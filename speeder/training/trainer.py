@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
-from speeder.data.interactions import LeaveOneOut
+from speeder.data.interactions import Split
 from speeder.io.disk_full import WriteError, writing
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.training.bad_batches import BadBatches, check_weights
@@ -39,7 +39,7 @@ class SpeederTrainer(Trainer):
     def __init__(
         self,
         *args,
-        split: LeaveOneOut,
+        split: Split,
         parameter_groups: list[dict],
         average: WeightAverage | None = None,
         plain: SpeederForCausalLM | None = None,

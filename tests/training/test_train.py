@@ -264,7 +264,10 @@ def test_the_loss_is_the_mean_over_labels_and_splits_over_accumulated_batches():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([(0, 0), (0, 1), (1, 2), (1, 3)], "at least three interactions, whose second last is ranked"),
+        (
+            [(0, 0), (0, 1), (1, 2), (1, 3)],
+            "a validation item, which is ranked .* needs users with 3 interactions",
+        ),
         ([(0, 0), (0, 1), (0, 2), (1, 2)], "at least two training interactions, got none"),
         ([(0, 0), (1, 1)], "at least two training interactions, got none"),
     ],

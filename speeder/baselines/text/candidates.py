@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from speeder.baselines.text.base import TextBaseline
-from speeder.data.interactions import LeaveOneOut
+from speeder.data.interactions import Split
 from speeder.data.item_indices import item_indices
 from speeder.errors import SpeederError
 from speeder.evaluation.candidates import Candidates, draw_items
@@ -30,7 +30,7 @@ class CandidateBaseline(TextBaseline):
         count = min(count, len(self.catalogue) - len(known))
         return draw_items(0, "training", number, count, len(self.catalogue), known)
 
-    def validation_metrics(self, split: LeaveOneOut) -> dict[str, float]:
+    def validation_metrics(self, split: Split) -> dict[str, float]:
         """NDCG@10 and HR@10 among 1 + 19 candidates, for evenly spaced validation users."""
         targets, histories = np.asarray(split.targets("validation")), split.histories("validation")
         count = min(self.config.num_candidates - 1, len(self.catalogue) - max(map(len, histories)) - 1)

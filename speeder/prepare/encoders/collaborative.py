@@ -41,7 +41,7 @@ def collaborative_features(
     There is no early stopping, so no held-out interaction affects the features, not even through the number of epochs.
 
     Args:
-        training_sequences: every user's training part, oldest first, as from ``LeaveOneOut.training``.
+        training_sequences: every user's training part, oldest first, as from ``Split.training``.
         num_items: I, the catalogue's size.
         dim: the width of the features; a multiple of ``config.heads``.
         seed: fixes the result.

@@ -53,6 +53,7 @@ def microlens(path: Path, item_file: Path | None = None) -> RawData:
         **item_table(item_file or _titles_in(folder)),
         ticks_per_second=1 if by_line else 1000,
         images=covers[0] if covers else None,
+        has_times=not by_line,
     )
     if raw.item_file:
         raw = replace(raw, items=partial(_items, raw.item_file))

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 from speeder.data.catalogue import ItemCatalogue
 from speeder.data.interactions import SPLIT_RULE, Interactions
 from speeder.data.prepared import PreparedData
@@ -15,12 +17,13 @@ from speeder.prepare.readers.tables import csv_rows
 from speeder.prepare.readers.text import ItemText
 from speeder.prepare.readers.times import PER_SECOND, nanoseconds
 from speeder.prepare.readers.values import identifier
+from speeder.prepare.ties import Ties
 
 # MovieLens' film 267 is "unknown"; the atomic files spell it so.
 _UNKNOWN = {"unkonwn", "unknown", ""}
 
 
-def read_ml100k(folder: str | Path | None = None) -> PreparedData:
+def read_ml100k(folder: str | Path | None = None, ties: Ties | None = None) -> PreparedData:
     """The 943 users, 1,682 films and 100,000 ratings as implicit interactions, without features.
 
     Every rating counts, with any number of stars. Titles read `"The Usual Suspects (1995)"`, texts
@@ -28,18 +31,21 @@ def read_ml100k(folder: str | Path | None = None) -> PreparedData:
 
     Args:
         folder: holds `ml-100k.inter` and `ml-100k.item`; None fetches the `ml-100k` asset.
+        ties: how ratings of a user with one time are ordered; None: as in the file.
 
     Lines that cannot be read are dropped, counted by reason in the manifest and logged by number. Raises
     `SpeederError` if a file is missing or is something else.
     """
+    ties = ties or Ties()
     folder = fetch("ml-100k") if folder is None else Path(folder)
     item_file, interaction_file = folder / "ml-100k.item", folder / "ml-100k.inter"
     catalogue, item_count = _read_items(item_file)
-    interactions, count = _read_interactions(interaction_file, catalogue)
+    interactions, count = _read_interactions(interaction_file, catalogue, ties)
     manifest = {
         "dataset": "ml-100k",
         "sources": {path.name: sha256_file(path) for path in (item_file, interaction_file)},
         "split": SPLIT_RULE,
+        "ties": ties.record,
         "items": {**item_count.summary(), "without_text": catalogue.texts.count("")},
         "interactions": count.summary(),
         "users": len(interactions.user_ids),
@@ -73,7 +79,7 @@ def _describe(title: str, year: str, genres: str) -> ItemText:
     return film_text(title, year, genres.split())
 
 
-def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactions, LineCount]:
+def _read_interactions(path: Path, catalogue: ItemCatalogue, ties: Ties) -> tuple[Interactions, LineCount]:
     count = LineCount(path)
     rows: dict[tuple[str, str], int] = {}  # in the order of the lines
     known = set(catalogue.ids)
@@ -93,10 +99,12 @@ def _read_interactions(path: Path, catalogue: ItemCatalogue) -> tuple[Interactio
             rows[pair] = time
     user_ids = sorted({user for user, _ in rows}, key=_numbers_in_order)
     user_index = {user: index for index, user in enumerate(user_ids)}
-    ordered = sorted(rows, key=rows.get)  # by nanoseconds: whole seconds would make ties of them
-    users = [user_index[user] for user, _ in ordered]
-    items = [catalogue.index_of(item) for _, item in ordered]
-    return Interactions(users, items, [rows[pair] // PER_SECOND for pair in ordered], user_ids), count
+    users = np.array([user_index[user] for user, _ in rows], dtype=np.int64)
+    items = np.array([catalogue.index_of(item) for _, item in rows], dtype=np.int64)
+    times = np.array([*rows.values()], dtype=np.int64)
+    # by nanoseconds: whole seconds would make ties of them
+    order = ties.sort(users, items, times, user_ids, catalogue.ids)
+    return Interactions(users[order], items[order], times[order] // PER_SECOND, user_ids), count
 
 
 def _numbers_in_order(text: str) -> tuple[int, int, str]:

@@ -65,7 +65,13 @@ def sequences(path: Path, item_file: Path | None = None, columns: Sequence[str] 
     if path.is_dir():
         item_file = item_file or find_table(path, "items")
         path = path / "sequences.txt"
-    return RawData("sequences", path, partial(sequence_rows, path), **item_table(item_file, columns))
+    return RawData(
+        "sequences",
+        path,
+        partial(sequence_rows, path),
+        **item_table(item_file, columns),
+        has_times=False,
+    )
 
 
 def find_table(folder: Path, name: str) -> Path | None:

@@ -44,6 +44,7 @@ class RawData:
         images: the data's own folder of pictures.
         images_by_name: whether `describe` names pictures (else they are found by item id).
         columns: the names of further columns of items that `describe` gives.
+        has_times: whether the interactions have times, and not only an order.
     """
 
     name: str
@@ -56,3 +57,4 @@ class RawData:
     images: Path | None = None
     images_by_name: bool = False
     columns: tuple[str, ...] = ()
+    has_times: bool = True

@@ -80,6 +80,7 @@ def summarise(finished: Finished, baselines: Mapping[str, Evaluation]) -> dict[s
     return {
         "study": finished.study.name,
         "task": one.task,
+        "split_title": one.split_title,
         "num_users": len(one),
         "cold": COLD,
         "variants": variants,
@@ -237,7 +238,7 @@ def _slice_table(found: dict[str, Any], kind: str) -> str:
 def _note(found: dict[str, Any]) -> str:
     family = sum("differences" in entry for entry in found["variants"].values())
     return (
-        f"Leave one out, test targets, {found['num_users']:,} users, all {found['task']['num_items']:,} items "
+        f"{found['split_title']}, test targets, {found['num_users']:,} users, all {found['task']['num_items']:,} items "
         "ranked; ties count against the target. A user's value is the mean over the seeds. In brackets: 95 % "
         "bootstrap interval over users. Differences from the base are paired by user, over the seeds of both. "
         "± seeds: standard deviation of the means of single runs; the intervals do not include it. p: two-sided "

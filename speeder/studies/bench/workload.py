@@ -75,7 +75,7 @@ def choose_users(data: PreparedData, workload: Workload, seed: int = 0) -> Users
     split, random = data.split, np.random.default_rng(seed)
     users, histories, targets = split.users("test"), split.histories("test"), split.targets("test")
     if not len(users):
-        raise SpeederError("data: expected a user with at least 3 interactions, got none")
+        raise SpeederError(f"data: expected a user with a test item, got none; {split.requirement}")
     rows = random.permutation(len(users))[:USERS]
     everyone = split.training()
     training = [everyone[users[row]] for row in rows]

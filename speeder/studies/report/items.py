@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.interactions import LeaveOneOut
+from speeder.data.interactions import Split
 from speeder.evaluation.slices import quantile_slices
 from speeder.model.modeling import SpeederForCausalLM
 
@@ -46,7 +46,7 @@ class Gates:
 
 def read_gates(
     model: SpeederForCausalLM,
-    split: LeaveOneOut | None,
+    split: Split | None,
     catalogue: ItemCatalogue | None,
     added: str = "added after training",
 ) -> Gates:
@@ -86,7 +86,7 @@ def item_groups(counts: np.ndarray, num_known: int, added: str) -> dict[str, np.
     return {label: member for label, member in groups.items() if member.any()}
 
 
-def _counts(split: LeaveOneOut, num_items: int) -> np.ndarray:
+def _counts(split: Split, num_items: int) -> np.ndarray:
     training = split.training()
     flat = np.concatenate(training) if training else np.zeros(0, dtype=np.int64)
     return np.bincount(flat, minlength=num_items)

@@ -98,6 +98,7 @@ def data_facts(contents: RunContents) -> Facts:
     lengths = np.bincount(data.interactions.user, minlength=len(data.interactions.user_ids))
     sizes = [
         ("data set", str(data.manifest.get("dataset", "unnamed"))),
+        ("split rule", data.split.title),
         ("users", f"{len(lengths):,}, {len(data.split.users('test')):,} of them test users"),
         ("items", f"{len(data.catalogue):,}"),
         ("interactions", f"{len(data.interactions):,}"),
