@@ -69,7 +69,8 @@ def split_facts(data: PreparedData) -> list[tuple[str, str]]:
     training = split.training()
     lengths = np.array([len(items) for items in training])
     seen = np.bincount(np.concatenate(training), minlength=len(data.catalogue)) > 0
-    dates = [as_date(split.validation_from), as_date(split.test_from)]
+    first, second = as_date(split.validation_from), as_date(split.test_from)
+    spans = [f"from {first} to {second}", f"from {second} on"]
     facts += [
         ("split", split.title),
         (
@@ -83,12 +84,12 @@ def split_facts(data: PreparedData) -> list[tuple[str, str]]:
         "validation": (time >= split.validation_from) & (time < split.test_from),
         "test": time >= split.test_from,
     }
-    for date, (name, period) in zip(dates, periods.items(), strict=True):
+    for span, (name, period) in zip(spans, periods.items(), strict=True):
         targets = split.targets(name)
         facts.append(
             (
                 f"{name} users",
-                f"{len(targets):,} of {len(np.unique(user[period])):,} with interactions from {date} on (the others"
+                f"{len(targets):,} of {len(np.unique(user[period])):,} with interactions {span} (the others"
                 f" have none before); the targets of {np.count_nonzero(~seen[targets]):,} are unseen in training",
             )
         )

@@ -48,6 +48,12 @@ def test_every_reader_is_offered(capsys: pytest.CaptureFixture) -> None:
         (["plain", "x.csv", "--k-core", "9", "--without", "text"], "no interaction is left of 1 lines"),
         (["ml-1m", "x.csv"], "expected ratings.dat of ml-1m, found no ratings"),
         (["amazon-2018", "x.csv", "--time-unit", "ms"], "for plain data"),
+        (
+            ["plain", "x.csv", "--ties-seed", "1"],
+            "ties seed: expected a number from 0, with ties 'shuffle', got 1",
+        ),
+        (["plain", "x.csv", "--split-time", "0.5", "0.6"], "split-time: expected two dates or shares"),
+        (["ml-100k", "--split-time", "0.5", "0.6"], "split-time: expected two dates or shares"),
     ],
 )
 def test_mistakes_get_one_line(
@@ -237,6 +243,21 @@ def test_equal_times_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     # no two events of these days are at one time, though they are on one day
     assert prepared(write_shop(tmp_path / "shop", time="2024-03-14T09:10:00.00000{day}")) == 0
     assert "share" not in capsys.readouterr().out
+
+
+def test_a_temporal_split_and_shuffled_ties_are_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shop = write_shop(
+        tmp_path / "shop", time="2024-03-1{day}", rows=" ".join(f"ü{u},x,2024-03-11" for u in range(6))
+    )
+    dates = ["--split", "temporal", "--split-time", "2024-03-12", "2024-03-13"]
+    assert prepared(shop, "--ties", "shuffle", "--ties-seed", "5", *dates) == 0
+    told = capsys.readouterr().out
+    assert "equal times: order shuffle, seed 5\n" in told
+    assert "split: Temporal split (training before 2024-03-12, test targets from 2024-03-13 on)\n" in told
+    assert "share their user's time" not in told
+    assert "items unseen in training: " in told
+    data = PreparedData.load(tmp_path / "out")
+    assert f"test users: {len(data.split.users('test'))} of " in told
 
 
 def test_a_replaced_folder_is_told_where_its_split_changes(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from speeder.data import ItemCatalogue, PreparedData
 from speeder.data.fingerprints import features_hash, training_hash
 from speeder.data.interactions import Interactions, LeaveOneOut
+from speeder.data.temporal_split import TemporalSplit
 from speeder.errors import SpeederError
 from speeder.evaluation.leaks import LeakError, check_features, check_split, check_training_hash
 from speeder.prepare.encoders.collaborative import collaborative_features
@@ -199,3 +200,51 @@ def test_a_test_item_in_a_training_row_stops_training(tmp_path):
     with pytest.raises(LeakError, match="user 3: the training part is not the validation history"):
         train(recipe, data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+TIMED = Interactions(
+    [0, 0, 0, 0, 0, 1, 1, 1, 2, 2],
+    [0, 1, 2, 3, 4, 5, 0, 1, 2, 3],
+    [1, 2, 5, 6, 8, 1, 3, 9, 5, 9],
+    ["a", "b", "c"],
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 9)), min_size=1, max_size=30))
+def test_a_sound_temporal_split_passes(rows):
+    interactions = Interactions(*zip(*rows, strict=True), list("abcd"))
+    split = TemporalSplit(interactions, 4, 7)
+    check_split(split)
+    check_split(split, interactions)
+
+
+WHOLE = LeaveOneOut(TIMED)
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"training": TIMED.sequences}, "user 0: the training part is not the validation history"),
+        ({"validation_from": 7}, "user 0: the training part is not what the user had before 1970"),
+        ({"test_from": 6}, "user 0: the test history is not what the user had before 1970"),
+        (
+            {"targets": lambda name: np.array([4, 1, 3] if name == "test" else [3])},
+            "user 0: the test history is",
+        ),
+        (
+            {"targets": lambda name: np.array([4, 1, 2] if name == "test" else [2])},
+            "user 2: the test target is",
+        ),
+        # sound for each user alone, but one user's training is later than another's target
+        (
+            {name: getattr(WHOLE, name) for name in ("training", "users", "histories", "targets")},
+            "user 0: the training part is not what",
+        ),
+    ],
+)
+def test_each_way_of_leaking_from_a_temporal_split_is_caught(methods, message):
+    broken = TemporalSplit(TIMED, 4, 7)
+    check_split(broken, TIMED)
+    vars(broken).update(methods)
+    with pytest.raises(LeakError, match=message):
+        check_split(broken, TIMED)
