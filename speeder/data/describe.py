@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.interactions import FILE_ORDER
 from speeder.data.prepared import PreparedData
 from speeder.data.temporal_split import TemporalSplit, as_date
 from speeder.errors import SpeederError
@@ -60,19 +59,15 @@ def describe(data: PreparedData, tokenizer: str | None = "smollm2-135m", tokens_
 
 def split_facts(data: PreparedData) -> list[tuple[str, str]]:
     """How the interactions are split, and what each part has; of a temporal split also what it leaves out."""
-    split, facts = data.split, []
-    if split.ties != FILE_ORDER:
-        facts.append(("equal times", ", ".join(f"{name} {value}" for name, value in split.ties.items())))
-    tested = len(split.users("test"))
+    split, facts = data.split, [("split", data.split.title)]
     if not isinstance(split, TemporalSplit):
-        return [*facts, ("test users", f"{tested:,} (at least 3 interactions)")]
+        return [*facts, ("test users", f"{len(split.users('test')):,} (at least 3 interactions)")]
     training = split.training()
     lengths = np.array([len(items) for items in training])
     seen = np.bincount(np.concatenate(training), minlength=len(data.catalogue)) > 0
     first, second = as_date(split.validation_from), as_date(split.test_from)
     spans = [f"from {first} to {second}", f"from {second} on"]
     facts += [
-        ("split", split.title),
         (
             "training",
             f"{lengths.sum():,} interactions ({lengths.sum() / len(data.interactions):.1%}) of"

@@ -147,6 +147,8 @@ class Split:
         self._sequences, self._training, self._places = interactions.sequences(), training, dict(places)
         self._users = {name: np.flatnonzero(place >= 0) for name, place in self._places.items()}
         self.ties = dict(FILE_ORDER if ties is None else ties)
+        if self.ties != FILE_ORDER:
+            self.title += ", ties: " + ", ".join(f"{name} {value}" for name, value in self.ties.items())
 
     def training(self) -> list[np.ndarray]:
         """Training part of every user, by index."""

@@ -46,7 +46,6 @@ class TemporalSplit(Split):
             name: np.where((start > 0) & (start < end), start, -1)
             for name, start, end in zip(("validation", "test"), before, (before[1], lengths), strict=True)
         }
-        super().__init__(interactions, before[0], places, ties)
         first, second = as_date(validation_from), as_date(test_from)
         self.rule = (
             f"temporal: interactions before {first} train; a user's first interaction from then on, before {second},"
@@ -58,6 +57,7 @@ class TemporalSplit(Split):
             "the temporal split needs users with an interaction before a date and one after it"
             f" (validation from {first}, test from {second})"
         )
+        super().__init__(interactions, before[0], places, ties)
 
     def may_be_targets(self, times: np.ndarray) -> np.ndarray:
         """`(n,)` bool: whether each of `(n,)` int64 times is after all training."""

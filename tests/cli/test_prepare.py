@@ -252,8 +252,10 @@ def test_a_temporal_split_and_shuffled_ties_are_told(tmp_path: Path, capsys: pyt
     dates = ["--split", "temporal", "--split-time", "2024-03-12", "2024-03-13"]
     assert prepared(shop, "--ties", "shuffle", "--ties-seed", "5", *dates) == 0
     told = capsys.readouterr().out
-    assert "equal times: order shuffle, seed 5\n" in told
-    assert "split: Temporal split (training before 2024-03-12, test targets from 2024-03-13 on)\n" in told
+    assert (
+        "split: Temporal split (training before 2024-03-12, test targets from 2024-03-13 on), ties: order shuffle, seed"
+        " 5\n"
+    ) in told
     assert "share their user's time" not in told
     assert "items unseen in training: " in told
     data = PreparedData.load(tmp_path / "out")

@@ -97,6 +97,15 @@ def test_with_one_step_for_all_it_is_leave_one_out() -> None:
     assert [*map(list, part.training())] == [*map(list, temporal.training())]
 
 
+def test_titles_tell_what_the_hash_covers() -> None:
+    assert LeaveOneOut(build([])).title == LeaveOneOut.title == "Leave one out"
+    assert LeaveOneOut(build([]), SHUFFLED).title == "Leave one out, ties: order shuffle, seed 0"
+    title = TemporalSplit(build([]), 0, 86_400, SHUFFLED).title
+    assert title.startswith(
+        "Temporal split (training before 1970-01-01, test targets from 1970-01-02 on), ties: order"
+    )
+
+
 def test_dates_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(ValueError, match="validation_from must be below test_from, but they are 5 and 5"):
         TemporalSplit(build([]), 5, 5)
