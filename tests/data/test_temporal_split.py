@@ -31,7 +31,7 @@ def of_user(lines: list[tuple[int, int, int]], user: int) -> list[tuple[int, int
     return [(time, item) for who, item, time in sorted(lines, key=lambda line: line[2]) if who == user]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(lines=rows, dates=dates)
 def test_users_are_split_at_the_same_dates(lines: list[tuple[int, int, int]], dates: tuple[int, int]) -> None:
     first, second = dates
@@ -51,7 +51,7 @@ def test_users_are_split_at_the_same_dates(lines: list[tuple[int, int, int]], da
         assert [*zip(histories, split.targets(name).tolist(), strict=True)] == [*expected.values()]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(lines=rows, dates=dates)
 def test_no_target_is_before_the_end_of_training(lines, dates) -> None:
     interactions = build([(user, place, time) for place, (user, _, time) in enumerate(lines)])  # an item each
@@ -66,7 +66,7 @@ def test_no_target_is_before_the_end_of_training(lines, dates) -> None:
     assert max(read, default=-1) < min(tested, default=99)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=25)
 @given(lines=rows, dates=dates, other=dates)
 def test_the_hash_tells_dates_ties_and_training_apart(lines, dates, other) -> None:
     assume(dates != other)
