@@ -17,7 +17,7 @@ from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.leaks import LeakError
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.sasrec import SASRecConfig
-from speeder.training.sasrec import fit_on_split
+from speeder.training.sequential import fit_on_split
 from tests.model.worlds import save_tiny_backbone
 
 RECIPE = """
@@ -100,14 +100,14 @@ def test_describe_tells_what_the_split_leaves_out(data):
 
 
 def test_sasrec_is_stopped_by_the_validation_users(data):
-    model = fit_on_split(data, SASRecConfig(hidden_size=8, heads=1, layers=1, epochs=1), None)
+    model = fit_on_split(SASRec, data, SASRecConfig(hidden_size=8, heads=1, layers=1, epochs=1), None)
     result = evaluate(model, data.split)
     assert len(result) == len(data.split.users("test")) and result.split_title == data.split.title
 
 
 def test_a_model_of_another_split_of_the_same_data_is_refused(data):
     left_out = PreparedData(data.catalogue, data.interactions)
-    model = fit_on_split(left_out, SASRecConfig(hidden_size=8, heads=1, layers=1, epochs=1), None)
+    model = fit_on_split(SASRec, left_out, SASRecConfig(hidden_size=8, heads=1, layers=1, epochs=1), None)
     with pytest.raises(LeakError, match="SASRec: fitted on interactions"):
         evaluate(model, data.split)
 
