@@ -99,6 +99,19 @@ def test_the_learned_item_embedding_trains_once_it_is_open():
     assert trained == {"mrc.gates.text.weight", "mrc.gates.text.bias", "mrc.item_gate"}
 
 
+def test_words_and_the_look_up_train_with_the_parts_they_belong_to():
+    model = tiny_model(item_embedding=True, words=True, history_lookup=True)
+    stage = Stage("s", open=["words"], learning_rate=1e-3, word_learning_rate=7e-3)
+    groups = {group["name"]: group for group in select_parameters(model, stage, 0.1)}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[id(p)] for p in groups["word"]["params"]] == ["mrc.words.vectors.weight"]
+    assert groups["word"]["lr"] == 7e-3 and groups["new"]["lr"] == 1e-3
+    trained = {names[id(p)] for group in groups.values() for p in group["params"]}
+    assert {"mrc.words.direct.weight", "mrc.word_gate", "history.log_weights"} <= trained
+    select_parameters(model, Stage("s", open=["text"]), 0.1)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("mrc.word"))
+
+
 def test_frozen_parts_get_no_gradient_and_closed_experts_stay():
     model = tiny_model()
     select_parameters(model, Stage("s", open=["text"], train=["experts", "head"]), 0.0)

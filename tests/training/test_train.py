@@ -36,11 +36,20 @@ RECIPE = {
     "checkpoint_steps": 4,
     "log_steps": 2,
     "ema_decay": 0.8,
-    "model": {"item_embedding": True, "dropout": 0.1, "modality_dropout": 0.1, "position_proxy_weight": 0.05},
+    "model": {
+        "item_embedding": True,
+        "dropout": 0.1,
+        "modality_dropout": 0.1,
+        "position_proxy_weight": 0.05,
+        "experts": "linear",
+        "words": True,
+        "word_dropout": 0.1,
+        "history_lookup": True,
+    },
     "stages": [
         {"name": "text", "open": ["text"], "steps": 10},
         {"name": "+image", "open": ["text", "image"], "steps": 40, "ramp_steps": 6},
-        {"name": "joint", "open": ["text", "image", "collaborative", "item"], "steps": 10},
+        {"name": "joint", "open": ["text", "words", "image", "collaborative", "item"], "steps": 10},
     ],
 }
 
