@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from scipy.sparse import csr_array
 from torch import Tensor
 
+from speeder.data.catalogue import ItemCatalogue
 from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.io.files import read_json
@@ -122,6 +123,29 @@ class Neighbours:
         for part, weight in others:
             scores += part * weight
         return torch.from_numpy(scores)
+
+    def with_items(self, catalogue: ItemCatalogue) -> Neighbours:
+        """The same, over a catalogue that begins with the items it was fitted on. New items are in no pair, and their
+        contents are whitened as the others were.
+
+        Raises:
+            ValueError: the catalogue has fewer items. KeyError: it lacks a modality.
+        """
+        count, total = self.num_items, len(catalogue)
+        if total < count:
+            raise ValueError(f"catalogue: expected at least {count} items, got {total}")
+        starts = np.pad(self.pairs.indptr, (0, total - count), mode="edge")
+        pairs = csr_array((self.pairs.data, self.pairs.indices, starts), shape=(total, total))
+        contents = {}
+        for name, content in self.contents.items():
+            new = content.whitening(catalogue.features[name][count:], catalogue.present[name][count:])
+            contents[name] = Content(content.whitening, torch.cat([content.rows, new]))
+        hashes = {
+            "training_hash": self.training_hash,
+            "features_hashes": self.features_hashes,
+            "split_hash": self.split_hash,
+        }
+        return Neighbours(self.config, pairs, contents, self.weights, **hashes)
 
     def _recent(self, histories: Sequence[Sequence[int]], newest: int, decay: float) -> csr_array:
         """`(n, I)`: the weights of each history's newest items."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from speeder.baselines.content import ContentNeighbours
+from speeder.baselines.fit_neighbours import content_modalities, fit_neighbours
+from speeder.baselines.neighbours import Neighbours
 from speeder.baselines.popularity import Popularity
 from speeder.data.fingerprints import training_hash
 from speeder.data.prepared import PreparedData
@@ -51,7 +53,7 @@ def evaluate_cold_run(
     with_baselines: bool = True,
     ask_for: AskFor = ask_here,
 ) -> str:
-    """Rank the cold items by a run's model, by popularity and by content neighbours.
+    """Rank the cold items by a run's model, by popularity, by content neighbours and by neighbours.
 
     Saves each user's ranks in `evaluations/test-cold-items` and `test-cold-only`, and writes the results of both.
 
@@ -82,11 +84,14 @@ def evaluate_cold_run(
 
 
 def baselines_for(cold: ColdItems, warm: PreparedData) -> dict[str, Scorer]:
-    """Popularity, with a count of 0 for every cold item, and content neighbours of the first common modality."""
+    """Popularity, with a count of 0 for every cold item; content neighbours of the first common modality; and
+    neighbours, whose weights are those of the warm items, in no pair of which a cold item is."""
     training = warm.split.training()
     catalogue = warm.catalogue.concat(cold.catalogue)
     rows: dict[str, Scorer] = {Popularity.label: Popularity(training, len(catalogue))}
     name = "text" if "text" in cold.catalogue.features else next(iter(cold.catalogue.features))
     fitted_on = {"training_hash": training_hash(training)}
     neighbours = ContentNeighbours(catalogue.features[name], catalogue.present[name], **fitted_on)
-    return rows | {f"{ContentNeighbours.label} ({name})": neighbours}
+    rows[f"{ContentNeighbours.label} ({name})"] = neighbours
+    fitted = fit_neighbours(warm.split, warm.catalogue, content_modalities(warm))
+    return rows | {Neighbours.label: fitted.with_items(catalogue)}

@@ -400,3 +400,26 @@ def test_recipes():
     ):
         with pytest.raises(SpeederError, match=message):
             recipe_from_dict({"baseline": "neighbours", **wrong})
+
+
+def test_new_items_have_contents_and_no_pairs():
+    """Scores of old items stay to the bit; a twin of an item gets its content's part and nothing of its pairs."""
+    data = synthetic_world(num_users=60, history=8)
+    model, catalogue = fitted(data), data.catalogue
+    names = list(catalogue.features)
+    twins = ItemCatalogue(
+        [f"twin {i}" for i in catalogue.ids[:5]],
+        features={name: catalogue.features[name][:5] for name in names},
+        present={name: catalogue.present[name][:5] for name in names},
+    )
+    more, count = model.with_items(catalogue.concat(twins)), len(catalogue)
+    assert more.num_items == count + 5
+    histories = [[1, 2, 3], [0], [4, 4, 9]]
+    torch.testing.assert_close(more.score(histories)[:, :count], model.score(histories))
+    assert not more.part(ITEM_PAIRS, histories)[:, count:].any()
+    for name in model.contents:
+        content = more.part(name, histories)
+        torch.testing.assert_close(content[:, count:], content[:, :5])
+    assert more.score([[count]]).isfinite().all(), "a new item can be in a history"
+    with pytest.raises(ValueError, match="catalogue: expected at least"):
+        model.with_items(twins)

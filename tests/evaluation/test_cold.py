@@ -231,7 +231,7 @@ def test_the_command_line(place, capsys):
     run = place / "run"
     assert main(["evaluate", str(run), "--protocol", "cold-items"]) == 0
     table = capsys.readouterr().out
-    for row in ("popularity", "content neighbours (text)", "Speeder"):
+    for row in ("popularity", "content neighbours (text)", "neighbours", "Speeder"):
         assert table.count(f"\n{row}") == 2
     assert "all 48 items ranked" in table and "cold items alone ranked" in table
     for kind in ("test-cold-items", "test-cold-only"):

@@ -38,4 +38,4 @@ def test_held_out_items_are_a_group_of_their_own(tmp_path):
         assert words in text
     contents = read_run(run)
     assert list(contents.evaluations) == ["test-cold-items", "test-cold-only"]
-    assert [len(rows) for rows in contents.evaluations.values()] == [3, 3]
+    assert [len(rows) for rows in contents.evaluations.values()] == [4, 4]
