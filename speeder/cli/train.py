@@ -15,7 +15,7 @@ EXAMPLE = "speeder train --data data/ml-100k --recipe ml-100k --out runs/first"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `speeder train`."""
     parser.add_argument("--data", type=Path, metavar="DIR", help="prepared data (--resume knows them)")
-    parser.add_argument("--recipe", metavar="FILE", help="a YAML file, or the name of a bundled recipe")
+    parser.add_argument("--recipe", metavar="FILE", help="a YAML file, the name of a bundled recipe, or auto")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="run folder")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
 
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from speeder.io.files import read_json
     from speeder.io.memory import keep_freed_memory
     from speeder.recipes.bsarec import BSARecRecipe
-    from speeder.recipes.load import load_recipe, recipe_from_dict
+    from speeder.recipes.load import AUTO_RECIPE, load_recipe, recipe_from_dict, recipe_name_for
     from speeder.recipes.neighbours import NeighboursRecipe
     from speeder.recipes.sasrec import SASRecRecipe
     from speeder.studies.evaluate_run import write_training_plots
@@ -52,7 +52,10 @@ def run(options: argparse.Namespace) -> None:
     if options.recipe is None:
         recipe, notes = recipe_from_dict(read_json(options.out / "recipe.json")["recipe"]), []
     else:
-        recipe, notes = load_recipe(options.recipe).for_modalities(list(data.catalogue.modalities))
+        named = recipe_name_for(data.split.training()) if options.recipe == AUTO_RECIPE else options.recipe
+        recipe, notes = load_recipe(named).for_modalities(data.catalogue.readable)
+        if options.recipe == AUTO_RECIPE:
+            notes.insert(0, f"recipe {named!r}, by the median length of the training histories")
     together = processes()
     alone = {
         SASRecRecipe: ("SASRec", train_sequential),

@@ -86,6 +86,11 @@ class ItemCatalogue:
         """Each item's text; its title, if it has no text."""
         return [text or title for text, title in zip(self.texts, self.titles, strict=True)]
 
+    @property
+    def readable(self) -> list[str]:
+        """What a recipe's stages can open: the modalities, and "words" if an item has a text or title."""
+        return [*self.modalities, *(["words"] if any(self.readable_texts()) else [])]
+
     def index_of(self, external_id: str) -> int:
         """The row of an external id; `KeyError` if there is no such item."""
         try:

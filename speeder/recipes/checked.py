@@ -37,11 +37,17 @@ def all_finite(value: Any, place: str = "") -> Any:
         for key, entry in value.items():
             if not isinstance(key, str):
                 raise ValueError(f"{place}expected names as keys, got {key!r}")
-            all_finite(entry, f"{place}{key}: ")
+            all_finite(entry, f"{place}{_shown(key)}: ")
     elif isinstance(value, list | tuple):
         for entry in value:
             all_finite(entry, place)
     return value
+
+
+def _shown(key: Any) -> str:
+    """A key in a message of one line."""
+    text = str(key) if str(key).isprintable() else repr(key)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 Arguments = Annotated[
@@ -106,7 +112,7 @@ def _number(value: Any) -> Any:
 def _line(refused: ValidationError) -> str:
     """The first mistake of a pydantic error: key, what was expected, what came."""
     entry = refused.errors(include_url=False)[0]
-    key = ".".join(map(str, entry["loc"]))
+    key = ".".join(map(_shown, entry["loc"]))
     if entry["type"] in ("missing", "missing_argument"):
         return f"{key}: expected a value, got none"
     if entry["type"] == "unexpected_keyword_argument":

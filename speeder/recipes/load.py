@@ -23,6 +23,7 @@ _BASELINES = {
     "bsarec": BSARecRecipe,
     "neighbours": NeighboursRecipe,
 }  # without stages
+AUTO_RECIPE = "auto"
 _SHORT_HISTORY = 20  # Amazon's median is 4 in training, MovieLens' above 60
 
 
@@ -86,6 +87,11 @@ def recipe_from_dict(data: Any) -> AnyRecipe:
 def _place(stage: Any, number: int) -> str:
     name = stage.get("name") if isinstance(stage, dict) else None
     return f"stage {name!r}" if isinstance(name, str) and 0 < len(name) <= 100 else f"stage {number}"
+
+
+def recipe_name_for(training_sequences: Sequence[Sequence[int]]) -> str:
+    """The bundled recipe for the data, by the median history length: for short or for long histories."""
+    return "beauty" if _short(training_sequences) else "ml-100k"
 
 
 def settings_for(training_sequences: Sequence[Sequence[int]]) -> SASRecConfig:

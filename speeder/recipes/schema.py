@@ -209,6 +209,7 @@ class Recipe:
         """The recipe for the available modalities, without others, and without stages that then open nothing new.
 
         Args:
+            available: modalities of the data, and "words" if items have texts (`ItemCatalogue.readable`).
             keep_stages: leave out only stages that open nothing at all, so that recipes keep their number of steps.
 
         Returns:
@@ -231,7 +232,7 @@ class Recipe:
                         f"stage {stage.name!r}: open: expected some of {', '.join(sorted(known))}, got {name!r}"
                     )
         for stage in self.stages:
-            there = [name for name in stage.open if name in available or name in LEARNED]
+            there = [name for name in stage.open if name in available or name == "item"]
             missing = [name for name in stage.open if name not in there]
             # the stage is only for missing modalities
             idle = set(there) <= opened and not set(stage.open) <= wanted and not stage.titles
@@ -250,7 +251,10 @@ class Recipe:
             raise NoStageLeft(
                 f"recipe: no stage is left with the available modalities: {', '.join(available) or 'none'}"
             )
-        return dataclasses.replace(self, stages=stages), notes
+        model = self.model
+        if model.get("words") and "words" not in available:
+            model = {**model, "words": False}
+        return dataclasses.replace(self, stages=stages, model=model), notes
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for YAML, without a stage's unused keys.

@@ -89,7 +89,7 @@ def demo(
         )
         content = found[0]
 
-    plan, notes = plan.for_modalities(list(data.catalogue.modalities))
+    plan, notes = plan.for_modalities(data.catalogue.readable)
     announce("Fetching the language model SmolLM2 (once)")
     fetch("smollm2-135m")
     announce(f"Training Speeder, stage by stage: {', '.join(stage.name for stage in plan.stages)}")

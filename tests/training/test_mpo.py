@@ -6,9 +6,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model.mrc import CLOSED
-from speeder.recipes.load import load_recipe, recipe_from_dict
+from speeder.recipes.load import load_recipe, recipe_from_dict, recipe_name_for
 from speeder.recipes.schema import Stage
 from speeder.training.mpo import RAMP_START, GateRamp, gate_offset, select_parameters
 from tests.model.worlds import tiny_model
@@ -110,6 +111,24 @@ def test_words_and_the_look_up_train_with_the_parts_they_belong_to():
     assert {"mrc.words.direct.weight", "mrc.word_gate", "history.log_weights"} <= trained
     select_parameters(model, Stage("s", open=["text"]), 0.1)
     assert not any(p.requires_grad for name, p in model.named_parameters() if name.startswith("mrc.word"))
+
+
+def test_words_are_left_out_where_items_have_no_text():
+    stages = [
+        {"name": "a", "open": ["words"], "steps": 1},
+        {"name": "b", "open": ["words", "image"], "steps": 1},
+    ]
+    recipe = recipe_from_dict({"model": {"words": True, "dropout": 0.1}, "stages": stages})
+    same, notes = recipe.for_modalities(["words", "image"])
+    assert same == recipe and not notes
+    fewer, notes = recipe.for_modalities(["image"])
+    assert [stage.open for stage in fewer.stages] == [["image"]] and len(notes) == 1
+    assert fewer.model == {"words": False, "dropout": 0.1}
+    assert ItemCatalogue(["a"], ["A title"]).readable == ["words"] and ItemCatalogue(["a"]).readable == []
+
+
+def test_the_recipe_auto_follows_the_length_of_histories():
+    assert recipe_name_for([[1, 2, 3]] * 10) == "beauty" and recipe_name_for([[1] * 60] * 10) == "ml-100k"
 
 
 def test_frozen_parts_get_no_gradient_and_closed_experts_stay():

@@ -128,7 +128,7 @@ def _recipes_for(
     recipes, reported = {}, set()
     for name, variant in study.variants.items():
         try:
-            recipe, notes = variant.recipe.for_modalities(list(data.catalogue.modalities), keep_stages=True)
+            recipe, notes = variant.recipe.for_modalities(data.catalogue.readable, keep_stages=True)
             if name != BASE and recipe == recipes[BASE]:
                 raise NoStageLeft("with these data's modalities it is the same as the base")
         except SpeederError as error:

@@ -67,9 +67,7 @@ class System:
     def __init__(
         self, name: str, data: PreparedData, workload: Workload, backbone: str, layers: int, precision: str
     ):
-        recipe, _ = load_recipe(bundled_recipe(SYSTEMS[name][1])).for_modalities(
-            list(data.catalogue.modalities)
-        )
+        recipe, _ = load_recipe(bundled_recipe(SYSTEMS[name][1])).for_modalities(data.catalogue.readable)
         self.name, self.recipe, self.workload = name, replace(recipe, precision=precision), workload
         self.users: Users = choose_users(data, workload)
         longest = max(len(set(history.tolist())) for history in self.users.histories)
