@@ -128,7 +128,7 @@ def make_queries(options: argparse.Namespace) -> str:
     model = SpeederForCausalLM.from_pretrained(options.out / "run" / "model")
     model.use_item_store(TokenShards(options.out / "shards"))
     queries = measuring_queries(model, options.out / "run", QUERIES)
-    save_file({"queries": queries}, options.out / "queries.safetensors")
+    save_file({"queries": queries.dense}, options.out / "queries.safetensors")
     began = time.perf_counter()
     model.recommend([[1, 2001, 4002]], k=K)
     return f"{len(queries)} users; one user recommended in {1000 * (time.perf_counter() - began):.0f} ms by shards"
@@ -139,11 +139,12 @@ def search(options: argparse.Namespace) -> str:
     from safetensors.torch import load_file
 
     from speeder.cli.index import compared
+    from speeder.model.queries import Queries
     from speeder.retrieval.ann import build_index
     from speeder.retrieval.shards import TokenShards
 
     shards = TokenShards(options.out / "shards")
-    queries = load_file(options.out / "queries.safetensors")["queries"]
+    queries = Queries(load_file(options.out / "queries.safetensors")["queries"])
     if options.phase == "exact":
         return compared({"shards": shards}, queries, K)[0]
     began = time.perf_counter()

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array, diags_array
 
 from speeder.baselines.neighbours import ITEM_PAIRS, Content, Neighbours
 from speeder.data.fingerprints import features_hash, training_hash
-from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.evaluation.metrics import metric_values
+from speeder.model.item_pairs import count_pairs
 from speeder.model.whitening import Whitening
 from speeder.recipes.neighbours import NeighboursConfig
 
@@ -95,39 +94,6 @@ def fits(model: Neighbours, data: PreparedData) -> bool:
     found = (model.config, model.num_items, model.split_hash, model.training_hash, model.features_hashes)
     fitted_on = (data.split.hash(), training_hash(data.split.training()), hashes)
     return found == (NeighboursConfig(), len(catalogue), *fitted_on)
-
-
-def count_pairs(
-    training_sequences: Sequence[Sequence[int]], num_items: int, config: NeighboursConfig
-) -> csr_array:
-    """`(I, I)` float32: entry (i, j) is what item i of a history gives to j.
-
-    Every pair of items of a user, j being `d` <= `window` places after i, adds `window_decay ** (d - 1)` to (i, j), and
-    `backward` times as much to (j, i). The sum is divided by the roots of both items' counts + 1, as frequent
-    items are near everything.
-
-    Raises:
-        IndexError: an item outside the catalogue.
-    """
-    sequences = [item_array("training_sequences", sequence) for sequence in training_sequences]
-    lengths = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    items = np.concatenate([np.empty(0, dtype=np.int64), *sequences])
-    if len(items) and not 0 <= items.min() <= items.max() < num_items:
-        raise IndexError(
-            f"training_sequences: expected items in 0..{num_items - 1}, got {items.min()}..{items.max()}"
-        )
-    users, longest = np.repeat(np.arange(len(sequences)), lengths), lengths.max(initial=0)
-    total = csr_array((num_items, num_items), dtype=np.float64)
-    for distance in range(1, min(config.window, longest - 1) + 1):
-        one_user = users[distance:] == users[:-distance]
-        pair = items[:-distance][one_user], items[distance:][one_user]
-        weights = np.full(len(pair[0]), config.window_decay ** (distance - 1))
-        forward = coo_array((weights, pair), shape=total.shape).tocsr()  # adds up a pair that occurs twice
-        total = total + forward + config.backward * forward.T.tocsr()
-    scale = diags_array(1 / np.sqrt(np.bincount(items, minlength=num_items) + 1.0))
-    pairs = csr_array(scale @ total @ scale, dtype=np.float32)
-    pairs.sum_duplicates()
-    return pairs
 
 
 def _chosen_weights(model: Neighbours, split: Split, log: Callable[[dict], None]) -> dict[str, float]:

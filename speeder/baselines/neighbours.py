@@ -23,15 +23,14 @@ from scipy.sparse import csr_array
 from torch import Tensor
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.io.files import read_json
 from speeder.io.tensors import load_tensors, save_tensors
+from speeder.model.item_pairs import ARRAYS, recent_items
 from speeder.model.whitening import Whitening
 from speeder.recipes.neighbours import NeighboursConfig
 
 ITEM_PAIRS = "item pairs"  # a modality's name has no space
-_ARRAYS = ("data", "indices", "indptr")
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,10 @@ class Neighbours:
         """The `(n, I)` float32 scores of one part, without its weight. Raises as `score`."""
         config = self.config
         if name == ITEM_PAIRS:
-            read = self._recent(histories, config.pair_history, config.pair_decay)
+            read = recent_items(histories, config.pair_history, config.pair_decay, self.num_items)
             return torch.from_numpy((read @ self.pairs).toarray())
         rows = self.contents[name].rows
-        read = self._recent(histories, config.content_history, config.content_decay)
+        read = recent_items(histories, config.content_history, config.content_decay, self.num_items)
         return torch.from_numpy(read @ rows.numpy()) @ rows.T
 
     @staticmethod
@@ -147,29 +146,13 @@ class Neighbours:
         }
         return Neighbours(self.config, pairs, contents, self.weights, **hashes)
 
-    def _recent(self, histories: Sequence[Sequence[int]], newest: int, decay: float) -> csr_array:
-        """`(n, I)`: the weights of each history's newest items."""
-        tails = [item_array("histories", history)[-newest:] for history in histories]
-        lengths = np.array([len(tail) for tail in tails], dtype=np.int64)
-        items = np.concatenate([np.empty(0, dtype=np.int64), *tails])
-        if len(items) and not 0 <= items.min() <= items.max() < self.num_items:
-            raise IndexError(
-                f"histories: expected items in 0..{self.num_items - 1}, got {items.min()}..{items.max()}"
-            )
-        ends = np.cumsum(lengths)
-        newer = np.repeat(ends, lengths) - 1 - np.arange(len(items))
-        values = np.power(decay, newer).astype(np.float32)
-        # the constructor of rows, columns and values adds up an item that occurs twice
-        rows = np.repeat(np.arange(len(tails)), lengths)
-        return csr_array((values, (rows, items)), shape=(len(tails), self.num_items))
-
     def save(self, folder: str | os.PathLike) -> None:
         """Write ``model.safetensors`` and ``config.json`` into a folder, each atomically.
 
         The configuration has the tensors' SHA-256, so that an interrupted save is noticed on loading.
         """
         folder = Path(folder)
-        tensors = {f"pairs/{name}": torch.from_numpy(getattr(self.pairs, name)) for name in _ARRAYS}
+        tensors = {f"pairs/{name}": torch.from_numpy(getattr(self.pairs, name)) for name in ARRAYS}
         for name, content in self.contents.items():
             tensors[f"rows/{name}"] = content.rows
             tensors[f"mean/{name}"], tensors[f"matrix/{name}"] = (
@@ -200,7 +183,7 @@ class Neighbours:
             if saved.get("baseline") != "neighbours":
                 raise ValueError(f"baseline: expected 'neighbours', got {saved.get('baseline')!r}")
             tensors = load_tensors(folder, saved["tensors"])
-            arrays = tuple(tensors[f"pairs/{name}"].numpy() for name in _ARRAYS)
+            arrays = tuple(tensors[f"pairs/{name}"].numpy() for name in ARRAYS)
             pairs = csr_array(arrays, shape=(saved["num_items"], saved["num_items"]))
             pairs.check_format()
             weights = dict(saved["weights"])

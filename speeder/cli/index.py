@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from speeder.errors import SpeederError
 
 if TYPE_CHECKING:
-    import torch
-
-    from speeder.model.item_store import ItemStore
     from speeder.model.modeling import SpeederForCausalLM
+    from speeder.model.queries import Queries
+    from speeder.retrieval.ann import ItemIndex
+    from speeder.retrieval.shards import TokenShards
 
 SUMMARY = "Write a recommender's item tokens to disk, build a search index over them, and measure its recall."
 EXAMPLE = "speeder index runs/first --kind hnsw"
@@ -114,11 +114,10 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> torch.Tensor:
-    """`(n, H)` queries of up to `count` test users of the run's data; of single items if the data are gone."""
-    import torch
-
+def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> Queries:
+    """Queries of up to `count` test users of the run's data; of single items if the data are gone."""
     from speeder.data.find_run import run_data
+    from speeder.model.queries import Queries
 
     try:
         histories = run_data(run).split.histories("test")
@@ -128,10 +127,10 @@ def measuring_queries(model: SpeederForCausalLM, run: Path, count: int) -> torch
     if not histories:
         step = max(len(model.catalogue) // count, 1)
         histories = [[item] for item in range(0, len(model.catalogue), step)][:count]
-    return torch.cat(list(model.user_states(histories)))
+    return Queries.cat(model.user_states(histories))
 
 
-def compared(stores: dict[str, ItemStore], queries: torch.Tensor, k: int) -> list[str]:
+def compared(stores: dict[str, TokenShards | ItemIndex], queries: Queries, k: int) -> list[str]:
     """Lines of each store: time per query, alone and in batches of 64; of an index also its recall@k, from fast to
     thorough settings."""
     from speeder.retrieval.ann import EFFORTS, ItemIndex, recall_at_k
@@ -150,9 +149,9 @@ def compared(stores: dict[str, ItemStore], queries: torch.Tensor, k: int) -> lis
     return lines
 
 
-def _milliseconds(store: ItemStore, queries: torch.Tensor, k: int, size: int) -> float:
+def _milliseconds(store: TokenShards | ItemIndex, queries: Queries, k: int, size: int) -> float:
     """Time per query in batches of `size`; the first search, which reads pages from disk, is not counted."""
-    batches = queries.split(size)
+    batches = list(queries.split(size))
     store.topk(batches[0], k)
     began = time.perf_counter()
     for rows in batches:

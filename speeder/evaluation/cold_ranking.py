@@ -16,8 +16,8 @@ from speeder.evaluation.leaks import (
     LeakError,
     check_features,
     check_model_features,
+    check_model_training,
     check_split,
-    check_training_hash,
 )
 from speeder.evaluation.metrics import target_ranks
 from speeder.evaluation.result import COLD_ITEMS, COLD_ONLY, NOT_TOLD, TRAINING_PART, Evaluation
@@ -61,9 +61,7 @@ def check_never_saw(model: object, cold: ColdItems, warm: PreparedData) -> None:
         what = f"has {len(known)} of the cold items" if known else "is not the warm data's"
         raise LeakError(f"{type(model).__name__}: its training catalogue {what}")
     check_model_features(model, warm)
-    recorded = getattr(model, "training_hash", None)
-    if recorded is not None:
-        check_training_hash(recorded, warm.split, type(model).__name__)
+    check_model_training(model, warm.split)
 
 
 def evaluate_cold(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from speeder.evaluation.candidates import Candidates
-from speeder.evaluation.leaks import check_candidates, check_split, check_training_hash
+from speeder.evaluation.leaks import check_candidates, check_model_training, check_split
 from speeder.evaluation.metrics import hidden_targets
 from speeder.evaluation.result import NOT_TOLD, TRAINING_PART, Evaluation
 from speeder.evaluation.scorer import Scorer, TitleGenerator
@@ -149,9 +149,7 @@ def _checked(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     check_split(split)
-    recorded = getattr(model, "training_hash", None)
-    if recorded is not None:
-        check_training_hash(recorded, split, type(model).__name__)
+    recorded = check_model_training(model, split)
     histories, targets = split.histories(name), np.asarray(split.targets(name), dtype=np.int64)
     if not len(targets):
         raise ValueError(f"split: no user has a {name} target; {split.requirement}")

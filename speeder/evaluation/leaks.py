@@ -120,6 +120,24 @@ def check_training_hash(recorded: str, split: "Split", what: str = "model") -> N
         )
 
 
+def check_model_training(model: object, split: "Split") -> str | None:
+    """Check that a model, and the item pairs that it has counted, were fitted only on this split's training part.
+
+    Returns:
+        the hash that the model has recorded; None: it does not tell what it was fitted on.
+
+    Raises:
+        LeakError: they were fitted on other interactions.
+    """
+    name, recorded = type(model).__name__, getattr(model, "training_hash", None)
+    if recorded is not None:
+        check_training_hash(recorded, split, name)
+    pairs = getattr(model, "item_pairs", None)
+    if pairs is not None:
+        check_training_hash(pairs.training_hash, split, f"{name}'s item pairs")
+    return recorded
+
+
 def check_candidates(candidates: "Candidates", split: "Split", num_items: int) -> None:
     """Check that a split's candidates are those of their seed, and depend on nothing else, such as the target.
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from speeder.data.catalogue import ItemCatalogue
-from speeder.model.item_store import ItemStore, best, hide, scoring_vectors, seen_table
+from speeder.model.item_store import ItemStore, best, hide, seen_table, vectors_of
 from speeder.model.mrc import PIECE
+from speeder.model.queries import Queries
 from speeder_kernels import topk_items
 
 UNKNOWN = ("error", "skip")
@@ -81,13 +83,13 @@ def check_word(name: str, value: str | None, words: Sequence[str]) -> None:
 
 
 def best_among(
-    queries: torch.Tensor,
+    queries: Queries | torch.Tensor,
     vectors: torch.Tensor | ItemStore,
     k: int,
     hidden: Sequence[Sequence[int]],
     allowed: np.ndarray,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` best of the allowed items for each of `(n, H)` queries, read a piece at a time.
+    """The `k` best of the allowed items for each of `n` queries, read a piece at a time.
 
     Args:
         vectors: `(I, H)` scoring vectors, or a store.
@@ -97,16 +99,16 @@ def best_among(
     Returns:
         scores `(n, k)` float32, descending, and items `(n, k)` int64.
     """
-    excluded = seen_table(hidden, len(queries), queries.device)
-    scores = queries.new_empty(len(queries), 0, dtype=torch.float32)
-    items = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
-    for part in torch.tensor(allowed, device=queries.device).split(PIECE):
-        rows = (
-            vectors[part] if isinstance(vectors, torch.Tensor) else scoring_vectors(vectors.rows(part).tokens)
-        )
+    queries = Queries.of(queries)
+    dense = queries.dense
+    excluded = seen_table(hidden, len(dense), dense.device)
+    scores = dense.new_empty(len(dense), 0, dtype=torch.float32)
+    items = torch.empty(len(dense), 0, dtype=torch.int64, device=dense.device)
+    for part in torch.tensor(allowed, device=dense.device).split(PIECE):
+        rows = vectors_of(vectors, part)
         most = int(torch.isin(excluded, part).sum(dim=1).max()) if excluded.shape[1] else 0
-        found, places = topk_items(queries.to(rows.dtype), rows, min(len(part), k + most))
+        found, places = topk_items(dense.to(rows.dtype), rows, min(len(part), k + most))
         here = part[places]
         found = hide(found, here, excluded) if most else found
         scores, items = best(torch.cat([scores, found], dim=1), torch.cat([items, here], dim=1), k)
-    return scores, items
+    return queries.best_of_sum(scores, items, partial(vectors_of, vectors), hidden, allowed)

@@ -66,6 +66,9 @@ class SpeederConfig(PretrainedConfig):
         negatives_exponent: `"sampled"` draws an item in proportion to this power of its frequency as a target: 0 is
             uniform, 0.75 word2vec's, 1 by popularity.
         negatives_seed: seed of the draws, which depend on it and on the optimizer step.
+        pair_weight: weight of the item pairs in an item's logit (`item_pairs.py`); 0: they are not looked up. Pairs are
+            counted by `set_item_pairs`. The training loss is without them: what memorises the training items starves
+            what generalises, so the weight is chosen afterwards, on withheld targets.
         lora: arguments of `peft.LoraConfig` for adapters in the backbone; None: no adapters.
         training_hash: hash of the interactions that the model was trained on; evaluation checks it.
         catalogue_hash: hash of the catalogue that the model was saved with (`saved_hash`); loading checks it.
@@ -112,6 +115,7 @@ class SpeederConfig(PretrainedConfig):
     num_negatives: int = 4096
     negatives_exponent: float = 0.0
     negatives_seed: int = 0
+    pair_weight: float = 0.0
     lora: dict | None = None
     training_hash: str | None = None
     catalogue_hash: str | None = None
@@ -152,6 +156,8 @@ class SpeederConfig(PretrainedConfig):
             raise ValueError(f"negatives: expected one of {', '.join(NEGATIVES)}, got {self.negatives!r}")
         if self.negatives_exponent < 0:
             raise ValueError(f"negatives_exponent: expected at least 0, got {self.negatives_exponent}")
+        if self.pair_weight < 0:
+            raise ValueError(f"pair_weight: expected at least 0, got {self.pair_weight}")
         if self.position_proxy_weight < 0 or self.initial_logit_scale <= 0:
             raise ValueError(
                 "position_proxy_weight, initial_logit_scale: expected at least 0 and above 0, "
@@ -218,5 +224,6 @@ _NUMBERS = (
     "position_proxy_weight",
     "initial_logit_scale",
     "negatives_exponent",
+    "pair_weight",
 )
 AutoConfig.register("speeder", SpeederConfig)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from speeder.model.content import reading_once
-from speeder.model.item_store import scoring_vectors
+from speeder.model.item_store import vectors_of
+from speeder.model.queries import Queries
 
 if TYPE_CHECKING:
     from speeder.model.modeling import SpeederForCausalLM
@@ -66,7 +67,7 @@ def leave_one_out(
 
     The model reads the history once whole and once without each entry: `n + 1` sequences. Entries after the one left
     out move up by a rank. An item that occurs twice is left out once at a time. If the history is longer than the
-    model reads, no older entry takes the place.
+    model reads, no older entry takes the place. What the item pairs add is looked up in the same sequences.
 
     Args:
         history: item indices or ids, oldest first; the newest `config.max_history` are read.
@@ -91,22 +92,14 @@ def leave_one_out(
         raise ValueError("history: expected at least one item, got none")
     histories = [read] + [read[:j] + read[j + 1 :] for j in range(len(read))]
     readable = len(read) > 1 or bool(model.config.prompt_prefix or model.config.prompt_suffix)
-    states = torch.cat(list(model.user_states(histories if readable else histories[:1], batch_size)))
-    vectors = _vectors_of(model, asked.to(states.device))
-    scores = (states @ vectors.float().T).cpu()
+    queries = Queries.cat(model.user_states(histories if readable else histories[:1], batch_size))
+    asked = asked.to(queries.dense.device)
+    scores = queries.scores(vectors_of(model.scoring_table(), asked), asked).cpu()
     if not scores.isfinite().all():  # in an explanation NaN means the only entry
         raise ValueError("the model gave a score that is not finite")
     if not readable:
         return scores[0], torch.full((1, len(asked)), torch.nan)
     return scores[0], scores[0] - scores[1:]
-
-
-def _vectors_of(model: SpeederForCausalLM, items: torch.Tensor) -> torch.Tensor:
-    table = model.scoring_table()
-    if isinstance(table, torch.Tensor):
-        return table[items]
-    rows = table.rows(items)
-    return scoring_vectors(rows.tokens)[rows.places(items)]
 
 
 @torch.no_grad()

@@ -45,7 +45,8 @@ class ItemGenerationMixin(GenerationMixin):
         return found
 
     def prepare_inputs_for_generation(self, input_ids, *, attention_mask=None, ranks=None, **kwargs):
-        """Give every step the ranks of all tokens so far, which attention needs besides the cache."""
+        """Give every step what the cache lacks: the ranks of all tokens so far, for attention, and the ids of those in
+        the cache, for item pairs."""
         item_mask = input_ids >= self.config.text_vocab_size
         if attention_mask is not None:
             item_mask = item_mask & attention_mask.bool()
@@ -54,6 +55,8 @@ class ItemGenerationMixin(GenerationMixin):
             all_ranks[:, : ranks.shape[1]] = ranks
         inputs = super().prepare_inputs_for_generation(input_ids, attention_mask=attention_mask, **kwargs)
         inputs["ranks"] = all_ranks
+        if self.config.pair_weight and (past := input_ids.shape[1] - inputs["input_ids"].shape[1]):
+            inputs["past_ids"] = input_ids[:, :past]
         inputs.pop("position_ids", None)  # `generate` makes them from the mask, as the layout does
         return inputs
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from scipy.sparse import csr_array
 from torch.nn import functional as F
 
 from speeder.model.item_store import ItemRows, ItemStore, scoring_vectors
 from speeder.model.mrc import PIECE
 from speeder.model.negatives import Candidates, candidate_cross_entropy
 from speeder.model.packing import SequenceLayout, last_positions
+from speeder.model.queries import Queries, add_sparse
 from speeder.model.sequences import IGNORED
 from speeder_kernels import item_cross_entropy
 
@@ -41,8 +43,12 @@ class ScoringMixin:
         mean of several."""
         return scoring_vectors(item_table)
 
-    def item_logits(self, queries: torch.Tensor, item_table: torch.Tensor | ItemStore) -> torch.Tensor:
-        """`(N, H)` queries to `(N, I)` float32 logits of all items, computed for a part of the items at a time."""
+    def item_logits(
+        self, queries: Queries | torch.Tensor, item_table: torch.Tensor | ItemStore
+    ) -> torch.Tensor:
+        """Queries, or `(N, H)` dense ones, to `(N, I)` float32 logits of all items, computed for a part of the items at
+        a time."""
+        queries, added = (queries.dense, queries.added) if isinstance(queries, Queries) else (queries, None)
         if isinstance(item_table, torch.Tensor):
             if len(item_table) != self.config.num_items:
                 raise ValueError(
@@ -56,7 +62,7 @@ class ScoringMixin:
         for vectors in parts:
             logits[..., start : start + len(vectors)] = queries @ vectors.float().T
             start += len(vectors)
-        return logits
+        return add_sparse(logits, added)
 
     def _text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.backbone.get_output_embeddings()(hidden[..., : self.config.hidden_size]).float()
@@ -64,9 +70,14 @@ class ScoringMixin:
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     def _logits(
-        self, hidden: torch.Tensor, item_table: torch.Tensor | ItemStore | None, vocabulary: str
+        self,
+        hidden: torch.Tensor,
+        item_table: torch.Tensor | ItemStore | None,
+        vocabulary: str,
+        added: csr_array | None = None,
     ) -> torch.Tensor:
-        """`(B, S, H)` states, `(B, S, 2 H)` with the history look-up, to `(B, S, V + I)` float32."""
+        """`(B, S, H)` states, `(B, S, 2 H)` with the history look-up, to `(B, S, V + I)` float32; `added`
+        `(B * S, I)` is what the item pairs add."""
         shape = hidden.shape[:-1]
         if vocabulary == "items":
             text = hidden.new_full((*shape, self.config.text_vocab_size), -torch.inf, dtype=torch.float32)
@@ -77,7 +88,8 @@ class ScoringMixin:
         if vocabulary == "text":
             items = text.new_full((*shape, self.config.num_items), -torch.inf)
         else:
-            items = self.item_logits(self.item_queries(hidden), item_table)
+            queries = Queries(self.item_queries(hidden.flatten(0, 1)), added)
+            items = self.item_logits(queries, item_table).unflatten(0, shape)
         return torch.cat([text, items], dim=-1)
 
     def _loss(
@@ -88,6 +100,7 @@ class ScoringMixin:
         item_table: torch.Tensor | ItemRows | ItemStore | None,
         num_items_in_batch: torch.Tensor | int | None,
         candidates: Candidates | None = None,
+        added: csr_array | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of items among items and of text among text, plus SPAE's position proxy task.
 
@@ -96,6 +109,7 @@ class ScoringMixin:
             targets: `(B, S)` the target of each state, see `next_labels`.
             item_table: item tokens; with `candidates`, only those of the items that are needed.
             candidates: if given, item targets are compared with these instead of the whole catalogue.
+            added: `(B * S, I)`, what the item pairs add to the logits; in training None.
         """
         states, targets = hidden.flatten(0, 1), targets.flatten()
         text = self.config.text_vocab_size
@@ -110,7 +124,13 @@ class ScoringMixin:
         if is_item.any():
             total = (
                 total
-                + self._item_losses(states[is_item], targets[is_item] - text, item_table, candidates).sum()
+                + self._item_losses(
+                    states[is_item],
+                    targets[is_item] - text,
+                    item_table,
+                    candidates,
+                    None if added is None else added[is_item.nonzero().flatten().cpu().numpy()],
+                ).sum()
             )
         if is_text.any():
             total = total + F.cross_entropy(
@@ -128,18 +148,21 @@ class ScoringMixin:
         targets: torch.Tensor,
         item_table: torch.Tensor | ItemRows | ItemStore,
         candidates: Candidates | None,
+        added: csr_array | None = None,
     ) -> torch.Tensor:
         """`(N, H)` states and their `(N,)` target items to `(N,)` losses."""
         queries = self.item_queries(states)
+        if candidates is None and not isinstance(item_table, torch.Tensor):
+            raise ValueError("labels: expected none while items are read from a store, see use_item_store")
+        if added is not None:
+            return F.cross_entropy(
+                self.item_logits(Queries(queries, added), item_table), targets, reduction="none"
+            )
         device, dtype = queries.device.type, torch.float32
         if torch.is_autocast_enabled(device):  # as the backbone's own head would be computed
             dtype = torch.get_autocast_dtype(device)
         queries = queries.to(dtype)
         if candidates is None:
-            if not isinstance(item_table, torch.Tensor):
-                raise ValueError(
-                    "labels: expected none while items are read from a store, see use_item_store"
-                )
             return item_cross_entropy(queries, self.item_vectors(item_table).to(dtype), targets, scale=1.0)
         vectors = self.item_vectors(item_table.tokens).to(dtype)
         places = item_table.places(candidates.items)

@@ -57,6 +57,14 @@ def scoring_vectors(tokens: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(tokens.mean(dim=1), tokens.shape[-1:], eps=1e-6)
 
 
+def vectors_of(vectors: torch.Tensor | ItemStore, items: torch.Tensor) -> torch.Tensor:
+    """The `(n, H)` scoring vectors of `(n,)` items, of `(I, H)` vectors or of a store."""
+    if isinstance(vectors, torch.Tensor):
+        return vectors[items]
+    rows = vectors.rows(items)
+    return scoring_vectors(rows.tokens)[rows.places(items)]
+
+
 def seen_table(seen: Sequence[Sequence[int]] | None, rows: int, device: torch.device) -> torch.Tensor:
     """Lists of items as `(n, L)` int64, padded with -1; raises `TypeError` for an item that is no integer."""
     seen = None if seen is None else [item_indices("seen", row) for row in seen]

@@ -8,6 +8,7 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
 from speeder.model.content import Kept, autocast_dtype, content_of, for_later, hash_of
+from speeder.model.item_pairs import ItemPairs
 from speeder.model.item_store import ItemStore
 from speeder.model.kv_cache import SharedPrefix
 from speeder.model.mrc import MRC
@@ -16,6 +17,7 @@ from speeder.model.mrc import MRC
 class ItemTokensMixin:
     """The catalogue and the item tokens of [`SpeederForCausalLM`]."""
 
+    item_pairs: ItemPairs | None
     item_store: ItemStore | None
     _checked_store: tuple[ItemStore, Kept[None]] | None
     _catalogue: ItemCatalogue | None = None
@@ -36,9 +38,11 @@ class ItemTokensMixin:
 
         Raises:
             SpeederError: it lacks a modality that this model reads; an item has no modality; or the model has a learned
-                embedding per item, and the catalogue does not begin with the items of its rows.
+                embedding per item or item pairs, and the catalogue does not begin with the items of their rows.
         """
         warm = self._check_warm_items(catalogue)
+        if self.item_pairs is not None:
+            self.item_pairs.check_catalogue(catalogue)
         for part in self._copies_of_mrc():
             part.set_catalogue(catalogue)
         self.config.warm_items_hash = warm

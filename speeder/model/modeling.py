@@ -46,6 +46,7 @@ from speeder.model.packing import (
     packed_layout,
     padded_layout,
 )
+from speeder.model.pair_scores import PairScoresMixin
 from speeder.model.recommend import RecommenderMixin
 from speeder.model.saving import SavingModel
 from speeder.model.sequences import IGNORED
@@ -55,7 +56,9 @@ from speeder_kernels import pack_tokens
 VOCABULARIES = ("all", "items", "text")
 
 
-class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, SavingModel, ItemGenerationMixin):
+class SpeederForCausalLM(
+    ItemTokensMixin, PairScoresMixin, RecommenderMixin, ScoringMixin, SavingModel, ItemGenerationMixin
+):
     """A decoder language model that reads and predicts catalogue items as single tokens.
 
     Make one from a pretrained backbone with [`from_backbone`]; load a saved one with `from_pretrained`.
@@ -172,6 +175,7 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         inputs_embeds: None = None,
         position_ids: None = None,
         cache: Cache | None = None,
+        past_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
         """Run the model.
@@ -182,12 +186,16 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
             cache, past_key_values: the cache to continue: the first name since transformers 5.24, the second before.
                 With a cache that is not empty, `ranks` are required.
             labels: `(B, S)`, shifted inside as in any causal LM, -100 at positions without a label. Item labels are
-                scored against the items, text labels against the text.
+                scored against the items, text labels against the text. In training the loss is without the item pairs:
+                what memorises the training items would starve what generalises. In evaluation it is the cross-entropy
+                of the returned logits.
             ranks: `(B, past + S)` item ranks, -1 at text; by default items are counted from 0 in each row.
             cu_seqlens: `(N + 1,)` int32, starts of packed sequences and the end; not with a mask or a cache.
             use_cache: return the cache; by default in evaluation without labels.
             logits_to_keep: score only the last `logits_to_keep` positions (0: all).
             vocabulary: `"all"`, or only `"items"` or `"text"`; the other part is -inf and not computed.
+            past_ids: `(B, past)` ids of the tokens in the cache. Required beside a cache that is not empty where
+                `config.pair_weight` is not 0, as the item pairs of the whole history are looked up; else not read.
             num_items_in_batch: labels of the whole optimizer step, by which the loss is divided (`Trainer`).
             output_attentions: not supported: attention weights are never formed.
             inputs_embeds, position_ids: not supported: items are in the ids, and positions follow from the mask.
@@ -238,16 +246,27 @@ class SpeederForCausalLM(ItemTokensMixin, RecommenderMixin, ScoringMixin, Saving
         else:
             needed = self._needs_items(input_ids, targets, vocabulary)
             item_table = self.item_table() if needed else None
+        with_logits = labels is None or not self.training
+        asked = item_table is not None and (vocabulary != "text" or targets is not None)
+        look_up = self.config.pair_weight != 0 and with_logits and asked
+        if look_up:
+            past_ids = self._checked_past_ids(past_ids, len(input_ids), cache)
         hidden, layout, cache = self._decode(
             input_ids, item_table, attention_mask, cache, ranks, cu_seqlens, use_cache, **kwargs
         )
+        added = None
+        if look_up:
+            added = self.pair_scores_at(input_ids, attention_mask, cu_seqlens, past_ids)
         loss = None
         if targets is not None:
-            loss = self._loss(hidden, targets, layout, item_table, num_items_in_batch, candidates)
+            loss = self._loss(hidden, targets, layout, item_table, num_items_in_batch, candidates, added)
         logits = None
-        if labels is None or not self.training:
+        if with_logits:
             kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-            logits = self._logits(kept, item_table, vocabulary)
+            if added is not None and kept.shape[1] < hidden.shape[1]:
+                places = torch.arange(hidden.shape[0] * hidden.shape[1]).view(hidden.shape[:2])
+                added = added[places[:, -logits_to_keep:].flatten().numpy()]
+            logits = self._logits(kept, item_table, vocabulary, added)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from speeder.evaluation.metrics import metric_values
 from speeder.io.progress import showing
 from speeder.model.choice import FALLBACKS, Choice, Where, best_among, check_word
 from speeder.model.content import read_once
-from speeder.model.item_store import ItemStore
+from speeder.model.item_store import ItemStore, vectors_of
 from speeder.model.kv_cache import SharedPrefix, positions_move, text_content
 from speeder.model.offload import check_own_parts
 from speeder.model.popularity import ItemCounts
+from speeder.model.queries import Queries
 from speeder.model.sequences import TokenSequence, build_sequence, pack_batch
 from speeder_kernels import topk_items
 
@@ -91,13 +93,14 @@ class RecommenderMixin:
     @torch.no_grad()
     def user_states(
         self, histories: Sequence[Sequence[int | str]], batch_size: int = 64
-    ) -> Iterator[torch.Tensor]:
+    ) -> Iterator[Queries]:
         """Run histories through the backbone, packed, a batch at a time.
 
         The text before the history is computed once and kept as long as the model is the same.
 
         Yields:
-            `(n, H)` float32 queries of up to `batch_size` users; their dot products with `item_vectors` rank items.
+            queries of up to `batch_size` users, which rank items by dot products with `item_vectors` and by what the
+            item pairs add.
         """
         with self.evaluating():
             for start in range(0, len(histories), batch_size):
@@ -106,7 +109,7 @@ class RecommenderMixin:
                 ]
                 with read_once(self):
                     states = self._sequence_states([self.sequence(history) for history in chunk])
-                yield self.item_queries(states)
+                yield Queries(self.item_queries(states), self.pair_scores(chunk))
 
     def _sequence_states(self, sequences: list[TokenSequence]) -> torch.Tensor:
         """The final states of sequences' last tokens: `(B, H)`."""
@@ -132,8 +135,8 @@ class RecommenderMixin:
         """
         self._check_histories(histories)
         with self.evaluating(), read_once(self):
-            states = torch.cat(list(self.user_states(histories, batch_size)))
-            return self.item_logits(states, self.item_table()).cpu()
+            queries = Queries.cat(self.user_states(histories, batch_size))
+            return self.item_logits(queries, self.item_table()).cpu()
 
     @torch.no_grad()
     def recommend(
@@ -274,36 +277,46 @@ class RecommenderMixin:
 
     def best_items(
         self,
-        states: torch.Tensor,
+        queries: Queries | torch.Tensor,
         vectors: torch.Tensor | ItemStore,
         k: int,
         seen: Sequence[Sequence[int]] | None,
         allowed: np.ndarray | None = None,
     ) -> list[list[Recommendation]]:
-        """The `k` best items of each of `(n, H)` queries, without the items that each user has seen, and of the allowed
+        """The `k` best items of each of `n` queries, without the items that each user has seen, and of the allowed
         ones alone.
 
         The catalogue is read in the item tokens' dtype, with float32 sums: a bfloat16 model reads half the bytes.
         """
         if allowed is not None:
-            return self._recommendations(*best_among(states, vectors, k, seen or [[]] * len(states), allowed))
-        if not isinstance(vectors, torch.Tensor):
-            scores, items = vectors.topk(states, k, seen)
-            return self._recommendations(scores, items)
+            return self._recommendations(
+                *best_among(queries, vectors, k, seen or [[]] * len(queries), allowed)
+            )
+        queries = Queries.of(queries)
+        dense = queries.dense
+        if isinstance(vectors, torch.Tensor):
+            scores, items = self._searched(dense, vectors, k, seen)
+        else:
+            scores, items = vectors.topk(dense, k, seen)
+        return self._recommendations(*queries.best_of_sum(scores, items, partial(vectors_of, vectors), seen))
+
+    def _searched(
+        self, queries: torch.Tensor, vectors: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`topk_items` of dense queries."""
         excluded: dict[str, torch.Tensor] = {}
         if seen is not None:
             indptr = np.cumsum([0, *map(len, seen)])
             excluded = {
-                "exclude_indptr": torch.as_tensor(indptr, device=states.device),
+                "exclude_indptr": torch.as_tensor(indptr, device=queries.device),
                 "exclude_items": torch.tensor(
-                    [i for row in seen for i in row], dtype=torch.long, device=states.device
+                    [i for row in seen for i in row], dtype=torch.long, device=queries.device
                 ),
             }
         try:
-            scores, items = topk_items(states.to(vectors.dtype), vectors, k, **excluded)
+            return topk_items(queries.to(vectors.dtype), vectors, k, **excluded)
         except ValueError as error:
             raise self._explained(error, vectors) from error
-        return self._recommendations(scores, items)
 
     def _explained(self, error: ValueError, vectors: torch.Tensor) -> ValueError:
         """An error of `topk_items`; of NaN in the tokens it names the item."""

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from speeder.data.catalogue import ItemCatalogue, move_catalogue, saved_hash
 from speeder.io.files import replaced_files
+from speeder.model.item_pairs import FILES as PAIRS_FILES
+from speeder.model.item_pairs import ItemPairs
 from speeder.model.loading import (
     CATALOGUE_FOLDER,
     align_weights,
@@ -25,6 +27,8 @@ from speeder.model.saved_files import check_catalogue_hash, check_loaded, remove
 
 class SavingModel(PreTrainedModel):
     """Saving and loading of [`SpeederForCausalLM`], and what transformers sets for training."""
+
+    item_pairs: ItemPairs | None
 
     def save_pretrained(
         self,
@@ -49,6 +53,8 @@ class SavingModel(PreTrainedModel):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             if is_main_process and save_catalogue and self.item_counts is not None:
                 self.item_counts.save(Path(save_directory))
+            if is_main_process and save_catalogue:
+                self._save_item_pairs(Path(save_directory), Path(save_directory))
             if whole:
                 self.catalogue.save(catalogue)
                 self.config.catalogue_hash = saved_hash(catalogue)
@@ -63,7 +69,17 @@ class SavingModel(PreTrainedModel):
             super().save_pretrained(temporary, is_main_process, state_dict, False, *args, **kwargs)
             if whole:
                 move_catalogue(temporary / CATALOGUE_FOLDER, catalogue)
+            if is_main_process and save_catalogue:
+                self._save_item_pairs(Path(save_directory), temporary)
             remove_other_weights(Path(save_directory), temporary)
+
+    def _save_item_pairs(self, folder: Path, into: Path) -> None:
+        """Write the item pairs; without any, remove those that another model has left in the folder."""
+        if self.item_pairs is not None:
+            self.item_pairs.save(into)
+            return
+        for name in PAIRS_FILES:
+            (folder / name).unlink(missing_ok=True)
 
     @classmethod
     def from_pretrained(
@@ -76,7 +92,8 @@ class SavingModel(PreTrainedModel):
 
         Raises:
             SpeederError: it is no Speeder model; a file is missing, cut or damaged; the catalogue is not the
-                one that it was saved with; or `device_map` names several devices that compute.
+                one that it was saved with, or whose item pairs were counted; or `device_map` names several devices that
+                compute.
         """
         check_saved_model(pretrained_model_name_or_path, cls.config_class.model_type, **kwargs)
         with_info = kwargs.pop("output_loading_info", False)
@@ -107,6 +124,11 @@ class SavingModel(PreTrainedModel):
             model.set_catalogue(catalogue)
         counts = optional_file(pretrained_model_name_or_path, COUNTS_FILE, **kwargs)
         model.item_counts = None if counts is None else ItemCounts.load(counts)
+        files = [optional_file(pretrained_model_name_or_path, name, **kwargs) for name in PAIRS_FILES]
+        if found := [file for file in files if file is not None]:
+            pairs = ItemPairs.load(found[0].parent)
+            pairs.check_catalogue(model.catalogue)
+            model.item_pairs = pairs
         return (model, info) if with_info else model
 
     # transformers 5.24 on, where the old name calls the new one

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.sparse import csc_array, csr_array
 
 from speeder.model.item_store import ItemRows, scoring_vectors, seen_table
+from speeder.model.queries import Queries
 
 if TYPE_CHECKING:
     from speeder.model.modeling import SpeederForCausalLM
@@ -44,30 +46,80 @@ def streamed_ranks(
     Returns:
         `(n,)` int64; the last rank, `I`, for a target that is in its history.
     """
+    return _ranks(model, histories, targets, queries_on_demand(model, histories), [1.0])[0]
+
+
+@torch.no_grad()
+def ranks_by_weight(
+    model: SpeederForCausalLM,
+    histories: Sequence[Sequence[int]],
+    targets: np.ndarray,
+    weights: Sequence[float],
+) -> np.ndarray:
+    """As `streamed_ranks` for each of `(w,)` weights of the item pairs, by one pass over the dense scores.
+
+    Returns:
+        `(w, n)` int64.
+
+    Raises:
+        SpeederError: there are no item pairs.
+    """
+    before, model.config.pair_weight = model.config.pair_weight, 1.0
+    try:
+        queries = queries_on_demand(model, histories)
+    finally:
+        model.config.pair_weight = before
+    return _ranks(model, histories, targets, queries, weights)
+
+
+def queries_on_demand(model: SpeederForCausalLM, histories: Sequence[Sequence[int]]) -> Queries:
+    """The queries of histories, without ever compressing the whole catalogue."""
     with model.evaluating():
         before, model.item_store = model.item_store, ReadOnDemand(model)
         try:
-            queries = torch.cat(list(model.user_states(histories)))
+            return Queries.cat(model.user_states(histories))
         finally:
             model.item_store = before
-        wanted = torch.from_numpy(targets).to(queries.device)
-        hidden = seen_table(
-            [sorted({*map(int, history)}) for history in histories], len(queries), queries.device
-        )
+
+
+def _ranks(
+    model: SpeederForCausalLM,
+    histories: Sequence[Sequence[int]],
+    targets: np.ndarray,
+    queries: Queries,
+    weights: Sequence[float],
+) -> np.ndarray:
+    """`(w, n)` ranks by the dense scores and so many times what is added to them."""
+    dense, added = queries.dense, queries.added
+    device = dense.device
+    with model.evaluating():
+        wanted = torch.from_numpy(targets).to(device)
+        hidden = seen_table([sorted({*map(int, history)}) for history in histories], len(queries), device)
         items, places = torch.unique(wanted, return_inverse=True)
         own = torch.cat([scoring_vectors(model.mrc(rows)[0]).float() for rows in items.split(_ROWS)])
-        own_scores = (queries * own[places]).sum(dim=1, keepdim=True)
-        better = torch.zeros_like(wanted)
+        own_scores = (dense * own[places]).sum(dim=1)
+        own_added = torch.zeros_like(own_scores)
+        if added is not None:
+            own_added = torch.from_numpy(added[np.arange(len(targets)), targets]).to(own_added)
+            added = csc_array(added)  # cut by items
+        better = torch.zeros(len(weights), len(queries), dtype=torch.int64, device=device)
         start = 0
         for tokens, _ in model.mrc.pieces():
             vectors = scoring_vectors(tokens).float()
-            for rows in torch.arange(len(queries), device=queries.device).split(_ROWS):
-                at_least = queries[rows] @ vectors.T >= own_scores[rows]
+            more = None if added is None else csr_array(added[:, start : start + len(vectors)])
+            for rows in torch.arange(len(queries), device=device).split(_ROWS):
+                scores = dense[rows] @ vectors.T
+                pairs = 0.0
+                if more is not None:
+                    pairs = torch.from_numpy(more[rows.cpu().numpy()].toarray()).to(device)
                 columns = torch.cat([hidden[rows], wanted[rows, None]], dim=1) - start
                 inside = (columns >= 0) & (columns < len(vectors))
                 row, place = inside.nonzero(as_tuple=True)
-                at_least[row, columns[row, place]] = False
-                better[rows] += at_least.sum(dim=1)
+                for number, weight in enumerate(weights):
+                    least = own_scores[rows] + weight * own_added[rows]
+                    at_least = scores + weight * pairs >= least[:, None]
+                    at_least[row, columns[row, place]] = False
+                    better[number, rows] += at_least.sum(dim=1)
             start += len(vectors)
         ranks = torch.where((hidden == wanted[:, None]).any(dim=1), model.config.num_items, better + 1)
     return ranks.cpu().numpy()

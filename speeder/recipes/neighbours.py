@@ -9,8 +9,8 @@ from speeder.recipes.checked import Arguments, Count, NotNegative, Share, build,
 
 
 @checked(ValueError, frozen=True)
-class NeighboursConfig:
-    """What is counted, and how much of a history is read. Weights are no settings: validation items choose them.
+class ItemPairsConfig:
+    """Which pairs of items are counted, and how much of a history is looked up among them.
 
     Attributes:
         window: two items of a user count as a pair if they are at most so many places apart.
@@ -18,7 +18,6 @@ class NeighboursConfig:
         backward: weight of a pair for predicting the earlier item from the later one, beside 1 for the other way.
         pair_history, pair_decay: how many of a history's newest items are looked up among the pairs; an item's weight
             is the decay to the power of the number of newer ones.
-        content_history, content_decay: the same for the likeness of contents.
     """
 
     window: Count = 8
@@ -26,6 +25,16 @@ class NeighboursConfig:
     backward: NotNegative = 0.7
     pair_history: Count = 10
     pair_decay: Share = 0.8
+
+
+@checked(ValueError, frozen=True)
+class NeighboursConfig(ItemPairsConfig):
+    """What is counted, and how much of a history is read. Weights are no settings: validation items choose them.
+
+    Attributes:
+        content_history, content_decay: as `pair_history` and `pair_decay`, for the likeness of contents.
+    """
+
     content_history: Count = 8
     content_decay: Share = 0.7
 

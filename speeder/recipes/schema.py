@@ -133,6 +133,8 @@ class Recipe:
         model: further arguments of [`SpeederConfig`].
         lora: arguments of `peft.LoraConfig` (`r`, `lora_alpha`, `target_modules`, ...); None leaves adapters out.
         supervision: `"all"` or `"last"`, see `build_sequence`.
+        pairs: count which items are near each other in training histories, add that to the scores, and choose its
+            weight on the validation items after the last stage.
         batch_users: training sequences per batch, which all devices share.
         gradient_accumulation_steps: batches per optimizer step.
         precision: `"bf16"` (autocast), `"fp16"`, `"fp32"`, or `"auto"`
@@ -157,6 +159,7 @@ class Recipe:
     model: Arguments = field(default_factory=dict)
     lora: Annotated[LoraArguments, AfterValidator(all_finite)] | None = None
     supervision: Literal["all", "last"] = "all"
+    pairs: bool = False
     batch_users: Count = 64
     gradient_accumulation_steps: Count = 1
     precision: Literal["auto", "bf16", "fp16", "fp32"] = AUTO
@@ -174,6 +177,10 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise SpeederError(f"stages: expected different names, got {', '.join(names)}")
+        if self.model.get("pair_weight"):
+            raise SpeederError(
+                f"model: pair_weight: expected none, as pairs: true chooses it, got {self.model['pair_weight']!r}"
+            )
         if self.baseline is not None:
             self._fit_baseline()
         for stage in self.stages:
@@ -190,6 +197,8 @@ class Recipe:
 
     def _fit_baseline(self) -> None:
         parts, supervisions, _ = BASELINES[self.baseline]
+        if self.pairs:
+            raise SpeederError(f"pairs: expected false for the baseline {self.baseline!r}, got true")
         if self.supervision not in supervisions:
             raise SpeederError(
                 f"supervision: expected 'last' for {self.baseline!r}, got {self.supervision!r}"
@@ -257,15 +266,16 @@ class Recipe:
         return dataclasses.replace(self, stages=stages, model=model), notes
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for YAML, without a stage's unused keys.
+        """Plain data for YAML, without some unused keys.
 
         So a run of a version without these keys can still be resumed.
         """
         plain = dataclasses.asdict(self)
         if not any(stage.titles for stage in self.stages):
             del plain["title_template"]
-        if not self.skip_bad_batches:
-            del plain["skip_bad_batches"]
+        for key in ("skip_bad_batches", "pairs"):
+            if not plain[key]:
+                del plain[key]
         for stage in plain["stages"]:
             for key, unused in (("titles", 0.0), ("batch_users", None), *_RATES):
                 if stage[key] == unused:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from speeder.errors import SpeederError
 from speeder.io.extras import pip_command
 from speeder.io.files import atomic_folder, check_files, describe_files, read_json, write_json
 from speeder.io.places import find_recorded, path_from
-from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table
+from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table, vectors_of
+from speeder.model.queries import Queries
 from speeder.retrieval.shards import TokenShards, check_k
 
 FORMAT = "speeder-item-index-1"
@@ -198,10 +200,12 @@ class ItemIndex:
         return self.shards.vectors()
 
     def topk(
-        self, queries: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None = None
+        self, queries: Queries | torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `TokenShards.topk`, without items that the index does not find. A query with fewer than `k` candidates is
-        answered exactly."""
+        answered exactly. Items that the queries add something to are always found."""
+        whole = Queries.of(queries)
+        queries = whole.dense
         hidden = seen_table(seen, len(queries), queries.device)
         check_k(k, len(self), hidden)
         at_once = max(1, _SCORED_BYTES // (4 * (k * self.refine + hidden.shape[1]) * queries.shape[1]))
@@ -213,7 +217,7 @@ class ItemIndex:
         if short:
             again = None if seen is None else [seen[row] for row in short]
             scores[short], items[short] = self.shards.topk(queries[short], k, again)
-        return scores, items
+        return whole.best_of_sum(scores, items, partial(vectors_of, self), seen)
 
     def _found(
         self, queries: torch.Tensor, hidden: torch.Tensor, k: int
@@ -231,8 +235,8 @@ class ItemIndex:
         return best(scores, items, k)
 
 
-def recall_at_k(index: ItemIndex, queries: torch.Tensor, k: int) -> float:
-    """Recall@k: the share of the exact `k` best items of `(n, H)` queries that the index finds."""
+def recall_at_k(index: ItemIndex, queries: Queries | torch.Tensor, k: int) -> float:
+    """Recall@k: the share of the exact `k` best items of queries that the index finds."""
     exact, found = index.shards.topk(queries, k)[1], index.topk(queries, k)[1]
     return float((exact[:, :, None] == found[:, None, :]).any(dim=2).float().mean())
 

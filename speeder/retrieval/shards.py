@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,9 @@ from speeder.errors import SpeederError
 from speeder.io.files import atomic_path, check_files, describe_files, read_json, write_json
 from speeder.io.progress import showing
 from speeder.model.experts import KeptWhitening, LinearExpert, MLPExpert, WordExpert
-from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table
+from speeder.model.item_store import ItemRows, best, hide, scoring_vectors, seen_table, vectors_of
 from speeder.model.mrc import MRC, PIECE
+from speeder.model.queries import Queries
 from speeder_kernels import topk_items
 
 if TYPE_CHECKING:
@@ -249,12 +251,12 @@ class TokenShards:
         return ItemRows(wanted, torch.cat(parts or [self._shards[0][:0]]).to(items.device))
 
     def topk(
-        self, queries: torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None = None
+        self, queries: Queries | torch.Tensor, k: int, seen: Sequence[Sequence[int]] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The exact `k` best items of each query, by one pass over all shards.
 
         Args:
-            queries: `(n, H)`.
+            queries: of `user_states`, or `(n, H)` dense ones.
             k: number of items.
             seen: items to exclude for each query, each once.
 
@@ -264,6 +266,8 @@ class TokenShards:
         Raises:
             ValueError: a query cannot have `k` items.
         """
+        whole = Queries.of(queries)
+        queries = whole.dense
         hidden = seen_table(seen, len(queries), queries.device)
         check_k(k, self.num_items, hidden)
         scores = queries.new_empty(len(queries), 0, dtype=torch.float32)
@@ -277,7 +281,7 @@ class TokenShards:
             if most:
                 found = hide(found, places, hidden)
             scores, items = best(torch.cat([scores, found], dim=1), torch.cat([items, places], dim=1), k)
-        return scores, items
+        return whole.best_of_sum(scores, items, partial(vectors_of, self), seen)
 
 
 def check_k(k: int, num_items: int, hidden: torch.Tensor) -> None:

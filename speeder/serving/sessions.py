@@ -26,6 +26,7 @@ from speeder.model.kv_cache import (
     session_content,
 )
 from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.queries import Queries
 from speeder.model.recommend import Recommendation, check_left
 
 
@@ -241,11 +242,11 @@ class UserSessions:
 
     # ---- states -------------------------------------------------------------------------------------------
 
-    def _queries(self, histories: dict[Hashable, list[int]]) -> torch.Tensor:
-        """Run the new tokens and return `(n, H)` float32 queries."""
+    def _queries(self, histories: dict[Hashable, list[int]]) -> Queries:
+        """Run the new tokens and return the queries."""
         states = self._run(histories, answer=True)
         with self.model.evaluating():
-            return self.model.item_queries(states)
+            return Queries(self.model.item_queries(states), self.model.pair_scores(list(histories.values())))
 
     def _run(self, histories: dict[Hashable, list[int]], answer: bool) -> torch.Tensor | None:
         """Update users' states; with `answer`, return the `(n, H)` final states that items are scored from."""

@@ -51,7 +51,8 @@ def begun_identity(run: Path) -> dict:
 
 
 def read_state(run: Path, recipe: AnyRecipe, data: PreparedData, resume: bool) -> dict:
-    """The state of a run: `{"finished": [stage, ...], "model": folder or None}`.
+    """The state of a run: `{"finished": [stage, ...], "model": folder or None}`, and with item pairs in the end
+    `"pairs"`, of `choose_pair_weight`.
 
     Raises:
         SpeederError: the folder has a run and `resume` is False; or `resume` is True and it has none, or one of another

@@ -39,6 +39,7 @@ from speeder.training.ema import WeightAverage
 from speeder.training.fsdp import copy_for_sharding
 from speeder.training.fsdp_trainer import ShardedTrainer, sharding_is_asked
 from speeder.training.mpo import GateRamp, select_parameters
+from speeder.training.pair_weight import choose_pair_weight
 from speeder.training.precision import resolve_precision
 from speeder.training.progress import StageProgress, stage_line
 from speeder.training.run_folder import (
@@ -99,6 +100,8 @@ def train(
         model.set_trained_items(torch.from_numpy(occurs(data.split.training(), len(data.catalogue))))
     if model.item_counts is None:
         model.set_item_counts(data.split.training())
+    if recipe.pairs and model.item_pairs is None:
+        model.set_item_pairs(data.split.training())
     # a baseline keeps its tokenizer itself
     processor = SpeederProcessor(tokenizer, model.config, data.catalogue) if recipe.baseline is None else None
     prompts = None
@@ -128,11 +131,28 @@ def train(
                 shown = StageProgress(work, f"{stage.name} (stage {number + 1} of {len(steps)})")
                 _run_stage(number, stage, opened, model, recipe, data, run, sequences, prompts, shown)
                 last = stage is recipe.stages[-1]
+                if last and recipe.pairs:
+                    _choose_pair_weight(model, data, state)
                 _finish_stage(number, stage, model, processor, run, state, last)
                 if on_stage is not None:
                     on_stage(stage, model)
             opened |= set(stage.open)
     return model.eval()
+
+
+def _choose_pair_weight(model: SpeederForCausalLM, data: PreparedData, state: dict) -> None:
+    """Set the weight of the item pairs, and note it in the run's state, which is written with the last stage's model: a
+    run that is stopped in between chooses again, from the same weights."""
+    main = processes().is_main_process
+    found = from_main(choose_pair_weight(model, data.split) if main else None)
+    model.config.pair_weight = found["pair_weight"]
+    state["pairs"] = found
+    if main:
+        values = {each["pair_weight"]: each["NDCG@10"] for each in found["tried"]}
+        say(
+            f"item pairs: weight {found['pair_weight']:.3g}, validation NDCG@10 "
+            f"{values[found['pair_weight']]:.4f} (without pairs {values[0.0]:.4f})"
+        )
 
 
 def _stage_steps(stage: Stage, recipe: Recipe, examples: int) -> int:

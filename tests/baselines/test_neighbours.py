@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speeder.baselines.auto import load_model
-from speeder.baselines.fit_neighbours import content_modalities, count_pairs, fit_neighbours, fits
+from speeder.baselines.fit_neighbours import content_modalities, fit_neighbours, fits
 from speeder.baselines.neighbours import ITEM_PAIRS, Content, Neighbours
 from speeder.cli.main import main
 from speeder.data import ItemCatalogue, PreparedData
@@ -20,6 +20,7 @@ from speeder.data.interactions import Interactions
 from speeder.errors import SpeederError
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.leaks import LeakError
+from speeder.model.item_pairs import count_pairs
 from speeder.model.whitening import Whitening
 from speeder.prepare.synthetic import synthetic_world
 from speeder.recipes.load import load_recipe, recipe_from_dict

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speeder.baselines.content import ContentNeighbours
-from speeder.baselines.fit_neighbours import count_pairs
 from speeder.baselines.neighbours import ITEM_PAIRS, Neighbours
 from speeder.baselines.popularity import Popularity
 from speeder.baselines.sasrec.fit import fit_sasrec
@@ -19,6 +18,7 @@ from speeder.data.fingerprints import training_hash
 from speeder.data.item_indices import item_array, item_indices
 from speeder.evaluation.metrics import target_ranks
 from speeder.model.explain import explain
+from speeder.model.item_pairs import count_pairs
 from speeder.model.item_store import seen_table
 from speeder.model.processor import SpeederProcessor
 from speeder.model.sequences import build_sequence

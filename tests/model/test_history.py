@@ -55,7 +55,10 @@ def test_queries_have_the_weighted_mean_of_the_history(prompt, k):
 )
 @torch.no_grad()
 def test_every_way_of_running_gives_the_same_scores(prompt):
+    """Beside the item pairs too."""
     model = tiny_model(**WITH_LOOKUP, **prompt)
+    model.set_item_pairs([[1, 2, 3, 4], [9, 7, 0], [7, 5, 2]])
+    model.config.pair_weight = 3.0
     scores = model.score(HISTORIES)
     for side in ("left", "right"):
         batch = pad_batch([model.sequence(history) for history in HISTORIES], 0, side)
@@ -74,6 +77,8 @@ def test_every_way_of_running_gives_the_same_scores(prompt):
 @torch.no_grad()
 def test_generation_from_a_cache_reads_the_whole_history():
     model = tiny_model(**WITH_LOOKUP)
+    model.set_item_pairs([[1, 2, 3, 4], [9, 7, 0], [7, 5, 2]])
+    model.config.pair_weight = 3.0
     ids = torch.tensor([[TEXT + 1, TEXT + 2, TEXT + 3], [TEXT + 9, TEXT + 1, TEXT + 7]])
     found = model.generate(ids, max_new_tokens=4, do_sample=False)
     whole = ids

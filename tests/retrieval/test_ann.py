@@ -10,6 +10,7 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.io.files import read_json, write_json
 from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.queries import Queries
 from speeder.retrieval import ann
 from speeder.retrieval.ann import KINDS, ItemIndex, build_index, open_store, recall_at_k
 from speeder.retrieval.shards import TokenShards, write_token_shards
@@ -36,7 +37,7 @@ def shards(model, tmp_path_factory) -> TokenShards:
 @pytest.fixture(scope="module")
 def queries(model) -> torch.Tensor:
     histories = [[user, (7 * user) % ITEMS, (user * user) % ITEMS] for user in range(64)]
-    return torch.cat(list(model.user_states(histories)))
+    return Queries.cat(model.user_states(histories)).dense
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -49,6 +49,8 @@ class TextBaselineConfig(SpeederConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.pair_weight:
+            raise ValueError(f"pair_weight: expected 0 for a text baseline, got {self.pair_weight!r}")
         for name, least in (("max_title_tokens", 1), ("num_candidates", 2)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name}: expected an integer >= {least}, got {getattr(self, name)!r}")

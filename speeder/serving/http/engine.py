@@ -12,6 +12,7 @@ from speeder.model.choice import EVERYTHING, Choice
 from speeder.model.content import reading_once
 from speeder.model.explain import Explanation, explain
 from speeder.model.modeling import SpeederForCausalLM
+from speeder.model.queries import Queries
 from speeder.model.recommend import Recommendation
 
 
@@ -73,18 +74,18 @@ class Engine:
     def _read(self, jobs: Sequence[RecommendJob]) -> list[list[Recommendation]]:
         """The results of jobs with a history."""
         model, vectors = self.model, self.model.scoring_table()
-        states = torch.cat(list(model.user_states([job.history for job in jobs], batch_size=len(jobs))))
+        queries = Queries.cat(model.user_states([job.history for job in jobs], batch_size=len(jobs)))
         hidden = [job.hidden() for job in jobs]
         results: list[list[Recommendation]] = [[] for _ in jobs]
         everything = [row for row, job in enumerate(jobs) if job.choice.allowed is None]
         for k, rows in _by_k(jobs, everything, hidden, len(model.catalogue)):
-            found = model.best_items(states[rows], vectors, k, [hidden[row] for row in rows])
+            found = model.best_items(queries[rows], vectors, k, [hidden[row] for row in rows])
             for row, items in zip(rows, found, strict=True):
                 results[row] = items[: jobs[row].k]
         for row in set(range(len(jobs))).difference(everything):
             job = jobs[row]
             results[row] = model.best_items(
-                states[row : row + 1], vectors, job.k, [hidden[row]], job.choice.allowed
+                queries[row : row + 1], vectors, job.k, [hidden[row]], job.choice.allowed
             )[0]
         return results
 
