@@ -288,7 +288,7 @@ def test_the_bundled_recipe_keeps_its_titles_whatever_modalities_there_are():
     assert recipe.stages[-1].titles > 0
     fewer, _ = recipe.for_modalities(["text"])
     assert fewer.stages[-1].titles == recipe.stages[-1].titles
-    ranking = load_recipe(bundled_recipe("ml-100k"))
+    ranking = load_recipe(bundled_recipe("ml-100k-mlp"))
     own = {"stages": recipe.stages, "checkpoint_steps": recipe.checkpoint_steps}
     assert ranking.stages == recipe.stages[:-1] and replace(ranking, **own) == recipe
 
