@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import regex
 import xxhash
 
-_WORD = re.compile(r"\w+")
+# Scripts without spaces between words: each character is a word, so that pairs are two neighbouring characters.
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[[\w\p{{M}}\p{{N}}]--[{_UNSPACED}]]+", regex.V1)
 MOST_WORDS = 1 << 16
+LONGEST_TEXT = 1024  # words that are read of a text, so that a whole book takes no more room than a long description
 _LEAST_ITEMS = 2  # a word of one item tells it from the others, and nothing of any other
 
 
 def words_of(text: str) -> list[str]:
-    """A text's words and pairs of neighbouring words, in lower case."""
-    words = _WORD.findall(text.casefold())
+    """A text's first `LONGEST_TEXT` words and their pairs of neighbours, in lower case. Accents and vowel signs are
+    parts of their words, however they are encoded."""
+    words = _WORD.findall(unicodedata.normalize("NFC", text.casefold()))[:LONGEST_TEXT]
     return words + [f"{one} {other}" for one, other in pairwise(words)]
 
 

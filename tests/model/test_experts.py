@@ -10,7 +10,7 @@ from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.whitening import Whitening
-from speeder.model.words import count_words, fit_vocabulary, words_of
+from speeder.model.words import LONGEST_TEXT, count_words, fit_vocabulary, words_of
 from speeder.retrieval.shards import token_identity
 from tests.model.worlds import tiny_backbone, tiny_catalogue, tiny_model
 
@@ -29,6 +29,21 @@ def worded(texts=TEXTS, **config):
 def test_words_and_pairs_in_lower_case():
     assert words_of("Crème, RED 5-oz") == ["crème", "red", "5", "oz", "crème red", "red 5", "5 oz"]
     assert words_of("") == []
+
+
+def test_words_of_all_scripts():
+    assert words_of("हिन्दी चाय") == ["हिन्दी", "चाय", "हिन्दी चाय"]  # vowel signs are no letters
+    assert words_of("cre\u0300me") == words_of("crème")
+    assert words_of("化粧水") == ["化", "粧", "水", "化 粧", "粧 水"]
+    assert words_of("น้ำ 5 ml") == ["น้", "ำ", "5", "ml", "น้ ำ", "ำ 5", "5 ml"]
+    assert words_of("크림 カバー")[:4] == ["크림", "カ", "バ", "ー"]
+    assert len(words_of("a " * 5000)) == 2 * LONGEST_TEXT - 1
+
+
+def test_items_of_a_script_without_spaces_share_words():
+    hashes, _ = fit_vocabulary(["資生堂化粧水", "薬用化粧水", "口紅"])
+    _, _, starts = count_words(["化粧水", "口"], hashes)
+    assert starts.tolist() == [0, 5, 5]
 
 
 def test_only_words_of_two_texts_are_known_and_the_most_frequent_first():
