@@ -18,7 +18,7 @@ from speeder.model.sequences import pack_batch
 from speeder.prepare.readers.ml100k import read_ml100k
 from speeder.prepare.synthetic import synthetic_world
 from speeder.studies.bench import chart, machine, run, systems
-from speeder.studies.bench.flops import attention_flops, pair_flops, training_flops
+from speeder.studies.bench.flops import attention_flops, catalogue_flops, pair_flops, training_flops
 from speeder.studies.bench.profile import group_of
 from speeder.studies.bench.rates import row
 from speeder.studies.bench.report import verdicts
@@ -27,6 +27,7 @@ from speeder.studies.bench.systems import SYSTEMS, TRAINING_TOKENS, System
 from speeder.studies.bench.workload import LONGEST, Workload, choose_users
 from speeder.studies.charts import saved_figure
 from tests.baselines.text_worlds import save_text_backbone
+from tests.model.worlds import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,21 @@ def test_flops_of_attention_and_item_logits_are_those_of_plain_products(place, d
         (states @ table.T).sum().backward()
     history = model.sequence([1, 2, 3, 4, 5, 6, 7], 8)  # of which the newest five are read
     assert training_flops(model, [history])["item logits"] == logits.get_total_flops() * 5 // 7
+
+
+@pytest.mark.parametrize("experts", ["mlp", "linear"])
+def test_flops_of_item_tokens(experts):
+    """PyTorch's counter cannot see the weighted sums of word vectors."""
+    model = tiny_model(experts=experts, words=True, history_lookup=True, tokens_per_item=2)
+    sums = 2 * len(model.mrc.words.item_ids) * model.config.word_size
+    for training in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            tokens = model.mrc()[0]
+            if training:
+                tokens.sum().backward()
+        assert counter.get_total_flops() + sums * (1 + training) == catalogue_flops(model, training)
+    step = training_flops(model, [model.sequence([1, 2, 3], 4)])
+    assert step["history look-up"] == 3 * 2 * sum(range(1, 8)) * model.config.hidden_size
 
 
 @pytest.mark.parametrize("name", ["speeder", "yes-no"])

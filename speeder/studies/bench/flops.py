@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from speeder.model.experts import LinearExpert
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.sequences import TokenSequence
 
@@ -30,6 +31,7 @@ def training_flops(model: SpeederForCausalLM, sequences: Sequence[TokenSequence]
     parts = {
         "backbone": 6 * linear_weights(model) * total,
         "attention": 3 * attention_flops(model, lengths),
+        "history look-up": 3 * causal_pairs(lengths) * lookup_flops(model),
         "text logits": 4 * (len(labels) - items) * hidden * first_item,
     }
     if items:
@@ -55,7 +57,7 @@ def ranking_flops(model: SpeederForCausalLM, lengths: Sequence[int], whole_catal
     products = sum(map(matrix_weights, whole)) * total
     products += keys_and_values * total + (matrix_weights(last) - keys_and_values) * answers
     pairs = len(whole) * causal_pairs(lengths) + total
-    return 2 * products + pairs * pair_flops(model) + answers * answer
+    return 2 * products + pairs * pair_flops(model) + total * lookup_flops(model) + answers * answer
 
 
 def linear_weights(model: SpeederForCausalLM) -> int:
@@ -83,6 +85,11 @@ def pair_flops(model: SpeederForCausalLM) -> int:
     return 4 * model.config.text_config.num_attention_heads * head_width(model)
 
 
+def lookup_flops(model: SpeederForCausalLM) -> int:
+    """Flops of such a pair in the history look-up: a weight with an item's vector. Its weights are no products."""
+    return 2 * model.config.hidden_size if model.config.history_lookup else 0
+
+
 def head_width(model: SpeederForCausalLM) -> int:
     """Width of an attention head."""
     text = model.config.text_config
@@ -90,13 +97,22 @@ def head_width(model: SpeederForCausalLM) -> int:
 
 
 def catalogue_flops(model: SpeederForCausalLM, training: bool) -> int:
-    """Flops of compressing the whole catalogue to item tokens: each modality's expert and gate."""
-    flops = 0
+    """Flops of compressing the whole catalogue to item tokens: each modality's expert and gate, and its words."""
+
+    def passes(first: int, second: int) -> int:  # the first layer's input needs no gradient
+        return 4 * first + 6 * second if training else 2 * (first + second)
+
+    flops, items = 0, len(model.catalogue)
     for name, width in model.config.modalities.items():
         expert = model.mrc.experts[name]
-        first = width * (
-            expert.up.out_features + 1
-        )  # the gate reads the same features, which need no gradient
+        first = width * (expert.up.out_features + 1)  # the gate reads the same features
+        if isinstance(expert, LinearExpert):
+            first += width * expert.direct.out_features
         second = expert.down.in_features * expert.down.out_features
-        flops += 4 * first + 6 * second if training else 2 * (first + second)
-    return flops * len(model.catalogue)  # a learned embedding is looked up: no product
+        flops += items * passes(first, second)
+    if model.config.words:
+        words = model.mrc.words
+        flops += passes(
+            len(words.item_ids) * words.vectors.embedding_dim, items * words.direct.weight.numel()
+        )
+    return flops  # a learned embedding is looked up: no product
