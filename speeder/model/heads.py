@@ -35,7 +35,8 @@ class ScoringMixin:
         queries = self.item_head(self.dropout(hidden[..., :width]))
         scale = self.logit_scale.exp() / width
         if self.config.history_lookup:
-            queries = queries + F.rms_norm(hidden[..., width:].float(), (width,), eps=1e-6)
+            # text tokens of a long prompt share the weights: the mean may be small, and is no less certain
+            queries = queries + F.rms_norm(hidden[..., width:].float(), (width,), eps=1e-12)
         return F.rms_norm(queries.float(), (width,), eps=1e-6) * scale
 
     def item_vectors(self, item_table: torch.Tensor) -> torch.Tensor:

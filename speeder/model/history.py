@@ -105,6 +105,7 @@ def make_room(cache: Cache, layer: int) -> None:
     if isinstance(cache, DynamicCache):
         cache.layers.append(DynamicLayer())
     elif isinstance(cache, StaticCache):
-        cache.layers.append(StaticLayer(max_cache_len=cache.layers[0].max_cache_len))
+        room = max(layer.max_cache_len for layer in cache.layers)  # layers with a sliding window have less
+        cache.layers.append(StaticLayer(max_cache_len=room))
     else:
         raise ValueError(f"cache: expected a DynamicCache or a StaticCache, got {type(cache).__name__}")

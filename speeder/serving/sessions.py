@@ -83,7 +83,7 @@ class UserSessions:
 
     Args:
         max_tokens: tokens whose keys and values are kept at most, with those of the running batch and the instruction.
-            A token takes `2 * layers * key/value heads * head size` numbers.
+            A token takes `2 * layers * key/value heads * head size` numbers, with the history look-up `H + 1` more.
         batch_size: most users per batch.
 
     Raises:

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, Gemma3TextConfig, StaticCache
 
 from speeder.baselines.fit_neighbours import fit_neighbours
 from speeder.data.catalogue import ItemCatalogue
@@ -75,6 +75,16 @@ def test_every_way_of_running_gives_the_same_scores(prompt):
 
 
 @torch.no_grad()
+def test_a_long_prompt_takes_nothing_of_the_history():
+    """Its tokens share the weights of the mean, of which only the direction counts beside the backbone's state."""
+    model = tiny_model(**WITH_LOOKUP, prompt_prefix=[5] * 3000, prompt_suffix=[8])
+    [state] = model.last_states(**pack_batch([model.sequence([1, 2, 3])]))
+    query = model.item_head(state[: model.config.hidden_size]) + looked_up(model, [1, 2, 3], ahead=1)
+    query = query / query.pow(2).mean().sqrt() * model.logit_scale.exp() / model.config.hidden_size
+    torch.testing.assert_close(model.item_queries(state[None])[0], query.float(), atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
 def test_generation_from_a_cache_reads_the_whole_history():
     model = tiny_model(**WITH_LOOKUP)
     model.set_item_pairs([[1, 2, 3, 4], [9, 7, 0], [7, 5, 2]])
@@ -109,6 +119,15 @@ def test_caches_hold_the_vectors(kind):
                 vocabulary="items",
             ).logits
         torch.testing.assert_close(logits[:, -1], whole, **NEAR)
+
+
+def test_a_static_cache_of_sliding_windows_has_room_for_all():
+    config = Gemma3TextConfig(
+        num_hidden_layers=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    )
+    cache = StaticCache(config=config, max_cache_len=9)
+    make_room(cache, 2)
+    assert cache.layers[2].max_cache_len == 9
 
 
 def test_a_cache_without_room_is_refused():
