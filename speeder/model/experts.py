@@ -49,8 +49,8 @@ class KeptWhitening(nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("matrix", torch.eye(features))
+        self.register_buffer("mean", torch.zeros(features, dtype=torch.float32))
+        self.register_buffer("matrix", torch.eye(features, dtype=torch.float32))
 
     def _apply(self, fn: Callable, *args, **kwargs) -> KeptWhitening:
         kept = self.mean, self.matrix

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
 from speeder.model.config import FITTED, ITEM, WORDS, SpeederConfig
+from speeder.model.content import hash_of
 from speeder.model.experts import LinearExpert, MLPExpert, WordExpert
 from speeder_kernels import compress_items
 
@@ -41,7 +42,9 @@ class MRC(nn.Module):
         self.modality_dropout, self.cold_dropout = config.modality_dropout, config.cold_dropout
         self.num_items = 0
         self.reads_rows = config.negatives != "full"
-        self.catalogue: ItemCatalogue | None = None  # where rows are read from
+        self.catalogue: ItemCatalogue | None = None
+        self.read_by: bytes | None = None  # `_fitted_hash` when it was set
+        self.register_load_state_dict_post_hook(_read_again)
         kind = LinearExpert if config.experts == "linear" else MLPExpert
         self.equal_sizes = config.experts == "linear"  # experts are normalised before they are mixed
         self.experts = nn.ModuleDict(
@@ -123,7 +126,14 @@ class MRC(nn.Module):
         if read:
             self.words.set_texts(read)
         self.num_items = len(catalogue)
-        self.catalogue = catalogue if self.reads_rows else None
+        self.catalogue, self.read_by = catalogue, self._fitted_hash()
+
+    def _fitted_hash(self) -> bytes | None:
+        """What `fit` has found, by which features and words are read."""
+        words = (
+            [self.words.hashes, self.words.occurrences, self.words.num_texts] if WORDS in self.names else []
+        )
+        return hash_of(*self.experts.buffers(), *words)
 
     def _features(self, name: str, rows: torch.Tensor | None) -> torch.Tensor:
         """A modality's normalised features of some items, `(U, F)`."""
@@ -221,6 +231,12 @@ class MRC(nn.Module):
                 whole[start : start + len(part)] = part
             start += len(piece[0])
         return found
+
+
+def _read_again(mrc: MRC, _keys: object) -> None:
+    """After `load_state_dict`: read the catalogue by the whitening and the vocabulary that were loaded."""
+    if mrc.catalogue is not None and mrc._fitted_hash() != mrc.read_by:
+        mrc.set_catalogue(mrc.catalogue)
 
 
 def _how(names: list[str]) -> str:

@@ -15,7 +15,9 @@ import xxhash
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[[\w\p{{M}}\p{{N}}]--[{_UNSPACED}]]+", regex.V1)
 MOST_WORDS = 1 << 16
-LONGEST_TEXT = 1024  # words that are read of a text, so that a whole book takes no more room than a long description
+LONGEST_TEXT = (
+    1024  # words that are read of a text, so that a whole book takes no more room than a long description
+)
 _LEAST_ITEMS = 2  # a word of one item tells it from the others, and nothing of any other
 
 

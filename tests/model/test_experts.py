@@ -1,5 +1,6 @@
 """MRC's experts: whitening that stays with the model, and words."""
 
+import copy
 import math
 from collections import Counter
 
@@ -8,6 +9,7 @@ import torch
 
 from speeder.data.catalogue import ItemCatalogue
 from speeder.errors import SpeederError
+from speeder.model.experts import LinearExpert
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.whitening import Whitening
 from speeder.model.words import LONGEST_TEXT, count_words, fit_vocabulary, words_of
@@ -140,6 +142,34 @@ def test_tokens_on_disk_know_their_texts():
     first, second = worded(), worded([*TEXTS[:-1], "red"])
     second.mrc.load_state_dict(first.mrc.state_dict())
     assert token_identity(first)["catalogue"] != token_identity(second)["catalogue"]
+
+
+@pytest.mark.parametrize("negatives", ["full", "sampled"])
+def test_a_loaded_whitening_and_vocabulary_read_the_catalogue_anew(negatives):
+    """Weights that were fitted on another catalogue."""
+    model = worded(history_lookup=True, negatives=negatives)
+    features = {"image": model.catalogue.features["image"] ** 2}
+    texts = [text.replace("nail", "tube") for text in TEXTS]  # as many words, of other hashes
+    other = SpeederForCausalLM.from_backbone(
+        tiny_backbone(),
+        ItemCatalogue(model.catalogue.ids, texts, features=features),
+        words=True,
+        experts="linear",
+    )
+    model.mrc.load_state_dict(other.mrc.state_dict())
+    found = model.item_tokens()[0].clone()
+    copied = copy.deepcopy(model)
+    model.set_catalogue(model.catalogue)
+    assert torch.equal(found, model.item_tokens()[0])
+    assert torch.equal(found, copied.item_tokens()[0])
+
+
+def test_whitening_is_float32_whatever_the_default():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert LinearExpert(4, 4, 4, 1).whitening.matrix.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_settings_are_checked():
