@@ -22,10 +22,10 @@ from speeder.data.item_indices import item_array
 from speeder.errors import SpeederError
 from speeder.io.files import read_json
 from speeder.io.tensors import load_tensors, save_tensors
-from speeder.recipes.neighbours import ItemPairsConfig
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # recipes are checked by pydantic, which a model alone need not load
     from speeder.model.config import SpeederConfig
+    from speeder.recipes.neighbours import ItemPairsConfig
 
 FILES = ("item_pairs.safetensors", "item_pairs.json")  # the JSON file, written last, has the other's hash
 ARRAYS = ("data", "indices", "indptr")  # of a matrix in compressed rows
@@ -135,6 +135,8 @@ class ItemPairs:
         Raises:
             IndexError: an item outside the catalogue. TypeError: an item is not an integer.
         """
+        from speeder.recipes.neighbours import ItemPairsConfig
+
         config = config or ItemPairsConfig()
         pairs = count_pairs(training_sequences, len(catalogue), config)
         hashed = training_hash(training_sequences)
@@ -241,6 +243,8 @@ class ItemPairs:
             pairs = csr_array(tuple(tensors[name].numpy() for name in ARRAYS), shape=shape)
             pairs.check_format()
             hashes = {name: str(saved[name]) for name in ("items_hash", "training_hash")}
+            from speeder.recipes.neighbours import ItemPairsConfig
+
             return cls(ItemPairsConfig(**saved["config"]), pairs, **hashes)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise SpeederError(f"{folder}: no readable item pairs: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from speeder.errors import SpeederError
 from speeder.model.config import SpeederConfig
 from speeder.model.item_pairs import ItemPairs
 from speeder.model.packing import check_integers
-from speeder.recipes.neighbours import ItemPairsConfig
+
+if TYPE_CHECKING:
+    from speeder.recipes.neighbours import ItemPairsConfig
 
 
 class PairScoresMixin:

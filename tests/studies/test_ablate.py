@@ -135,7 +135,7 @@ def test_runs_of_a_study_share_their_precision(done, place, data, tmp_path, monk
 
 def test_without_pictures_the_bundled_study_still_compares_runs_of_the_same_length():
     study, said = load_study("ablations-ml-100k"), []
-    data = SimpleNamespace(catalogue=SimpleNamespace(modalities={"text": 384, "collaborative": 64}))
+    data = SimpleNamespace(catalogue=SimpleNamespace(readable=["text", "collaborative", "words"]))
     recipes = _recipes_for(study, data, [], said.append)
     assert set(study.variants) - set(recipes) == {"mrc-image"}
     assert any("mrc-image is left out" in line for line in said)
