@@ -106,6 +106,7 @@ def continued_states(
     )
     ids = tensor([tokens[0, past:] for tokens, past in pairs])
     model._check_arguments(ids[None], None, None, None)
+    item_table = model._read_items(ids, item_table)
     hidden = model.backbone.get_decoder()(  # (1, T, H)
         inputs_embeds=model._embed(ids, layout, item_table)[None],
         position_ids=layout.position_ids[None],

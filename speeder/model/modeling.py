@@ -311,6 +311,7 @@ class SpeederForCausalLM(
         ids = input_ids.flatten()
         if layout.query_index is not None:
             ids = ids[layout.query_index]
+        item_table = self._read_items(ids, item_table)
         embeddings = self.dropout(self._embed(ids, layout, item_table, (batch, new)))
         use_cache = use_cache or cache is not None
         if use_cache:
@@ -342,17 +343,32 @@ class SpeederForCausalLM(
             decoded = self._unpack(decoded[0], layout, batch, new)
         return decoded, layout, cache
 
-    def _history_vectors(
+    def _read_items(
         self, ids: torch.Tensor, item_table: torch.Tensor | ItemRows | ItemStore | None
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | ItemRows | None:
+        """Check a pass's `(T,)` ids, and read the tokens of their items from a store, for all that the pass does with
+        them.
+
+        Raises:
+            ValueError: an id is out of range.
+        """
+        text = self.config.text_vocab_size
+        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids: expected ids in 0..{self.config.vocab_size - 1} ({text} text, "
+                f"{self.config.num_items} items), got {int(ids.min())}..{int(ids.max())}"
+            )
+        if item_table is None or isinstance(item_table, torch.Tensor | ItemRows):
+            return item_table
+        return item_table.rows((ids - text)[ids >= text])
+
+    def _history_vectors(self, ids: torch.Tensor, item_table: torch.Tensor | ItemRows | None) -> torch.Tensor:
         """The scoring vectors of `(T,)` tokens' items, `(T, H)`; zeros at text."""
         is_item = ids >= self.config.text_vocab_size
         if item_table is None:
             return self.logit_scale.new_zeros(len(ids), self.config.hidden_size)
         read = (ids - self.config.text_vocab_size)[is_item]
-        if not isinstance(item_table, torch.Tensor):
-            if not isinstance(item_table, ItemRows):
-                item_table = item_table.rows(read)
+        if isinstance(item_table, ItemRows):
             read, item_table = item_table.places(read), item_table.tokens
         tokens = F.embedding(read, item_table.flatten(1)).unflatten(1, item_table.shape[1:])
         vectors = scoring_vectors(tokens)
@@ -440,7 +456,7 @@ class SpeederForCausalLM(
         self,
         ids: torch.Tensor,
         layout: SequenceLayout,
-        item_table: torch.Tensor | ItemRows | ItemStore | None,
+        item_table: torch.Tensor | ItemRows | None,
         shape: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """`(T,)` ids to `(T, H)` embeddings: text rows, or item tokens with their position prompt, in one pass.
@@ -453,11 +469,6 @@ class SpeederForCausalLM(
         """
         words = self.backbone.get_input_embeddings()
         text = self.config.text_vocab_size
-        if int(ids.min()) < 0 or int(ids.max()) >= self.config.vocab_size:
-            raise ValueError(
-                f"input_ids: expected ids in 0..{self.config.vocab_size - 1} ({text} text, "
-                f"{self.config.num_items} items), got {int(ids.min())}..{int(ids.max())}"
-            )
         item_mask = ids >= text
         word_ids = torch.where(item_mask, 0, ids)
         # Gemma's embedding modules multiply by a constant; item tokens are calibrated to the rows before it
@@ -493,7 +504,7 @@ class SpeederForCausalLM(
         rows_of_words: torch.Tensor,
         ids: torch.Tensor,
         layout: SequenceLayout,
-        item_table: torch.Tensor | ItemRows | ItemStore | None,
+        item_table: torch.Tensor | ItemRows | None,
     ) -> torch.Tensor:
         """`(T, H)` embeddings of `(T,)` ids, of which text is `table[rows_of_words]`."""
         text, item_mask = self.config.text_vocab_size, ids >= self.config.text_vocab_size
@@ -504,9 +515,7 @@ class SpeederForCausalLM(
             prompts, ranks = table.new_zeros(1, table.shape[1]), torch.full_like(ranks, -1)
         items = table.new_zeros(0, table.shape[1])
         read = (ids - text).clamp(min=0)
-        if item_table is not None and not isinstance(item_table, torch.Tensor):
-            if not isinstance(item_table, ItemRows):
-                item_table = item_table.rows(read[item_mask])
+        if isinstance(item_table, ItemRows):
             read, item_table = item_table.places(read), item_table.tokens
         rows = torch.where(item_mask, read * k + item_slots(item_mask, layout.rank_q, k), -1)
         if item_table is not None and bool(item_mask.any()):

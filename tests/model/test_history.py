@@ -2,6 +2,7 @@
 
 import copy
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from speeder.model.config import CACHE_NAME
 from speeder.model.history import START_DECAY, make_room
 from speeder.model.modeling import SpeederForCausalLM
 from speeder.model.sequences import pack_batch, pad_batch
+from speeder.model.streamed_ranking import ReadOnDemand
 from speeder.recipes.neighbours import NeighboursConfig
 from speeder.serving.sessions import UserSessions
 from tests.model.worlds import TEXT, tiny_backbone, tiny_catalogue, tiny_model
@@ -191,3 +193,20 @@ def test_saved_and_loaded(tmp_path):
     copied = copy.deepcopy(model)
     torch.save(copied.state_dict(), io.BytesIO())
     assert torch.equal(copied.score(HISTORIES), model.score(HISTORIES))
+
+
+@pytest.mark.parametrize(
+    "prompt", [{}, dict(prompt_prefix=[5, 6], prompt_suffix=[8, 9])], ids=["items", "text"]
+)
+def test_a_store_is_read_once_a_pass(prompt):
+    """For the tokens and for the look-up; an id out of range is told before anything is read."""
+    model = tiny_model(**WITH_LOOKUP, **prompt)
+    expected = next(iter(model.user_states(HISTORIES))).dense
+    store, asked = ReadOnDemand(model), []
+    model.item_store = SimpleNamespace(rows=lambda items: asked.append(len(items)) or store.rows(items))
+    found = next(iter(model.user_states(HISTORIES))).dense
+    torch.testing.assert_close(found, expected, **NEAR)
+    assert asked == [sum(map(len, HISTORIES))]
+    with pytest.raises(ValueError, match="input_ids: expected ids in"):
+        model.last_states(torch.tensor([[TEXT + 99]]), torch.tensor([[0]]), torch.tensor([0, 1]))
+    assert len(asked) == 1
