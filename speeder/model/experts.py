@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from speeder.model.whitening import Whitening
-from speeder.model.words import MOST_WORDS, count_words, fit_vocabulary
+from speeder.model.words import count_words
 
 
 class MLPExpert(nn.Module):
@@ -127,18 +127,12 @@ class WordExpert(nn.Module):
         self.register_buffer("occurrences", torch.ones(words, dtype=torch.long))
         self.register_buffer("num_texts", torch.ones((), dtype=torch.long))
 
-    @staticmethod
-    def vocabulary_size(texts: Sequence[str]) -> int:
-        """The number of words that `fit` finds."""
-        return len(fit_vocabulary(texts)[0])
-
     @torch.no_grad()
-    def fit(self, texts: Sequence[str]) -> None:
-        """Take the words of a catalogue's texts."""
-        hashes, occurrences = fit_vocabulary(texts, min(MOST_WORDS, len(self.hashes)))
+    def fit(self, hashes: np.ndarray, occurrences: np.ndarray, num_texts: int) -> None:
+        """Take the words of so many texts, as `fit_vocabulary` finds them: two times `(V,)` int64."""
         self.hashes.copy_(torch.from_numpy(hashes))
         self.occurrences.copy_(torch.from_numpy(occurrences))
-        self.num_texts.fill_(len(texts))
+        self.num_texts.fill_(num_texts)
 
     def read(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """The words of `I` texts: `ids (N,)`, `weights (N,)` float32 and `starts (I + 1,)`, for `set_texts`."""

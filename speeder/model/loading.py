@@ -21,9 +21,9 @@ from speeder.data.fingerprints import ids_hash
 from speeder.errors import SpeederError
 from speeder.io.files import read_json, recover_folder
 from speeder.model.config import ATTENTION_NAME, SpeederConfig
-from speeder.model.experts import WordExpert
 from speeder.model.packing import cu_seqlens
 from speeder.model.saved_files import check_weight_files
+from speeder.model.words import fit_vocabulary
 
 CATALOGUE_FOLDER = "catalogue"
 ALIGNMENT = 64  # bytes, where torch lays fresh tensors on a CPU
@@ -87,8 +87,9 @@ def from_backbone(
         **config,
     )
     lora, settings.lora = settings.lora, None
-    if settings.words:
-        settings.num_words = WordExpert.vocabulary_size(catalogue.readable_texts())
+    vocabulary = fit_vocabulary(catalogue.readable_texts()) if settings.words else None
+    if vocabulary is not None:
+        settings.num_words = len(vocabulary[0])
         if settings.num_words == 0:
             raise SpeederError("words: expected a word that two items have, but no two texts share one")
     model = cls(settings)
@@ -104,7 +105,7 @@ def from_backbone(
     settings.embedding_rms = float(words.pow(2).mean(dim=1).sqrt().mean())
     model.generation_config = backbone.generation_config
     align_weights(model)
-    model.mrc.fit(catalogue)
+    model.mrc.fit(catalogue, vocabulary)
     model.set_catalogue(catalogue)
     return model.eval()
 

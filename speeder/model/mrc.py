@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -74,12 +75,16 @@ class MRC(nn.Module):
         # what MPO moves from CLOSED to 0 as it opens a modality
         self.register_buffer("gate_offset", torch.zeros(len(self.names)))
 
-    def fit(self, catalogue: ItemCatalogue) -> None:
-        """Fit what experts keep of a new model's catalogue: the whitening of its features, and its words."""
+    def fit(self, catalogue: ItemCatalogue, vocabulary: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Fit what experts keep of a new model's catalogue: the whitening of its features, and its words.
+
+        Args:
+            vocabulary: of the catalogue's texts (`fit_vocabulary`); None where words have no vectors.
+        """
         for name, expert in self.experts.items():
             expert.fit(catalogue.features[name], catalogue.present[name])
-        if WORDS in self.names:
-            self.words.fit(catalogue.readable_texts())
+        if vocabulary is not None:
+            self.words.fit(*vocabulary, len(catalogue))
 
     def set_catalogue(self, catalogue: ItemCatalogue) -> None:
         """Set a catalogue's features, normalised once, its items' words, and its presence mask.
