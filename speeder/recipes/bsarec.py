@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Literal
 
+from speeder.recipes.baseline import BaselineRecipe
 from speeder.recipes.checked import (
     Arguments,
     Count,
@@ -44,7 +45,7 @@ class BSARecConfig(SASRecConfig):
 
 
 @checked()
-class BSARecRecipe:
+class BSARecRecipe(BaselineRecipe):
     """The content of a YAML file with `baseline: bsarec`.
 
     Attributes:
@@ -60,14 +61,3 @@ class BSARecRecipe:
     @property
     def config(self) -> BSARecConfig:
         return build(BSARecConfig, self.bsarec, "bsarec")
-
-    def __post_init__(self) -> None:
-        self.bsarec = asdict(self.config)  # checked, and with every setting written out
-
-    def for_modalities(self, available: list[str]) -> tuple[BSARecRecipe, list[str]]:
-        """The recipe itself: BSARec uses no modality."""
-        return self, []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for YAML."""
-        return asdict(self)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Literal
 
+from speeder.recipes.baseline import BaselineRecipe
 from speeder.recipes.checked import Arguments, Count, NotNegative, Share, build, checked
 
 
@@ -40,7 +41,7 @@ class NeighboursConfig(ItemPairsConfig):
 
 
 @checked()
-class NeighboursRecipe:
+class NeighboursRecipe(BaselineRecipe):
     """The content of a YAML file with `baseline: neighbours`.
 
     Attributes:
@@ -54,14 +55,3 @@ class NeighboursRecipe:
     @property
     def config(self) -> NeighboursConfig:
         return build(NeighboursConfig, self.neighbours, "neighbours")
-
-    def __post_init__(self) -> None:
-        self.neighbours = asdict(self.config)  # checked, and with every setting written out
-
-    def for_modalities(self, available: list[str]) -> tuple[NeighboursRecipe, list[str]]:
-        """The recipe itself: neighbours use the contents that there are."""
-        return self, []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for YAML."""
-        return asdict(self)

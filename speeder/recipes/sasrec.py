@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, field
-from typing import Any, Literal
+from dataclasses import field
+from typing import Literal
 
+from speeder.recipes.baseline import BaselineRecipe
 from speeder.recipes.checked import (
     Arguments,
     Count,
@@ -48,7 +49,7 @@ class SASRecConfig:
 
 
 @checked()
-class SASRecRecipe:
+class SASRecRecipe(BaselineRecipe):
     """The content of a YAML file with `baseline: sasrec`.
 
     Attributes:
@@ -64,14 +65,3 @@ class SASRecRecipe:
     @property
     def config(self) -> SASRecConfig:
         return build(SASRecConfig, self.sasrec, "sasrec")
-
-    def __post_init__(self) -> None:
-        self.sasrec = asdict(self.config)  # checked, and with every setting written out
-
-    def for_modalities(self, available: list[str]) -> tuple[SASRecRecipe, list[str]]:
-        """The recipe itself: SASRec uses no modality."""
-        return self, []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for YAML."""
-        return asdict(self)
