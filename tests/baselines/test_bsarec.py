@@ -14,8 +14,8 @@ from speeder.baselines.auto import load_recommender
 from speeder.baselines.bsarec.model import low_pass_matrix
 from speeder.baselines.sequential.fit import cut_windows
 from speeder.errors import SpeederError
+from tests.baselines.cycles import NUM_ITEMS, cycle_histories
 
-NUM_ITEMS = 24
 SMALL = BSARecConfig(
     32, max_length=12, dropout=0.1, learning_rate=5e-3, batch_size=128, epochs=8, alpha=0.4, c=3
 )
@@ -24,10 +24,7 @@ histories = st.lists(st.integers(0, NUM_ITEMS - 1), min_size=1, max_size=20)
 
 @pytest.fixture(scope="module")
 def cycle():
-    """Each item is followed by the next modulo 24, from random starts and of random lengths."""
-    rng = np.random.default_rng(1)
-    starts, lengths = rng.integers(0, NUM_ITEMS, 300), rng.integers(2, 20, 300)
-    return [(start + np.arange(length)) % NUM_ITEMS for start, length in zip(starts, lengths, strict=True)]
+    return cycle_histories()
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from speeder.errors import SpeederError
 from speeder.evaluation.evaluate import evaluate
 from speeder.evaluation.metrics import metric_values, target_ranks
 from speeder.recipes.sasrec import SASRecConfig
+from tests.baselines.cycles import NUM_ITEMS, cycle_histories
 
-NUM_ITEMS = 24
 SMALL = SASRecConfig(32, max_length=12, dropout=0.1, learning_rate=5e-3, batch_size=32, epochs=30)
 
 
@@ -62,10 +62,7 @@ def test_it_learns_the_planted_order(world, trained):
 
 @pytest.fixture(scope="module")
 def cycle():
-    """Each item is followed by the next modulo 24, from random starts and of random lengths."""
-    rng = np.random.default_rng(1)
-    starts, lengths = rng.integers(0, NUM_ITEMS, 300), rng.integers(2, 20, 300)
-    return [(start + np.arange(length)) % NUM_ITEMS for start, length in zip(starts, lengths, strict=True)]
+    return cycle_histories()
 
 
 @pytest.fixture(scope="module")
